@@ -1,0 +1,96 @@
+"""The demo's corpus: the text of the running Python's own standard library.
+
+It needs no network and no licence, everyone has it, and it comes with honest labels: `kind` says
+whether a text is code, docstring, comment or reference documentation, `package` says where it is from.
+Comments and docstrings are taken out of the code, so no text appears under two kinds.
+"""
+
+import ast
+import io
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+MIN_CHARACTERS = 200
+"""Shorter texts say little about their label and become contexts of a few tokens."""
+
+
+class DemoDocument(NamedTuple):
+    text: str
+    kind: str
+    package: str
+    source: str
+
+
+def write_corpus(path: Path) -> int:
+    """Write the corpus as one Parquet file with the columns text, kind, package, source; return its documents."""
+    documents = sorted(set(standard_library_documents()), key=lambda d: (d.source, d.kind, d.text))
+    columns = {field: [getattr(d, field) for d in documents] for field in DemoDocument._fields}
+    pq.write_table(pa.table(columns), path)
+    return len(documents)
+
+
+def standard_library_documents() -> Iterator[DemoDocument]:
+    """Yield every text of the standard library, file by file."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.rglob("*.py")):
+        relative = file.relative_to(root)
+        if SKIPPED_FOLDERS.intersection(relative.parts) or _is_generated(relative):
+            continue
+        package = relative.parts[0] if len(relative.parts) > 1 else "modules"
+        try:
+            source = file.read_bytes().decode("utf-8")
+            parts = split_source(source)
+        except (UnicodeDecodeError, SyntaxError, tokenize.TokenError):
+            continue  # a few files of lib2to3 and encodings are not valid modern Python on purpose
+        for kind, text in parts:
+            if len(text.strip()) >= MIN_CHARACTERS:
+                yield DemoDocument(text, kind, package, relative.as_posix())
+    from pydoc_data.topics import topics
+
+    for topic, text in topics.items():
+        if len(text.strip()) >= MIN_CHARACTERS:
+            yield DemoDocument(text, "docs", "pydoc_data", f"pydoc_data/topics/{topic}")
+
+
+def split_source(source: str) -> list[tuple[str, str]]:
+    """Split Python source into (kind, text): one code text, each docstring, all comment blocks of the file together."""
+    lines = source.splitlines(keepends=True)
+    parts: list[tuple[str, str]] = []
+    blank: list[tuple[int, int, int, int]] = []  # (line, column, end line, end column), 0-based lines
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=True)
+            if docstring is not None:
+                constant = node.body[0]
+                assert isinstance(constant, ast.Expr) and constant.end_lineno and constant.end_col_offset
+                parts.append(("docstring", docstring))
+                # ast counts columns in UTF-8 bytes; a docstring starts after ASCII indentation, so only its end differs
+                end_line = lines[constant.end_lineno - 1].encode()[: constant.end_col_offset].decode()
+                blank.append((constant.lineno - 1, constant.col_offset, constant.end_lineno - 1, len(end_line)))
+    comments: list[str] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments.append(token.string)
+            blank.append((token.start[0] - 1, token.start[1], token.end[0] - 1, token.end[1]))
+    if comments:
+        parts.append(("comment", "\n".join(comments)))
+    for line, column, end_line, end_column in sorted(blank, reverse=True):
+        tail = lines[end_line][end_column:]
+        lines[line : end_line + 1] = [lines[line][:column].rstrip() + tail]
+    code = "".join(line for line in lines if line.strip())
+    parts.append(("code", code))
+    return parts
+
+
+def _is_generated(relative: Path) -> bool:
+    """The charmap codecs are megabytes of one repeated line and would drown their package; config-* is the build's own."""
+    if relative.parts[0].startswith("config-"):
+        return True
+    return relative.parts[0] == "encodings" and relative.name.startswith(("cp", "iso", "mac", "koi", "kz", "ptcp", "tis"))

@@ -1,0 +1,90 @@
+"""What a reconstruction costs the language model: cross-entropy with a site replaced, against ablations of it.
+
+loss recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean): 1 for the identity, 0 for the ablation itself.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.capture import Replace, capture, splice
+from pipeline.errors import InputError
+from pipeline.rows import ContextRows, batches_of, padded
+from pipeline.sites import Site
+
+
+@dataclass(frozen=True)
+class LossRecovered:
+    """Cross-entropies in nats per predicted token, over predictions made from rows (BOS's own is left out)."""
+
+    predictions: int
+    clean: float
+    spliced: float
+    zero_ablated: float
+    mean_ablated: float
+
+    @property
+    def against_zero(self) -> float:
+        return (self.zero_ablated - self.spliced) / (self.zero_ablated - self.clean)
+
+    @property
+    def against_mean(self) -> float:
+        return (self.mean_ablated - self.spliced) / (self.mean_ablated - self.clean)
+
+
+@torch.inference_mode()
+def loss_recovered(
+    model: nn.Module,
+    reconstruct: Callable[[Tensor], Tensor],
+    input_site: Site,
+    output_site: Site,
+    mean: Tensor,
+    contexts: Sequence[ContextRows],
+    batch_tokens: int,
+) -> LossRecovered:
+    """Run `contexts` through the causal `model` four times: clean, with `output_site` set to
+    reconstruct(activations of `input_site`), to zero, and to `mean` [d_model].
+
+    `reconstruct` maps float32 [n, d_in] to [n, d_out]. Only rows are replaced: positions that are no rows (BOS) keep
+    their activations, as no dictionary is trained on them. Raises InputError when nothing is predicted.
+    """
+    totals = torch.zeros(4, dtype=torch.float64)
+    predictions = 0
+    for batch in batches_of(contexts, batch_tokens):
+        tokens = torch.from_numpy(padded(batch))
+        is_row = torch.zeros(tokens.shape, dtype=torch.bool)
+        for line, context in enumerate(batch):
+            is_row[line, context.first_position : len(context.tokens)] = True
+        scored = is_row & is_row.roll(-1, dims=1)  # rows whose next token is in the context
+        scored[:, -1] = False
+        with capture(model, [input_site]) as taken:
+
+            def spliced(acts: Tensor, taken: object = taken) -> Tensor:
+                x = taken[input_site]  # type: ignore[index]
+                y: Tensor = reconstruct(x.reshape(-1, x.shape[-1]).float())
+                return y.reshape(*acts.shape[:-1], -1)
+
+            interventions: list[Replace | None] = [None, spliced, torch.zeros_like, lambda acts: mean.expand_as(acts)]
+            for number, intervention in enumerate(interventions):
+                totals[number] += _summed_loss(model, output_site, intervention, tokens, is_row, scored)
+        predictions += int(scored.sum())
+    if predictions == 0:
+        raise InputError("no held-out context is long enough to predict a token from a row")
+    clean, with_reconstruction, zero, at_mean = (totals / predictions).tolist()
+    return LossRecovered(predictions, clean, with_reconstruction, zero, at_mean)
+
+
+def _summed_loss(
+    model: nn.Module, site: Site, intervention: Replace | None, tokens: Tensor, is_row: Tensor, scored: Tensor
+) -> float:
+    def on_rows(acts: Tensor) -> Tensor:
+        assert intervention is not None
+        return torch.where(is_row.unsqueeze(-1), intervention(acts).to(acts.dtype), acts)
+
+    with nullcontext() if intervention is None else splice(model, site, on_rows):
+        logits = model(input_ids=tokens, use_cache=False).logits
+    targets = tokens.roll(-1, dims=1)
+    return float(nn.functional.cross_entropy(logits[scored].float(), targets[scored], reduction="sum"))

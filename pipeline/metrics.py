@@ -1,0 +1,82 @@
+"""Measuring a dictionary: reconstruction, sparsity, and how well latents tell subpopulations apart."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.dictionary import Dictionary
+
+
+@dataclass(frozen=True)
+class CodeMetrics:
+    """Figures over some rows."""
+
+    rows: int
+    fvu: float
+    """sum ||y - y_hat||^2 / sum ||y - mean y||^2 over these rows; 0 is perfect, 1 is the mean."""
+    l0: float
+    """Mean number of active latents of a row."""
+    dead_share: float
+    """Share of latents that never fired on these rows."""
+    density: list[float]
+    """For each latent the share of rows on which it fired."""
+
+
+@torch.inference_mode()
+def measure_code(
+    dictionary: Dictionary, batches: Iterable[tuple[Tensor, Tensor]], keep_codes: Sequence[int] | None = None
+) -> tuple[CodeMetrics, Tensor]:
+    """Encode and decode (x, y) batches, [rows, d] each. Return the metrics and the codes [rows, latents], float32.
+
+    `keep_codes` restricts the returned codes to those latents.
+    """
+    fired = torch.zeros(dictionary.config.latents, dtype=torch.int64)
+    y_sum = torch.zeros(dictionary.config.d_out, dtype=torch.float64)
+    error = squares = 0.0
+    rows = 0
+    codes = []
+    for x, y in batches:
+        z = dictionary.encode(x)
+        residual = y - dictionary.decode(z)
+        error += residual.double().square().sum().item()
+        squares += y.double().square().sum().item()
+        y_sum += y.double().sum(0)
+        fired += (z > 0).sum(0)
+        rows += len(x)
+        codes.append(z if keep_codes is None else z[:, list(keep_codes)])
+    variance = squares - (y_sum.square().sum() / rows).item()
+    density = fired / rows
+    metrics = CodeMetrics(
+        rows=rows,
+        fvu=error / variance,
+        l0=density.sum().item(),
+        dead_share=(fired == 0).float().mean().item(),
+        density=density.tolist(),
+    )
+    return metrics, torch.cat(codes)
+
+
+@torch.inference_mode()
+def auroc(codes: Tensor, member: Tensor) -> Tensor:
+    """Area under the ROC curve of each latent as a score for each group.
+
+    `codes` [rows, latents], `member` bool [rows, groups] -> float64 [latents, groups]; ties count one half (the
+    Mann-Whitney statistic). nan for a group with no member or no other row.
+    """
+    rows = len(codes)
+    members = member.double()
+    inside = members.sum(0)
+    areas = torch.empty(codes.shape[1], member.shape[1], dtype=torch.float64)
+    for latent in range(codes.shape[1]):
+        ranks = _average_ranks(codes[:, latent])
+        areas[latent] = ranks @ members - inside * (inside + 1) / 2
+    return areas / (inside * (rows - inside))
+
+
+def _average_ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, float64; equal values share their mean rank."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[group]

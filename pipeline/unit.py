@@ -1,0 +1,119 @@
+"""Computing one unit: run the contexts that touch it, keep its rows, and summarise them.
+
+The result is a function of the contexts, the model and the settings alone: batches are determined by the contexts, and
+every row of the unit is filled exactly once (asserted).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.capture import capture, run_base
+from pipeline.models import DTYPES
+from pipeline.rows import ContextRows, batches_of, padded
+from pipeline.sites import Site
+
+SUMMED_AT_ONCE = 1024
+"""Rows added in float32 (torch adds pairwise: error about 1e-7) before the float64 sum takes over."""
+
+
+@dataclass(frozen=True)
+class RawMoments:
+    """Count, sum and sum of squares of some rows; float64 [d_model]."""
+
+    count: int
+    sum: Tensor
+    sum_squares: Tensor
+
+
+@dataclass(frozen=True)
+class Activations:
+    """One site's rows of a unit: [rows, d_model] in the stored dtype, and the share of positions that were padding."""
+
+    sites: dict[Site, Tensor]
+    positions_run: int
+    rows_kept: int
+
+
+class UnitRunner:
+    """A model with the sites to take from it. `run` is to be called from one thread."""
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], *, dtype: str, d_model: int, batch_tokens: int, device: str
+    ):
+        self.model = model
+        self.sites = list(sites)
+        self.dtype = DTYPES[dtype]
+        self.d_model = d_model
+        self.batch_tokens = batch_tokens
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def run(self, contexts: Sequence[ContextRows], num_rows: int) -> Activations:
+        """Return the activations of a unit's rows, on the CPU, rounded to the stored dtype (nearest, ties to even)."""
+        kept = {site: torch.empty(num_rows, self.d_model, dtype=self.dtype) for site in self.sites}
+        filled = positions = 0
+        for batch in batches_of(contexts, self.batch_tokens):
+            tokens = torch.from_numpy(padded(batch))
+            source, target = _row_index(batch, tokens.shape[1])
+            with capture(self.model, self.sites) as taken:
+                run_base(self.model, tokens.to(self.device))
+            on_device = source.to(self.device)
+            for site in self.sites:
+                rows = taken[site].reshape(-1, self.d_model).index_select(0, on_device).to(self.dtype)
+                kept[site].index_copy_(0, target, rows.cpu())
+            filled += len(target)
+            positions += tokens.numel()
+        assert filled == num_rows, f"{filled} rows filled of {num_rows}"
+        return Activations(kept, positions, num_rows)
+
+
+def _row_index(batch: Sequence[ContextRows], length: int) -> tuple[Tensor, Tensor]:
+    """Where a batch's rows are: flat positions in [contexts * length], and row numbers within the unit."""
+    source = [torch.arange(i * length + c.first_position, i * length + len(c.tokens)) for i, c in enumerate(batch)]
+    target = [torch.arange(c.first_row, c.first_row + c.num_rows) for c in batch]
+    return torch.cat(source), torch.cat(target)
+
+
+@torch.inference_mode()
+def summarise(acts: Tensor, segments: Sequence[tuple[int, int]]) -> tuple[Tensor, list[RawMoments]]:
+    """Return the L2 norm of each row, float32 [rows], and the moments of each segment [start, stop).
+
+    `acts` is [rows, d_model] as stored; segments follow one another and cover all rows (one per document).
+    """
+    norms = torch.empty(len(acts))
+    moments = []
+    for start, stop in segments:
+        total = torch.zeros(2, acts.shape[1], dtype=torch.float64)
+        for first in range(start, stop, SUMMED_AT_ONCE):
+            last = min(first + SUMMED_AT_ONCE, stop)
+            values = acts[first:last].float()
+            squares = values.square()
+            norms[first:last] = squares.sum(1).sqrt()
+            total += torch.stack([values.sum(0), squares.sum(0)])
+        moments.append(RawMoments(stop - start, total[0], total[1]))
+    return norms, moments
+
+
+def group_moments(
+    segments: Sequence[RawMoments], groups: Mapping[str, Sequence[str]]
+) -> dict[tuple[str | None, str | None], RawMoments]:
+    """Add up segment moments: all of them under (None, None), and per label value under (label, value).
+
+    `groups` gives, for each label, the value of every segment. Added in order, so that the sums have one value.
+    """
+    added: dict[tuple[str | None, str | None], RawMoments] = {}
+    for number, segment in enumerate(segments):
+        for key in [(None, None), *((label, values[number]) for label, values in groups.items())]:
+            if key in added:
+                before = added[key]
+                added[key] = RawMoments(
+                    before.count + segment.count,
+                    before.sum + segment.sum,
+                    before.sum_squares + segment.sum_squares,
+                )
+            else:
+                added[key] = segment
+    return added

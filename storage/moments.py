@@ -1,0 +1,115 @@
+"""Counts, sums and sums of squares per site and subpopulation, one Parquet file a unit. Mergeable by adding.
+
+The moments are of the stored values (after rounding to the stored dtype), in float64, so that they can be recomputed
+from the activations at any time.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.files import write_file
+from storage.harvests import moments_path
+from storage.store import Store
+
+Float64 = npt.NDArray[np.float64]
+
+
+class MomentKey(NamedTuple):
+    """Whose moments: of a site, over the rows whose document has `value` in `label`; both are None for all rows."""
+
+    site: str
+    label: str | None = None
+    value: str | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """`count` rows with their per-coordinate `sum` and `sum_squares`, float64 [d_model]. Addition merges two sets."""
+
+    count: int
+    sum: Float64
+    sum_squares: Float64
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.sum + other.sum, self.sum_squares + other.sum_squares)
+
+    @property
+    def mean(self) -> Float64:
+        return self.sum / self.count
+
+    @property
+    def total_variance(self) -> float:
+        """The sum over coordinates of the (biased) variance: E||x - E x||^2."""
+        return float((self.sum_squares / self.count - self.mean**2).sum())
+
+    @property
+    def mean_square_norm(self) -> float:
+        """E||x||^2."""
+        return float(self.sum_squares.sum()) / self.count
+
+
+_SCHEMA = pa.schema(
+    [
+        ("site", pa.string()),
+        ("label", pa.string()),
+        ("value", pa.string()),
+        ("count", pa.int64()),
+        ("sum", pa.list_(pa.float64())),
+        ("sum_squares", pa.list_(pa.float64())),
+    ]
+)
+
+
+def write_moments(path: Path, moments: Mapping[MomentKey, Moments]) -> str:
+    """Write one unit's moments and return the sha256 of the file."""
+    rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for key in sorted(moments, key=lambda k: (k.site, k.label or "", k.value or "")):
+        m = moments[key]
+        for name, value in zip(_SCHEMA.names, (*key, m.count, m.sum, m.sum_squares), strict=True):
+            rows[name].append(value)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(rows, schema=_SCHEMA), sink, compression="none")
+    content = sink.getvalue().to_pybytes()
+    write_file(path, [content])
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, Moments]:
+    """Read one unit's moments."""
+    table = pq.ParquetFile(moments_path(store.path, harvest, unit)).read()
+    return {
+        MomentKey(r["site"], r["label"], r["value"]): Moments(
+            r["count"], np.asarray(r["sum"], dtype=np.float64), np.asarray(r["sum_squares"], dtype=np.float64)
+        )
+        for r in table.to_pylist()
+    }
+
+
+def merged_moments(store: Store, site: str, units: Iterable[int]) -> dict[MomentKey, Moments]:
+    """Add up the moments of `site` over `units`, in ascending order of units, so that the sum has one value.
+
+    Raises UncommittedRows when a unit is not committed.
+    """
+    units = sorted(units)
+    store.require_committed(site, units)
+    harvest, name = store.find(site)
+    merged: dict[MomentKey, list[Moments]] = {}
+    for unit in units:
+        for key, moments in read_unit_moments(store, harvest.digest, unit).items():
+            if key.site == name:
+                merged.setdefault(key, []).append(moments)
+    return {key: reduce(Moments.__add__, parts) for key, parts in merged.items()}
+
+
+def training_units(store: Store) -> range:
+    """The units that are not held out."""
+    return range(-(-store.info.held_out_start // store.info.rows_per_unit))

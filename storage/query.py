@@ -1,0 +1,136 @@
+"""SQL over a store, through DuckDB.
+
+Tables: `documents`, `rows` (row, token, position, document, context), `tokens` (token, piece), `units` (one line a
+unit and harvest) and `sites`. A table is loaded when the query names it: `rows` takes 24 bytes a row of memory.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.arrays import Array
+from storage.errors import StorageError
+from storage.files import write_file
+from storage.harvests import committed_units, read_commit
+from storage.records import read_record
+from storage.store import Store, as_float32
+
+OUTPUT_FORMATS = (".npy", ".safetensors", ".parquet")
+
+
+def sql(store: Store, query: str) -> duckdb.DuckDBPyRelation:
+    """Run one query. Raises StorageError with DuckDB's words when it is not valid."""
+    connection = duckdb.connect()
+    connection.execute("set enable_progress_bar = false")
+    for name, load in _TABLES.items():
+        if re.search(rf"\b{name}\b", query, re.IGNORECASE):
+            connection.register(name, load(store))
+    try:
+        relation = connection.sql(query)
+    except duckdb.Error as error:
+        raise StorageError(f"the query failed: {error}\nTables: {', '.join(_TABLES)}") from error
+    if relation is None:
+        raise StorageError("the query gives no table; a store is read-only, so ask it with SELECT")
+    return relation
+
+
+def fetch(store: Store, table: pa.Table, site: str, out: Path) -> tuple[int, ...]:
+    """Write the activations of the rows in `table` (it has an integer column `row`) to `out`; return their shape.
+
+    .npy holds float32 [n, d_model]; .safetensors holds "activations" in the stored dtype and "row"; .parquet holds the
+    table with a column `activation` of float32 lists. Rows keep the query's order. Raises StorageError.
+    """
+    if out.suffix not in OUTPUT_FORMATS:
+        raise StorageError(f"--out ends in one of {', '.join(OUTPUT_FORMATS)}, not {out.name!r}")
+    if "row" not in table.column_names:
+        raise StorageError(f"to fetch activations the query needs a column `row`; it has {', '.join(table.column_names)}")
+    rows = np.asarray(table.column("row").to_numpy())
+    try:
+        activations = store.read(site, rows)
+    except IndexError as error:
+        raise StorageError(str(error)) from error
+    write_file(out, [_encoded(table, rows.astype(np.int64), activations, out.suffix)])
+    return activations.shape
+
+
+def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> Any:
+    if suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        return save({"activations": activations, "row": rows})
+    if suffix == ".npy":
+        sink = pa.BufferOutputStream()
+        np.save(sink, as_float32(activations))
+        return sink.getvalue()
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(as_float32(activations).reshape(-1)), activations.shape[1])
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.append_column("activation", lists), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _rows(store: Store) -> pa.Table:
+    columns = store.columns(0, store.num_rows)
+    return pa.table({"row": np.arange(store.num_rows), **columns})
+
+
+def _tokens(store: Store) -> pa.Table:
+    path = store.tokenizer_path / "tokenizer.json"
+    if not path.is_file():
+        raise StorageError(f"the table `tokens` needs {path}, which this store's tokenizer does not have")
+    tokenizer = read_record(path)
+    vocabulary = tokenizer["model"]["vocab"]
+    pieces = dict(vocabulary.items() if isinstance(vocabulary, dict) else ((p[0], i) for i, p in enumerate(vocabulary)))
+    pieces |= {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    return pa.table({"token": pa.array(pieces.values(), pa.int32()), "piece": pa.array(pieces.keys(), pa.string())})
+
+
+def _units(store: Store) -> pa.Table:
+    lines = []
+    for harvest in store.harvests:
+        committed = committed_units(store.path, harvest.digest)
+        for unit in range(store.info.num_units):
+            start, stop = store.info.unit_rows(unit)
+            commit = read_commit(store.path, harvest.digest, unit) if unit in committed else {}
+            lines.append(
+                {
+                    "harvest": harvest.digest,
+                    "unit": unit,
+                    "row_start": start,
+                    "row_stop": stop,
+                    "committed": unit in committed,
+                    "writer": commit.get("writer"),
+                    "device": commit.get("device"),
+                    "seconds": commit.get("seconds"),
+                }
+            )
+    types = [("harvest", pa.string()), ("unit", pa.int64()), ("row_start", pa.int64()), ("row_stop", pa.int64())]
+    types += [("committed", pa.bool_()), ("writer", pa.string()), ("device", pa.string()), ("seconds", pa.float64())]
+    return pa.Table.from_pylist(lines, schema=pa.schema(types))
+
+
+def _sites(store: Store) -> pa.Table:
+    lines = []
+    for harvest in store.harvests:
+        done = len(committed_units(store.path, harvest.digest))
+        for site, layout in harvest.sites.items():
+            line = {"site": site, "model": harvest.model, "harvest": harvest.digest}
+            line |= {"d_model": layout["d"], "dtype": layout["dtype"]}
+            lines.append({**line, "units_committed": done, "units": store.info.num_units})
+    names = [("site", pa.string()), ("model", pa.string()), ("harvest", pa.string()), ("d_model", pa.int64())]
+    names += [("dtype", pa.string()), ("units_committed", pa.int64()), ("units", pa.int64())]
+    return pa.Table.from_pylist(lines, schema=pa.schema(names))
+
+
+_TABLES: dict[str, Callable[[Store], pa.Table]] = {
+    "documents": lambda store: store.documents,
+    "rows": _rows,
+    "tokens": _tokens,
+    "units": _units,
+    "sites": _sites,
+}
