@@ -44,9 +44,11 @@ def find_files(pattern: str) -> list[Path]:
     if path.is_dir():
         files = sorted(path.glob("*.parquet"))
     else:
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207: may be absolute
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (may be absolute)
     if not files:
-        raise InputError(f"corpus.path: no file matches {pattern!r}; give a Parquet file, a folder of them or a pattern")
+        raise InputError(
+            f"corpus.path: no file matches {pattern!r}; give a Parquet file, a folder of them or a pattern"
+        )
     return files
 
 
@@ -72,9 +74,7 @@ def read_documents(files: Sequence[Path], text: str, labels: Sequence[str]) -> t
     if reserved:
         raise InputError(f"corpus.labels: {', '.join(reserved)} is a column of Granary's own; rename the label")
     skipped = Skipped()
-    tables = []
-    for file in files:
-        tables.append(_read_file(file, text, labels, skipped))
+    tables = [_read_file(file, text, labels, skipped) for file in files]
     try:
         documents = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     except pa.ArrowInvalid as error:

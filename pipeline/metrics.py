@@ -79,4 +79,5 @@ def _average_ranks(values: Tensor) -> Tensor:
     """Ranks from 1, float64; equal values share their mean rank."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[group]
+    ranks: Tensor = (last - (counts.double() - 1) / 2)[group]
+    return ranks

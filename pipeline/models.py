@@ -55,7 +55,8 @@ def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
     kind = getattr(config, "model_type", "?")
     if kind not in PLAIN_FAMILIES:
         raise InputError(
-            f"model.id: {model_id} is a {kind!r} model; supported are the Llama-shaped families {', '.join(PLAIN_FAMILIES)}"
+            f"model.id: {model_id} is a {kind!r} model; supported are the Llama-shaped families "
+            f"{', '.join(PLAIN_FAMILIES)}"
         )
     fields = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_NOISE}
     sha = hashlib.sha256(repr(sorted(fields.items())).encode())
@@ -114,7 +115,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens, in parallel in the tokenizer's own threads."""
-    # Straight to the Rust tokenizer: the wrapper warns of texts longer than the model's context, which we cut ourselves.
+    # Straight to the Rust tokenizer: the wrapper warns of texts longer than a context, which we cut ourselves.
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 

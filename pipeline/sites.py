@@ -1,6 +1,6 @@
 """Sites: the places in a decoder whose activations can be taken.
 
-With x the input of decoder layer L:  resid_pre = x;  resid_mid = resid_pre + attn_out;  resid_post = resid_mid + mlp_out;
+With x the input of decoder layer L: resid_pre = x, resid_mid = resid_pre + attn_out, resid_post = resid_mid + mlp_out;
 mlp_in is what the MLP receives (after its norm).
 """
 

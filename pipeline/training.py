@@ -69,9 +69,7 @@ class DictionaryTrainer:
         dictionary.initialise(config.seed)
         if self.anchors is not None:
             if len(self.anchors[0]) > dictionary.config.latents:
-                raise InputError(
-                    f"{len(self.anchors[0])} anchors do not fit into {dictionary.config.latents} latents"
-                )
+                raise InputError(f"{len(self.anchors[0])} anchors do not fit into {dictionary.config.latents} latents")
             with torch.no_grad():  # start where the pull ends, so that no latent has to cross the space
                 dictionary.W_enc[: len(self.anchors[0])] = self.anchors[0]
                 dictionary.W_dec[: len(self.anchors[1])] = self.anchors[1]
@@ -91,11 +89,13 @@ class DictionaryTrainer:
         loss = fvu
         dead = self.silent_rows >= config.dead_after_rows
         if config.auxiliary_weight and bool(dead.any()):
-            auxiliary = auxiliary_loss(target - y_hat, preactivations, dead, model.W_dec, max(1, model.config.d_out // 2))
+            auxiliary = auxiliary_loss(
+                target - y_hat, preactivations, dead, model.W_dec, max(1, model.config.d_out // 2)
+            )
             loss = loss + config.auxiliary_weight * auxiliary
         if self.anchors is not None:
             loss = loss + config.anchor_weight * anchoring_loss(model.W_enc, model.W_dec, *self.anchors)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._update()
         active = z.detach() > 0
         self.silent_rows = torch.where(active.any(0), 0, self.silent_rows + len(x))

@@ -27,11 +27,11 @@ class AnchorSet:
     identity: Record
     """What determines the vectors: corpus and harvest digests, labels, units, least rows."""
     vectors: Mapping[str, npt.NDArray[np.float32]]
-    """Site -> float32 [k, d_model]: the subpopulation's mean minus the mean of all rows, in units of the activations."""
+    """Site -> float32 [k, d_model]: the subpopulation's mean minus the mean of all rows, not normalised."""
 
 
 def write_anchors(store: Store, anchors: AnchorSet) -> None:
-    """Write anchors/<name>: one Zarr array a site, the record last. Raises StoreMismatch if other ones have the name."""
+    """Write anchors/<name>: one Zarr array a site, the record last. Raises StoreMismatch if others have the name."""
     folder = store.path / "anchors" / anchors.name
     if (folder / "anchors.json").exists():
         found = read_anchors(store, anchors.name).identity
@@ -57,7 +57,9 @@ def read_anchors(store: Store, name: str) -> AnchorSet:
     """Read anchors/<name>. Raises StorageError when there are none."""
     folder = store.path / "anchors" / name
     if not (folder / "anchors.json").exists():
-        raise StorageError(f"no anchors named {name!r} in {store.path}; it has {', '.join(anchor_names(store)) or 'none'}")
+        raise StorageError(
+            f"no anchors named {name!r} in {store.path}; it has {', '.join(anchor_names(store)) or 'none'}"
+        )
     record = read_record(folder / "anchors.json")
     vectors = {}
     for site in record.pop("sites"):

@@ -42,7 +42,7 @@ CRC_BYTES = 4
 
 @dataclass(frozen=True)
 class RowArray:
-    """One array of the store. `shape` is (rows,) or (rows, width); chunks span `chunk_rows` rows and the whole width."""
+    """One array of the store. `shape` is (rows,) or (rows, width); a chunk is `chunk_rows` rows, whole width."""
 
     path: Path
     shape: tuple[int, ...]
@@ -165,7 +165,7 @@ class RowArray:
     def _read_chunk_into(self, chunk: int, out: Array) -> int:
         path = self.chunk_path(chunk)
         where = f"chunk {chunk} of {self.name} ({path})"
-        body, stored = out.reshape(-1).view(np.uint8), bytearray(CRC_BYTES)
+        body, stored = out.reshape(-1).view(np.uint8).data, bytearray(CRC_BYTES)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -180,7 +180,7 @@ class RowArray:
             os.preadv(descriptor, [stored], body.nbytes)
         finally:
             os.close(descriptor)
-        crc = checksum(body)
+        crc = checksum(out)
         if crc != int.from_bytes(stored, "little"):
             raise CorruptChunk(f"{where} does not match its crc32c; its unit has to be harvested again")
         return crc

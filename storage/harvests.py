@@ -133,7 +133,7 @@ def committed_units(store: Path, harvest: str) -> frozenset[int]:
     """The units whose commit is there."""
     folder = store / "commits" / harvest
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return frozenset()
     return frozenset(int(n[:COMMIT_DIGITS]) for n in names if len(n) == COMMIT_DIGITS + 5 and n[0].isdigit())
@@ -153,5 +153,3 @@ def read_commit(store: Path, harvest: str, unit: int) -> Record:
 def writer_id() -> str:
     """A name for this process that no other process has had: host, pid and a random part."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-

@@ -49,7 +49,9 @@ def fetch(store: Store, table: pa.Table, site: str, out: Path) -> tuple[int, ...
     if out.suffix not in OUTPUT_FORMATS:
         raise StorageError(f"--out ends in one of {', '.join(OUTPUT_FORMATS)}, not {out.name!r}")
     if "row" not in table.column_names:
-        raise StorageError(f"to fetch activations the query needs a column `row`; it has {', '.join(table.column_names)}")
+        raise StorageError(
+            f"to fetch activations the query needs a column `row`; it has {', '.join(table.column_names)}"
+        )
     rows = np.asarray(table.column("row").to_numpy())
     try:
         activations = store.read(site, rows)

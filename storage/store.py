@@ -118,7 +118,10 @@ class Store:
         """The documents numbered first ... last, both included, reading no more than the row groups they are in."""
         tables = []
         for part in range(first // DOCUMENTS_PER_FILE, last // DOCUMENTS_PER_FILE + 1):
-            low, high = max(first - part * DOCUMENTS_PER_FILE, 0), min(last - part * DOCUMENTS_PER_FILE, DOCUMENTS_PER_FILE)
+            low, high = (
+                max(first - part * DOCUMENTS_PER_FILE, 0),
+                min(last - part * DOCUMENTS_PER_FILE, DOCUMENTS_PER_FILE),
+            )
             file = pq.ParquetFile(self.path / "corpus" / "documents" / f"part-{part:05d}.parquet")
             groups = range(low // DOCUMENTS_PER_GROUP, min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups))
             tables.append(file.read_row_groups(list(groups)))
@@ -244,7 +247,7 @@ class Store:
     def stream(
         self, sites: Sequence[str], *, batch_rows: int, seed: int = 0, start_step: int = 0, steps: int | None = None
     ) -> Iterator[dict[str, Array]]:
-        """Yield shuffled batches {site: [batch_rows, d_model]} of the rows that are not held out; see storage.stream."""
+        """Yield shuffled batches {site: [batch_rows, d_model]} of rows that are not held out; see storage.stream."""
         from storage.stream import stream
 
         return stream(self, sites, batch_rows=batch_rows, seed=seed, start_step=start_step, steps=steps)

@@ -29,7 +29,7 @@ def write_unit(
     """Write a unit's arrays and moments durably, then its commit. Return whether this call made the commit.
 
     Whoever computes a unit computes the same bytes, so losing the race for the commit loses nothing. `about` goes into
-    the commit as it is (device, seconds). Raises StorageError when the bytes cannot be written; then there is no commit.
+    the commit as it is (device, seconds). Raises StorageError, without a commit, when a byte cannot be written.
     """
     start, stop = store.info.unit_rows(unit)
     sites: dict[str, Record] = {}

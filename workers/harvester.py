@@ -7,6 +7,7 @@ one before is written by the thread of its own call. That is also the memory bou
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import ray
@@ -16,11 +17,12 @@ from pipeline.models import ModelInfo, load_base_model
 from pipeline.rows import ContextRows, contexts_of_rows
 from pipeline.sites import parse_site
 from pipeline.unit import UnitRunner, group_moments, summarise
-from storage.arrays import DTYPES, Array
+from storage.arrays import Array
 from storage.harvests import Harvest, writer_id
 from storage.moments import MomentKey, Moments
 from storage.store import Store, open_store
 from storage.units import UnitBlock, write_unit
+from workers.tensors import to_numpy
 
 UNITS_IN_FLIGHT = 2
 
@@ -103,7 +105,7 @@ class Harvester:
         first_document, last_document = int(document[0]), int(document[-1])
         documents = self.store.documents_between(first_document, last_document)
         bounds = [0, *(1 + (document[1:] != document[:-1]).nonzero()[0]).tolist(), stop - start]
-        segments = list(zip(bounds[:-1], bounds[1:], strict=True))
+        segments = list(pairwise(bounds))
         groups = {
             label: [str(value) for value in documents.column(label).to_pylist()] for label in self.store.info.labels
         }
@@ -134,17 +136,3 @@ def read_contexts(store: Store, start: int, stop: int) -> tuple[list[ContextRows
     prefix = store.prefix(int(columns["context"][0]), int(columns["context"][-1]) + 1)
     contexts = contexts_of_rows(columns["token"], columns["context"], prefix, start - lead)
     return contexts, columns["document"][start - lead :]
-
-
-def to_numpy(acts: torch.Tensor) -> Array:
-    """View a tensor as a numpy array of the same dtype, bfloat16 as ml_dtypes.bfloat16; no copy."""
-    if acts.dtype == torch.bfloat16:
-        return acts.view(torch.uint16).numpy().view(DTYPES["bfloat16"])
-    return acts.numpy()
-
-
-def to_torch(values: Array) -> torch.Tensor:
-    """The other way round; no copy."""
-    if values.dtype == DTYPES["bfloat16"]:
-        return torch.from_numpy(values.view("<u2")).view(torch.bfloat16)
-    return torch.from_numpy(values)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.models import ModelInfo
+from storage.arrays import DTYPES
 from storage.harvests import (
     Harvest,
     chunk_rows_for,
@@ -13,7 +14,6 @@ from storage.harvests import (
     match_harvests,
 )
 from storage.records import Record
-from storage.arrays import DTYPES
 from storage.store import Store
 from workers.cluster import room_for
 from workers.harvester import HarvesterSetup, UnitResult
@@ -31,7 +31,9 @@ class HarvestJob:
     units: list[int]
 
 
-def prepare_harvests(store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings) -> list[HarvestJob]:
+def prepare_harvests(
+    store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings
+) -> list[HarvestJob]:
     """Find what is left to do for the sites of a spec. Writes nothing; see `declare`.
 
     Sites that the store has already, or is getting, belong to their own harvest; the others become a new one. Raises

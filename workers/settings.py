@@ -164,7 +164,7 @@ COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 1e17}
 
 
 def compile_layers(harvest: HarvestSettings, info: ModelInfo, num_rows: int, layers: int) -> bool:
-    """Resolve harvest.compile. The answer depends on model, rows and device kind alone, as it changes low-order bits."""
+    """Resolve harvest.compile. It depends on model, rows and device kind alone, as it changes the last bits."""
     if harvest.compile != "auto":
         return harvest.compile
     flops_per_row = 2 * 12 * info.d_model**2 * layers  # 12 d^2 parameters a layer, two operations each

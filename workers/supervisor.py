@@ -100,7 +100,9 @@ class Supervisor:
         except RayTaskError as error:
             self.failures[unit] += 1
             if self.failures[unit] >= FAILURES_PER_UNIT:
-                raise HarvestFailed(f"unit {unit} failed {FAILURES_PER_UNIT} times; the last: {error.cause!r}") from error
+                raise HarvestFailed(
+                    f"unit {unit} failed {FAILURES_PER_UNIT} times; the last: {error.cause!r}"
+                ) from error
             self.to_do.append(unit)
         else:
             self.deaths = 0

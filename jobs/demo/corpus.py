@@ -69,7 +69,8 @@ def split_source(source: str) -> list[tuple[str, str]]:
             docstring = ast.get_docstring(node, clean=True)
             if docstring is not None:
                 constant = node.body[0]
-                assert isinstance(constant, ast.Expr) and constant.end_lineno and constant.end_col_offset
+                assert isinstance(constant, ast.Expr)
+                assert constant.end_lineno is not None
                 parts.append(("docstring", docstring))
                 # ast counts columns in UTF-8 bytes; a docstring starts after ASCII indentation, so only its end differs
                 end_line = lines[constant.end_lineno - 1].encode()[: constant.end_col_offset].decode()
@@ -81,16 +82,18 @@ def split_source(source: str) -> list[tuple[str, str]]:
             blank.append((token.start[0] - 1, token.start[1], token.end[0] - 1, token.end[1]))
     if comments:
         parts.append(("comment", "\n".join(comments)))
-    for line, column, end_line, end_column in sorted(blank, reverse=True):
-        tail = lines[end_line][end_column:]
-        lines[line : end_line + 1] = [lines[line][:column].rstrip() + tail]
+    for first, column, last, end_column in sorted(blank, reverse=True):
+        tail = lines[last][end_column:]
+        lines[first : last + 1] = [lines[first][:column].rstrip() + tail]
     code = "".join(line for line in lines if line.strip())
     parts.append(("code", code))
     return parts
 
 
 def _is_generated(relative: Path) -> bool:
-    """The charmap codecs are megabytes of one repeated line and would drown their package; config-* is the build's own."""
+    """The charmap codecs are megabytes of one repeated line and would drown their package; config-* is the build's."""
     if relative.parts[0].startswith("config-"):
         return True
-    return relative.parts[0] == "encodings" and relative.name.startswith(("cp", "iso", "mac", "koi", "kz", "ptcp", "tis"))
+    return relative.parts[0] == "encodings" and relative.name.startswith(
+        ("cp", "iso", "mac", "koi", "kz", "ptcp", "tis")
+    )

@@ -1,0 +1,239 @@
+"""The command `granary`. Each verb is a few lines: parse, call, print. Refusals are one sentence and exit status 1.
+
+Heavy imports (torch, transformers, Ray) happen inside the verbs that need them, so that `--help` and queries are quick.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+REFUSED = 1
+INTERRUPTED = 130
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = build_parser().parse_args(argv)
+    verb: Verb = arguments.verb
+    try:
+        return verb(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is committed stays, and the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return REFUSED  # the reader of our output went away, as `head` does
+    except Exception as error:  # told apart here; what is not a refusal is raised again
+        message = refusal(error)
+        if message is None:
+            raise
+        print(f"granary: {message}", file=sys.stderr)
+        return REFUSED
+
+
+def refusal(error: BaseException) -> str | None:
+    """The sentence for a mistake of the caller or a failure of the world; None for a bug of ours."""
+    from jobs.spec import SpecError
+    from storage.errors import StorageError
+
+    cause = getattr(error, "cause", None)  # Ray wraps what an actor raised
+    if type(error).__module__.startswith("ray.") and isinstance(cause, BaseException):
+        return refusal(cause)
+    if isinstance(error, SpecError | StorageError):
+        return str(error)
+    # These two live beside torch and Ray, which are only loaded if they could have been raised at all.
+    known = [("pipeline.errors", "InputError"), ("workers.supervisor", "HarvestFailed")]
+    classes = tuple(getattr(sys.modules[m], name) for m, name in known if m in sys.modules)
+    return str(error) if isinstance(error, classes) else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="granary",
+        description="Harvest the activations of Llama-family models into a store, query them, train dictionaries.",
+        epilog="start with: granary demo",
+    )
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, verb: Verb, text: str, example: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(verb=verb)
+        return added
+
+    demo = add("demo", _demo, "the whole pipeline on a tiny Llama and Python's standard library", "granary demo")
+    demo.add_argument("--folder", default="granary-demo", help="where to put corpus, spec, store and report")
+
+    plan = add("plan", _plan, "say what a spec would harvest: rows, bytes, files", "granary plan spec.yaml")
+    plan.add_argument("spec", help="the spec file")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    stages = {
+        "harvest": "plan the rows and store the activations of a spec",
+        "anchors": "make the anchors of a spec from its harvest",
+        "train": "train the dictionaries of a spec",
+        "evaluate": "measure the trained dictionaries of a spec on held-out rows",
+        "run": "all stages of a spec; what is done is left alone",
+    }
+    for name, text in stages.items():
+        add(name, _stage(name), text, f"granary {name} spec.yaml").add_argument("spec", help="the spec file")
+
+    status = add("status", _status, "what a store holds", "granary status /data/acts")
+    status.add_argument("store", help="the store, or a spec that names it")
+    status.add_argument("--json", action="store_true", help="print JSON")
+
+    query = add(
+        "query",
+        _query,
+        "SQL over the tables documents, rows, tokens, units and sites of a store",
+        "granary query /data/acts 'select row from rows where position = 1 limit 1000' --site resid_post.8 --out x.npy",
+    )
+    query.add_argument("store", help="the store, or a spec that names it")
+    query.add_argument("sql", help="a SELECT")
+    query.add_argument("--site", help="fetch this site's activations of the rows found (column `row`)")
+    query.add_argument("--out", help="where to write them: .npy, .safetensors or .parquet")
+    query.add_argument("--json", action="store_true", help="print one JSON object a line, all rows")
+
+    report = add(
+        "report", _report, "write one HTML page about a store and its dictionaries", "granary report /data/acts"
+    )
+    report.add_argument("store", help="the store, or a spec that names it")
+    report.add_argument("--out", help="the page (default: report.html inside the store)")
+
+    submit = add("submit", _submit, "run a spec as a job on a running Ray cluster", "granary submit spec.yaml --follow")
+    submit.add_argument("spec", help="the spec file")
+    submit.add_argument("--stage", choices=(*stages,), default="run", help="what the job runs (default: run)")
+    submit.add_argument("--id", help="the job's id (default: one from the store's name and the time)")
+    submit.add_argument("--follow", action="store_true", help="print the job's log and end with its exit status")
+    listed = add("jobs", _jobs, "the jobs of a cluster", "granary jobs")
+    listed.add_argument("--json", action="store_true", help="print JSON")
+    logs = add("logs", _logs, "print a job's log", "granary logs granary-acts-20260101-120000 --follow")
+    logs.add_argument("job", help="the job's id")
+    logs.add_argument("--follow", action="store_true", help="go on until the job ends")
+    stop = add("stop", _stop, "stop a job; what it committed stays", "granary stop granary-acts-20260101-120000")
+    stop.add_argument("job", help="the job's id")
+    for parser_of_job in (submit, listed, logs, stop):
+        parser_of_job.add_argument("--address", help="the dashboard, e.g. http://head:8265 (or RAY_API_SERVER_ADDRESS)")
+    return parser
+
+
+def _stage(name: str) -> Verb:
+    def verb(arguments: argparse.Namespace) -> int:
+        from jobs.run import STAGES, run_stages
+        from jobs.spec import load_spec
+
+        did = run_stages(load_spec(arguments.spec), STAGES if name == "run" else (name,))
+        if not did and name == "run":
+            print("nothing to do: every stage of the spec is finished")
+        return 0
+
+    return verb
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from jobs.demo.demo import run_demo
+
+    return run_demo(Path(arguments.folder).expanduser().absolute())
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from jobs.plan import plan_record, plan_text
+    from jobs.spec import load_spec
+
+    record = plan_record(load_spec(arguments.spec))
+    print(json.dumps(record, indent=2) if arguments.json else plan_text(record))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from jobs.status import status_record, status_text
+
+    record = status_record(_open(arguments.store))
+    print(json.dumps(record, indent=2) if arguments.json else status_text(record))
+    return 0
+
+
+def _query(arguments: argparse.Namespace) -> int:
+    from storage.errors import StorageError
+    from storage.query import fetch
+
+    if (arguments.site is None) != (arguments.out is None):
+        raise StorageError("--site and --out go together: the site whose activations to fetch, and the file for them")
+    store = _open(arguments.store)
+    relation = store.sql(arguments.sql)
+    if arguments.site is not None:
+        shape = fetch(store, relation.to_arrow_table(), arguments.site, Path(arguments.out))
+        print(f"wrote {arguments.out}: {arguments.site} of {shape[0]:,} rows, {shape[1]} wide")
+    elif arguments.json:
+        for line in relation.to_arrow_table().to_pylist():
+            print(json.dumps(line, default=str))
+    else:
+        print(relation)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from jobs.report import write_report
+
+    store = _open(arguments.store)
+    out = Path(arguments.out) if arguments.out else store.path / "report.html"
+    write_report(store, out)
+    print(f"wrote {out}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from jobs.spec import load_spec
+    from jobs.submit import follow, submit
+
+    job = submit(load_spec(arguments.spec), stage=arguments.stage, job_id=arguments.id, address=arguments.address)
+    print(f"submitted {job}; see it with: granary logs {job}", flush=True)
+    return follow(job, arguments.address) if arguments.follow else 0
+
+
+def _jobs(arguments: argparse.Namespace) -> int:
+    from jobs.submit import jobs_record, jobs_text
+
+    record = jobs_record(arguments.address)
+    print(json.dumps(record, indent=2) if arguments.json else jobs_text(record))
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from jobs.submit import follow, logs
+
+    if arguments.follow:
+        return follow(arguments.job, arguments.address)
+    print(logs(arguments.job, arguments.address), end="")
+    return 0
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from jobs.submit import stop
+
+    print(stop(arguments.job, arguments.address))
+    return 0
+
+
+def _open(place: str) -> Any:
+    """Open the store at a path, or the one that a spec file names."""
+    from storage.store import open_store
+
+    if place.endswith((".yaml", ".yml")):
+        from jobs.spec import load_spec
+
+        return open_store(load_spec(place).store)
+    return open_store(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

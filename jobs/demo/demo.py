@@ -1,0 +1,47 @@
+"""`granary demo`: make the corpus, lay the spec and the model beside it, run every stage, write the report."""
+
+import shutil
+import time
+from pathlib import Path
+
+from jobs.demo.corpus import write_corpus
+from jobs.progress import duration
+from jobs.spec import load_spec
+
+HERE = Path(__file__).parent
+
+
+def run_demo(folder: Path) -> int:
+    """Run the demo in `folder`, which is made if need be; started again, it goes on where it was."""
+    from jobs.report import write_report
+    from jobs.run import STAGES, run_stages
+    from storage.store import open_store
+
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = folder / "corpus.parquet"
+    if not corpus.exists():
+        unfinished = folder / ".corpus.parquet"
+        documents = write_corpus(unfinished)
+        unfinished.replace(corpus)
+        print(f"wrote {corpus}: {documents:,} texts of this Python's standard library, labelled kind and package")
+    if not (folder / "model").exists():
+        shutil.copytree(HERE / "model", folder / "model")
+    spec_file = folder / "demo.yaml"
+    if not spec_file.exists():
+        shutil.copyfile(HERE / "demo.yaml", spec_file)
+    spec = load_spec(spec_file)
+    did = run_stages(spec, STAGES)
+    store = open_store(spec.store)
+    page = folder / "report.html"
+    write_report(store, page)
+    if not did:
+        print("nothing to do: every stage of the demo is finished")
+    print(
+        f"\ndone in {duration(time.monotonic() - started)}. Next:\n"
+        f"  open {page}\n"
+        f"  granary status {store.path}\n"
+        f'  granary query {store.path} "select kind, count(*) from documents group by 1"\n'
+        f"  the spec, to copy and change: {spec_file}"
+    )
+    return 0

@@ -1,0 +1,61 @@
+"""One line of progress with rate and time left, on a terminal; nothing where the output is not one."""
+
+import sys
+import time
+from typing import TextIO
+
+MIN_INTERVAL_S = 0.2
+
+
+class ProgressLine:
+    """Shows `done` of `total` units of something. Use as a context manager; the line is cleared at the end."""
+
+    def __init__(self, what: str, unit: str, total: int = 0, stream: TextIO | None = None):
+        """`total` 0 means unknown: then there is no time left to show."""
+        self.what, self.unit, self.total = what, unit, total
+        self.stream = stream or sys.stderr
+        self.started = self.shown = time.monotonic()
+        self.first_done: int | None = None
+
+    def __enter__(self) -> "ProgressLine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.stream.isatty():
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+    def update(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Say how much is done. Work that was done before this process began does not count into the rate."""
+        now = time.monotonic()
+        self.total = self.total if total is None else total
+        if self.first_done is None:
+            self.first_done, self.started = done, now
+        if not self.stream.isatty() or (now - self.shown < MIN_INTERVAL_S and done < self.total):
+            return
+        self.shown = now
+        rate = (done - self.first_done) / max(now - self.started, 1e-9)
+        parts = [f"{self.what}  {done:,}" + (f" of {self.total:,} {self.unit}" if self.total else f" {self.unit}")]
+        if rate > 0:
+            parts.append(f"{rate:,.0f} {self.unit}/s")
+            if self.total:
+                parts.append(f"{duration((self.total - done) / rate)} left")
+        self.stream.write("\r\x1b[K" + "  ".join([*parts, note] if note else parts))
+        self.stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """'1 h 05 min', '2 min 10 s', '8 s'."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def size(num_bytes: float) -> str:
+    """'1.5 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024 or unit == "TiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError

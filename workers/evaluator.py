@@ -1,0 +1,189 @@
+"""The evaluate stage: what a finished dictionary does on held-out rows, in an actor of its own.
+
+Everything is measured on documents that begin after the training rows end, so that no document is on both sides.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from pipeline.dictionary import Dictionary, load_dictionary
+from pipeline.language import loss_recovered
+from pipeline.metrics import auroc, measure_code
+from pipeline.models import ModelInfo, load_causal_model
+from pipeline.sites import parse_site
+from storage.anchors import read_anchors
+from storage.errors import StorageError
+from storage.moments import MomentKey, merged_moments, training_units
+from storage.records import Record, digest
+from storage.runs import Run, open_run
+from storage.store import Store, open_store
+from workers.examples import TopContexts, telling_latents
+from workers.harvester import read_contexts
+from workers.settings import EvaluateSettings
+from workers.tensors import to_torch
+
+MAX_CODE_ENTRIES = 2**28
+"""Codes kept for AUROC and examples: at most 1 GiB of float32. Wide dictionaries are scored on fewer rows."""
+READ_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What the evaluator needs to begin."""
+
+    store: Path
+    run: str
+    anchors: str | None
+    """The anchor set whose subpopulations are scored; the dictionary need not be anchored to it."""
+    model: ModelInfo
+    model_dtype: str
+    attention: str
+    batch_tokens: int
+    settings: EvaluateSettings
+    threads: int
+
+
+def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
+    """What an evaluation depends on; one that exists under the same identity is not made again."""
+    run = open_run(store, plan.run)
+    return {
+        "run": digest(run.record()["identity"]),
+        "anchors": None if plan.anchors is None else digest(read_anchors(store, plan.anchors).identity),
+        "settings": plan.settings.model_dump(),
+    }
+
+
+def is_evaluated(store: Store, plan: EvaluationPlan) -> bool:
+    found = open_run(store, plan.run).evaluation()
+    return found is not None and found["identity"] == evaluation_identity(store, plan)
+
+
+@ray.remote
+def evaluate_remotely(plan: EvaluationPlan) -> Record:
+    return evaluate(plan)
+
+
+def evaluate(plan: EvaluationPlan) -> Record:
+    """Measure a finished run and write its evaluation.json. Raises StorageError when nothing is held out."""
+    torch.set_num_threads(plan.threads)
+    store = open_store(plan.store)
+    run = open_run(store, plan.run)
+    run.dictionary_record()
+    dictionary = load_dictionary(run.folder)
+    start = first_held_out_row(store)
+    stop = min(store.num_rows, start + plan.settings.rows)
+    stop_codes = min(stop, start + max(1, MAX_CODE_ENTRIES // dictionary.config.latents))
+    metrics, _ = measure_code(dictionary, _pairs(store, dictionary, start, stop), keep_codes=[])
+    _, codes = measure_code(dictionary, _pairs(store, dictionary, start, stop_codes))
+    groups = _score_groups(store, run, plan.anchors, codes, start, stop_codes)
+    latents = telling_latents(groups, metrics.density, codes)
+    shown = TopContexts(store, start, stop_codes)
+    record: Record = {
+        "identity": evaluation_identity(store, plan),
+        "row_start": start,
+        "row_stop": stop,
+        **asdict(metrics),
+        "loss": _loss(store, dictionary, plan, start, stop),
+        "auroc_rows": stop_codes - start,
+        "subpopulations": groups,
+        "latents": [
+            {
+                "latent": latent,
+                "why": why,
+                "density": metrics.density[latent],
+                "contexts": shown.of(codes[:, latent]),
+            }
+            for latent, why in latents.items()
+        ],
+    }
+    run.write_evaluation(record)
+    return record
+
+
+def first_held_out_row(store: Store) -> int:
+    """The first row of the first document that begins in the held-out units. Raises StorageError if there is none."""
+    boundary = store.info.held_out_start
+    if boundary >= store.num_rows:
+        raise StorageError(
+            "the store holds no rows out (corpus.holdout is 0, or it has one unit): nothing to evaluate on"
+        )
+    starts = store.documents.column("row_start").to_numpy()
+    number = int(np.searchsorted(starts, boundary))
+    if number == len(starts):
+        raise StorageError("no document begins in the held-out rows; hold out more with corpus.holdout")
+    return int(starts[number])
+
+
+def _pairs(store: Store, dictionary: Dictionary, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    (source,), (target,) = dictionary.config.input, dictionary.config.output
+    for first in range(start, stop, READ_ROWS):
+        rows = slice(first, min(first + READ_ROWS, stop))
+        x = to_torch(store.read(source, rows)).float()
+        yield x, (x if target == source else to_torch(store.read(target, rows)).float())
+
+
+def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, start: int, stop: int) -> list[Record]:
+    """AUROC of every latent for every anchored subpopulation: the best latent, and the anchored one if there is one."""
+    if anchors is None:
+        return []
+    anchor_set = read_anchors(store, anchors)
+    document = store.columns(start, stop, ["document"])["document"]
+    first, last = int(document[0]), int(document[-1])
+    documents = store.documents_between(first, last)
+    values = {
+        label: np.array([str(v) for v in documents.column(label).to_pylist()]) for label in set(anchor_set.labels)
+    }
+    member = np.stack(
+        [
+            values[label][document - first] == value
+            for label, value in zip(anchor_set.labels, anchor_set.values, strict=True)
+        ],
+        axis=1,
+    )
+    areas = auroc(codes, torch.from_numpy(member))
+    is_anchored = run.record()["anchors"] == anchors
+    dictionary = load_dictionary(run.folder)
+    directions = torch.from_numpy(anchor_set.vectors[dictionary.config.output[0]])
+    groups = []
+    for i, (label, value) in enumerate(zip(anchor_set.labels, anchor_set.values, strict=True)):
+        column = areas[:, i]
+        line: Record = {"label": label, "value": value, "rows": int(member[:, i].sum())}
+        if torch.isnan(column).any():
+            line |= {"best_latent": None, "best_auroc": None}
+        else:
+            line |= {"best_latent": int(column.argmax()), "best_auroc": float(column.max())}
+        if is_anchored:
+            cosine = torch.nn.functional.cosine_similarity(dictionary.W_dec[i], directions[i], dim=0)
+            area = None if line["best_auroc"] is None else float(column[i])
+            line |= {"anchored_latent": i, "anchored_auroc": area, "anchor_cosine": float(cosine)}
+        groups.append(line)
+    return groups
+
+
+def _loss(store: Store, dictionary: Dictionary, plan: EvaluationPlan, start: int, stop: int) -> Record:
+    contexts, _ = read_contexts(store, start, stop)
+    (source,), (target,) = dictionary.config.input, dictionary.config.output
+    _, name = store.find(target)
+    mean = merged_moments(store, target, training_units(store))[MomentKey(name)].mean
+    model = load_causal_model(plan.model, dtype=plan.model_dtype, attention=plan.attention)
+    found = loss_recovered(
+        model,
+        dictionary,
+        parse_site(source.rpartition("/")[2]),
+        parse_site(name),
+        torch.from_numpy(mean),
+        contexts[: plan.settings.contexts],
+        plan.batch_tokens,
+    )
+    return {
+        **asdict(found),
+        "recovered_against_zero": found.against_zero,
+        "recovered_against_mean": found.against_mean,
+        "contexts": min(len(contexts), plan.settings.contexts),
+    }

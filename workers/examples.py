@@ -1,0 +1,86 @@
+"""Which latents to show, and the contexts in which they fire most: what a person looks at first."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from storage.records import Record
+from storage.store import Store
+
+FREE_LATENTS = 12
+"""Latents shown beside those of the subpopulations."""
+MIN_FIRINGS = 20
+CONTEXTS_SHOWN = 6
+TOKENS_BEFORE, TOKENS_AFTER = 24, 12
+
+
+def telling_latents(groups: Sequence[Record], density: Sequence[float], codes: Tensor) -> dict[int, list[str]]:
+    """Choose latents to show: latent -> why. First those of the subpopulations, then the most selective ones.
+
+    Selective: the strongest activation is largest against the latent's mean activation over all rows, among latents
+    that fired at least MIN_FIRINGS times.
+    """
+    chosen: dict[int, list[str]] = {}
+    for group in groups:
+        name = f"{group['label']} = {group['value']}"
+        if group.get("anchored_latent") is not None:
+            chosen.setdefault(group["anchored_latent"], []).append(f"anchored to {name}")
+        elif group["best_latent"] is not None:
+            chosen.setdefault(group["best_latent"], []).append(f"best AUROC for {name}")
+    firings = (codes > 0).sum(0)
+    mean = codes.mean(0).clamp(min=1e-9)
+    selectivity = torch.where(firings >= MIN_FIRINGS, codes.max(0).values / mean, 0.0)
+    shown = 0
+    for latent in selectivity.argsort(descending=True).tolist():
+        if shown == FREE_LATENTS or selectivity[latent] == 0:
+            break
+        if latent not in chosen:
+            chosen[latent] = [f"selective: fires on {100 * density[latent]:.2f} % of rows"]
+            shown += 1
+    return chosen
+
+
+class TopContexts:
+    """The text around the rows [start, stop) on which latents fire."""
+
+    def __init__(self, store: Store, start: int, stop: int):
+        self.store = store
+        self.start = start
+        self.columns = store.columns(start, stop, ["token", "context", "document"])
+        self.tokenizer = Tokenizer.from_file(str(store.tokenizer_path / "tokenizer.json"))
+
+    def of(self, activations: Tensor) -> list[Record]:
+        """The contexts with a latent's strongest activations (`activations` [stop - start]), strongest first.
+
+        One entry a context: the tokens around the peak as text, the activation of each, the document's source, labels.
+        """
+        found: list[Record] = []
+        seen: set[int] = set()
+        for offset in activations.argsort(descending=True).tolist():
+            if activations[offset] <= 0 or len(found) == CONTEXTS_SHOWN:
+                break
+            context = int(self.columns["context"][offset])
+            if context in seen:
+                continue
+            seen.add(context)
+            window = np.arange(max(0, offset - TOKENS_BEFORE), min(len(activations), offset + TOKENS_AFTER + 1))
+            window = window[self.columns["context"][window] == context]
+            document = int(self.columns["document"][offset])
+            about = self.store.documents_between(document, document).to_pylist()[0]
+            found.append(
+                {
+                    "row": self.start + offset,
+                    "document": document,
+                    "source": about["source"],
+                    "labels": {label: str(about[label]) for label in self.store.info.labels},
+                    "tokens": [self._piece(int(token)) for token in self.columns["token"][window]],
+                    "activations": [round(float(activations[w]), 4) for w in window],
+                }
+            )
+        return found
+
+    def _piece(self, token: int) -> str:
+        return str(self.tokenizer.decode([token], skip_special_tokens=False))

@@ -1,0 +1,123 @@
+"""The stages, one function each: take the spec's sections, do what is not done yet, say what happened.
+
+Every stage may be run again at any time; what is finished is found in the store and left alone. `jobs` adds the spec
+file, the messages and the terminal; Ray must be up for the stages that use actors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayActorError
+
+from pipeline.models import describe_model
+from storage.anchors import AnchorSet, read_anchors
+from storage.errors import StorageError
+from storage.records import Record
+from storage.runs import open_run
+from storage.store import Store
+from workers.anchoring import anchors_identity, make_anchors
+from workers.evaluator import EvaluationPlan, evaluate_remotely, is_evaluated
+from workers.harvester import UnitResult
+from workers.harvesting import HarvestJob, declare, run_harvest
+from workers.settings import AnchorSettings, EvaluateSettings, HarvestSettings, ModelSettings, TrainSettings
+from workers.supervisor import HarvestFailed
+from workers.trainer import Progress, TrainerActor, TrainPlan, plan_training, unfinished
+
+POLL_S = 0.5
+TRAINER_STARTS = 3
+"""Times a trainer is started before its deaths are taken for a pattern."""
+
+
+def harvest(
+    store: Store, jobs: list[HarvestJob], settings: HarvestSettings, on_unit: Callable[[UnitResult], None]
+) -> int:
+    """Harvest the units that are missing; return how many."""
+    for job in jobs:
+        declare(store, job)
+        if job.units:
+            run_harvest(job, settings, on_unit)
+    return sum(len(job.units) for job in jobs)
+
+
+@dataclass(frozen=True)
+class AnchorResult:
+    anchors: AnchorSet
+    made: bool
+
+
+def anchors(store: Store, settings: AnchorSettings) -> AnchorResult:
+    """Make the anchors of all sites of the store, unless the same ones are there."""
+    sites = store.sites
+    if not sites:
+        raise StorageError(f"the store at {store.path} has no activations yet; run `granary harvest` first")
+    try:
+        found = read_anchors(store, settings.name)
+    except StorageError:
+        found = None
+    if found is not None and found.identity == anchors_identity(store, settings, sites):
+        return AnchorResult(found, made=False)
+    return AnchorResult(make_anchors(store, settings, sites), made=True)
+
+
+def train(store: Store, settings: TrainSettings, on_progress: Callable[[Progress], None]) -> list[str]:
+    """Train the dictionaries that are not finished, in one pass; return their names."""
+    plan = unfinished(store, plan_training(store, settings))
+    if not plan.dictionaries:
+        return []
+    for start in range(TRAINER_STARTS):
+        try:
+            _train_once(plan, on_progress)
+            break
+        except RayActorError as error:
+            if start + 1 == TRAINER_STARTS:
+                raise HarvestFailed(f"the trainer died {TRAINER_STARTS} times; the last: {error}") from error
+    return [d.name for d in plan.dictionaries]
+
+
+def _train_once(plan: TrainPlan, on_progress: Callable[[Progress], None]) -> None:
+    actor = TrainerActor.options(num_cpus=min(plan.threads, ray.cluster_resources().get("CPU", 1))).remote(plan)
+    try:
+        running = actor.train.remote()
+        while not ray.wait([running], timeout=POLL_S)[0]:
+            on_progress(ray.get(actor.progress.remote()))
+        ray.get(running)
+        on_progress(ray.get(actor.progress.remote()))
+    finally:
+        ray.kill(actor)
+
+
+def plan_evaluations(
+    store: Store,
+    model: ModelSettings,
+    harvest_settings: HarvestSettings,
+    train_settings: TrainSettings,
+    anchor_settings: AnchorSettings | None,
+    settings: EvaluateSettings,
+) -> list[EvaluationPlan]:
+    """What is left to evaluate. Raises StorageError when a dictionary of the spec is not trained."""
+    info = describe_model(model.id, model.revision)
+    plans = []
+    for wanted in train_settings.dictionaries:
+        open_run(store, wanted.name).dictionary_record()  # raises when it is not trained
+        plan = EvaluationPlan(
+            store=store.path,
+            run=wanted.name,
+            anchors=anchor_settings.name if anchor_settings else None,
+            model=info,
+            model_dtype=model.dtype,
+            attention=harvest_settings.attention,
+            batch_tokens=harvest_settings.batch_tokens,
+            settings=settings,
+            threads=train_settings.threads,
+        )
+        if not is_evaluated(store, plan):
+            plans.append(plan)
+    return plans
+
+
+def evaluate(plan: EvaluationPlan) -> Record:
+    """Evaluate one dictionary in a worker of its own and return the record that is now in its run."""
+    cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
+    record: Record = ray.get(evaluate_remotely.options(num_cpus=cpus).remote(plan))
+    return record
