@@ -45,8 +45,12 @@ def refusal(error: BaseException) -> str | None:
         return refusal(cause)
     if isinstance(error, SpecError | StorageError):
         return str(error)
-    # These two live beside torch and Ray, which are only loaded if they could have been raised at all.
-    known = [("pipeline.errors", "InputError"), ("workers.supervisor", "HarvestFailed")]
+    # These live beside torch and Ray, which are only loaded if they could have been raised at all.
+    known = [
+        ("pipeline.errors", "InputError"),
+        ("workers.supervisor", "HarvestFailed"),
+        ("jobs.submit", "ClusterError"),
+    ]
     classes = tuple(getattr(sys.modules[m], name) for m, name in known if m in sys.modules)
     return str(error) if isinstance(error, classes) else None
 

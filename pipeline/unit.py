@@ -5,12 +5,13 @@ every row of the unit is filled exactly once (asserted).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.capture import capture, run_base
+from pipeline.capture import capture, decoder_layers, run_base
 from pipeline.models import DTYPES
 from pipeline.rows import ContextRows, batches_of, padded
 from pipeline.sites import Site
@@ -41,14 +42,32 @@ class UnitRunner:
     """A model with the sites to take from it. `run` is to be called from one thread."""
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], *, dtype: str, d_model: int, batch_tokens: int, device: str
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        *,
+        dtype: str,
+        d_model: int,
+        batch_tokens: int,
+        device: str,
+        compile_context: int | None = None,
     ):
+        """`compile_context`: compile the layers for full batches of contexts of this length. Only for those: each shape
+        costs the compiler half a minute, so the few batches of other shapes run eagerly."""
         self.model = model
         self.sites = list(sites)
         self.dtype = DTYPES[dtype]
         self.d_model = d_model
         self.batch_tokens = batch_tokens
         self.device = torch.device(device)
+        # The taps stay for good: a compiled layer would be compiled anew when they change.
+        self._taps = ExitStack()
+        self._taken = self._taps.enter_context(capture(model, self.sites))
+        self._compiled_shape: tuple[int, int] | None = None
+        if compile_context is not None:
+            self._compiled_shape = (max(1, batch_tokens // compile_context), compile_context)
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=False)
 
     @torch.inference_mode()
     def run(self, contexts: Sequence[ContextRows], num_rows: int) -> Activations:
@@ -58,16 +77,21 @@ class UnitRunner:
         for batch in batches_of(contexts, self.batch_tokens):
             tokens = torch.from_numpy(padded(batch))
             source, target = _row_index(batch, tokens.shape[1])
-            with capture(self.model, self.sites) as taken:
-                run_base(self.model, tokens.to(self.device))
+            self._forward(tokens)
             on_device = source.to(self.device)
             for site in self.sites:
-                rows = taken[site].reshape(-1, self.d_model).index_select(0, on_device).to(self.dtype)
+                rows = self._taken[site].reshape(-1, self.d_model).index_select(0, on_device).to(self.dtype)
                 kept[site].index_copy_(0, target, rows.cpu())
             filled += len(target)
             positions += tokens.numel()
         assert filled == num_rows, f"{filled} rows filled of {num_rows}"
         return Activations(kept, positions, num_rows)
+
+
+    def _forward(self, tokens: Tensor) -> None:
+        eager = self._compiled_shape is not None and tuple(tokens.shape) != self._compiled_shape
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            run_base(self.model, tokens.to(self.device))
 
 
 def _row_index(batch: Sequence[ContextRows], length: int) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,9 @@ Not here: which rows may be read at all (`storage.store`), and who may write whi
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import google_crc32c
 import ml_dtypes
@@ -23,10 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import CorruptChunk, NotAStore
-from storage.files import create_file, sync_folder, write_file
+from storage.files import Staged, create_file, discard, in_threads, publish, stage
 
 Array = npt.NDArray[Any]
-T = TypeVar("T")
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -38,6 +34,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Zarr data type name -> numpy dtype."""
 
 CRC_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StagedRows:
+    """Rows that are written but not published: the crc32c of each chunk, and the files."""
+
+    checksums: list[int]
+    files: list[Staged]
 
 
 @dataclass(frozen=True)
@@ -105,35 +109,43 @@ class RowArray:
             raise NotAStore(f"{path / 'zarr.json'} is not the metadata of a format 1 array: see {', '.join(wrong)}")
         return array
 
-    def write(self, start: int, values: Array) -> list[int]:
-        """Write rows [start, start + len(values)) durably and return the crc32c of each chunk.
+    def stage(self, start: int, values: Array) -> "StagedRows":
+        """Write rows [start, start + len(values)) under temporary names; `publish` makes them durable and visible.
 
         `start` is the first row of a chunk, and the values end at a chunk's end or at the array's last row: no chunk
-        is ever written in two parts.
+        is ever written in two parts. On an error nothing is left.
         """
         stop = start + len(values)
         assert start % self.chunk_rows == 0
         assert stop % self.chunk_rows == 0 or stop == self.shape[0], (start, stop, self)
         assert values.dtype == self.numpy_dtype, (values.dtype, self.dtype)
         assert values.shape[1:] == self.shape[1:]
+        staged: list[Staged] = []
 
-        def write_chunk(first: int) -> int:
+        def stage_chunk(first: int) -> int:
             rows = values[first - start : first - start + self.chunk_rows]
             if len(rows) < self.chunk_rows:  # the array's last chunk is stored whole, as Zarr asks
                 padded = np.zeros((self.chunk_rows, *self.shape[1:]), dtype=self.numpy_dtype)
                 padded[: len(rows)] = rows
                 rows = padded
-            rows = np.ascontiguousarray(rows).view(np.uint8)
+            rows = np.ascontiguousarray(rows)
             crc = checksum(rows)
-            write_file(self.chunk_path(first // self.chunk_rows), [rows, crc.to_bytes(CRC_BYTES, "little")])
+            path = self.chunk_path(first // self.chunk_rows)
+            staged.append(stage(path, [rows.reshape(-1).view(np.uint8), crc.to_bytes(CRC_BYTES, "little")]))
             return crc
 
-        checksums = _in_threads(write_chunk, range(start, stop, self.chunk_rows))
-        if len(self.shape) > 1:
-            for first in range(start, stop, self.chunk_rows):
-                sync_folder(self.chunk_path(first // self.chunk_rows).parent)
-        sync_folder(self.path / "c")
-        return checksums
+        try:
+            checksums = in_threads(stage_chunk, range(start, stop, self.chunk_rows))
+        except BaseException:
+            discard(staged)
+            raise
+        return StagedRows(checksums, staged)
+
+    def write(self, start: int, values: Array) -> list[int]:
+        """Stage and publish; return the crc32c of each chunk."""
+        staged = self.stage(start, values)
+        publish(staged.files)
+        return staged.checksums
 
     def read(self, start: int, stop: int) -> Array:
         """Return rows [start, stop) as a new array [stop - start, *width] in the stored dtype.
@@ -155,7 +167,7 @@ class RowArray:
                 a, b = max(first, start), min(last, stop)
                 out[a - start : b - start] = whole[a - first : b - first]
 
-        _in_threads(read_chunk, range(start // self.chunk_rows, -(-stop // self.chunk_rows)))
+        in_threads(read_chunk, range(start // self.chunk_rows, -(-stop // self.chunk_rows)))
         return out
 
     def read_checksum(self, chunk: int) -> int:
@@ -213,15 +225,3 @@ def checksum(values: Array) -> int:
     view = values.reshape(-1).view(np.uint8)
     view.flags.writeable = False  # google_crc32c takes read-only buffers only; this is a view, the array stays as it is
     return int(google_crc32c.value(view))
-
-
-def _in_threads(function: Callable[[int], T], items: Sequence[int]) -> list[T]:
-    if len(items) == 1:
-        return [function(items[0])]
-    return list(_pool().map(function, items))
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    # Chunk I/O is system calls and checksums that release the GIL; more threads than this gained nothing (0001).
-    return ThreadPoolExecutor(4, thread_name_prefix="chunk-io")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from storage.arrays import Array, RowArray, write_group
 from storage.errors import StorageError
-from storage.files import create_file, sync_folder, write_file
+from storage.files import create_file, write_file
 from storage.records import Record
 from storage.store import DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP, ROW_COLUMNS, CorpusInfo, Store, open_store
 
@@ -74,7 +74,6 @@ def create_store(
         _write_corpus(path / "corpus", table, save_tokenizer)
         root = {"granary": {**info(table.digest()).to_record(), **(extra or {})}}
         write_group(path, root)
-        sync_folder(path)
     except BaseException as error:
         shutil.rmtree(path / "corpus", ignore_errors=True)
         if not existed:
@@ -104,5 +103,3 @@ def _write_corpus(folder: Path, table: Table, save_tokenizer: Callable[[Path], N
         save_tokenizer(Path(saved))
         for file in sorted(Path(saved).iterdir()):
             write_file(folder / "tokenizer" / file.name, [file.read_bytes()])
-    for child in ("documents", "tokenizer"):
-        sync_folder(folder / child)

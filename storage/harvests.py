@@ -16,7 +16,7 @@ from typing import Any
 
 from storage.arrays import RowArray
 from storage.errors import StorageError, StoreMismatch
-from storage.files import create_file
+from storage.files import create_file, remove_temporaries
 from storage.records import Record, differences, digest, encode, read_record
 
 COMMIT_DIGITS = 8
@@ -119,6 +119,16 @@ def declare_harvest(store: Path, num_rows: int, harvest: Harvest) -> None:
 
 def _create_group(path: Path, attributes: dict[str, Any]) -> None:
     create_file(path / "zarr.json", encode({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
+
+
+def sweep(store: Path, harvest: Harvest) -> None:
+    """Remove what killed writers left behind, once every unit is committed. A writer that still lives then fails to
+    publish a unit that is committed already, and loses nothing."""
+    for kind in ("activations", "norms"):
+        for site in harvest.sites:
+            remove_temporaries(store / kind / harvest.model / site)
+    remove_temporaries(store / "moments" / harvest.digest)
+    remove_temporaries(store / "commits" / harvest.digest)
 
 
 def commit_path(store: Path, harvest: str, unit: int) -> Path:

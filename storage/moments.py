@@ -4,11 +4,9 @@ The moments are of the stored values (after rounding to the stored dtype), in fl
 from the activations at any time.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.files import write_file
 from storage.harvests import moments_path
 from storage.store import Store
 
@@ -69,8 +66,8 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_moments(path: Path, moments: Mapping[MomentKey, Moments]) -> str:
-    """Write one unit's moments and return the sha256 of the file."""
+def encode_moments(moments: Mapping[MomentKey, Moments]) -> bytes:
+    """One unit's moments as a Parquet file."""
     rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for key in sorted(moments, key=lambda k: (k.site, k.label or "", k.value or "")):
         m = moments[key]
@@ -78,9 +75,8 @@ def write_moments(path: Path, moments: Mapping[MomentKey, Moments]) -> str:
             rows[name].append(value)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(rows, schema=_SCHEMA), sink, compression="none")
-    content = sink.getvalue().to_pybytes()
-    write_file(path, [content])
-    return hashlib.sha256(content).hexdigest()
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, Moments]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import StorageError, StoreMismatch
-from storage.files import create_file, sync_folder, write_file
+from storage.files import create_file, write_file
 from storage.records import Record, differences, encode, read_record
 from storage.store import Store
 
@@ -57,7 +57,6 @@ class Run:
         """Write the curve, then the checkpoint. A curve that is ahead of its checkpoint is cut when it is read."""
         write_file(self.folder / "curve.json", [encode({"points": curve})])
         write_file(self.folder / "checkpoint.safetensors", [checkpoint])
-        sync_folder(self.folder)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -77,7 +76,6 @@ class Run:
         write_file(self.folder / "curve.json", [encode({"points": curve})])
         for name, content in sorted(files.items(), key=lambda item: item[0] == "dictionary.json"):
             write_file(self.folder / name, [content])
-        sync_folder(self.folder)
         (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def write_evaluation(self, record: Record) -> None:

@@ -1,5 +1,6 @@
 """Writing one unit: activations, norms, moments, and last of all the commit that makes them readable."""
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,9 +8,9 @@ from typing import Any
 
 from storage.arrays import Array
 from storage.errors import StorageError
-from storage.files import create_file, sync_folder
+from storage.files import Staged, create_file, discard, publish, stage
 from storage.harvests import Harvest, commit_path, moments_path
-from storage.moments import MomentKey, Moments, write_moments
+from storage.moments import MomentKey, Moments, encode_moments
 from storage.records import Record, encode
 from storage.store import Store
 
@@ -33,18 +34,20 @@ def write_unit(
     """
     start, stop = store.info.unit_rows(unit)
     sites: dict[str, Record] = {}
+    staged: list[Staged] = []
     try:
         for site in harvest.sites:
-            values, norms = block.activations[site], block.norms[site]
-            assert len(values) == len(norms) == stop - start
-            activation_array, norm_array = harvest.arrays(store.path, store.num_rows, site)
-            sites[site] = {
-                "crc32c": activation_array.write(start, values),
-                "norms_crc32c": norm_array.write(start, norms),
-            }
-        moments_file = moments_path(store.path, harvest.digest, unit)
-        moments_digest = write_moments(moments_file, block.moments)
-        sync_folder(moments_file.parent)
+            checksums = []
+            arrays = harvest.arrays(store.path, store.num_rows, site)
+            for array, values in zip(arrays, (block.activations[site], block.norms[site]), strict=True):
+                assert len(values) == stop - start
+                rows = array.stage(start, values)
+                staged += rows.files
+                checksums.append(rows.checksums)
+            sites[site] = {"crc32c": checksums[0], "norms_crc32c": checksums[1]}
+        moments = encode_moments(block.moments)
+        staged.append(stage(moments_path(store.path, harvest.digest, unit), [moments]))
+        publish(staged)
         commit: Record = {
             "harvest": harvest.digest,
             "unit": unit,
@@ -52,12 +55,13 @@ def write_unit(
             "row_stop": stop,
             "writer": writer,
             "sites": sites,
-            "moments_sha256": moments_digest,
+            "moments_sha256": hashlib.sha256(moments).hexdigest(),
             **about,
             "committed_at": time.time(),
         }
         return create_file(commit_path(store.path, harvest.digest, unit), encode(commit))
     except OSError as error:
+        discard(staged)
         raise StorageError(
             f"unit {unit} cannot be written to {store.path}: {error.strerror or error}; committed units are safe, "
             "start again when there is room"

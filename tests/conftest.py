@@ -262,6 +262,11 @@ def corpus_info(table: Table, rows_per_unit: int, held_out_start: int | None = N
     return info
 
 
+def save_no_tokenizer(folder: Path) -> None:
+    """For stores of made-up tokens."""
+    (folder / "tokenizer.json").write_text("{}")
+
+
 def write_store(
     path: Path,
     *,
@@ -277,7 +282,7 @@ def write_store(
     """A store of random activations, written by `storage` alone: small chunks and units that no model would give."""
     table = plan_table(num_rows, num_documents=max(2, num_rows // 20))
     info = corpus_info(table, rows_per_unit, held_out_start)
-    store = create_store(path, table, info, lambda folder: None)
+    store = create_store(path, table, info, save_no_tokenizer)
     layout = {"d": width, "dtype": dtype, "chunk_rows": chunk_rows}
     made = Harvest.of({"sites": sorted(sites)}, "made-up", {site: dict(layout) for site in sites}, {})
     declare_harvest(store.path, num_rows, made)

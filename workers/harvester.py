@@ -4,6 +4,7 @@ Two units are in flight in one actor: while one is computed (by a single thread,
 one before is written by the thread of its own call. That is also the memory bound: the model and two units.
 """
 
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import ray
 import torch
 
+from pipeline.errors import InputError
 from pipeline.models import ModelInfo, load_base_model
 from pipeline.rows import ContextRows, contexts_of_rows
 from pipeline.sites import parse_site
@@ -80,13 +82,14 @@ class Harvester:
 
     def _load(self) -> UnitRunner:
         setup = self.setup
+        if setup.compile and setup.device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+            raise InputError(
+                "compiling the layers on CPU needs a C++ compiler (g++): install one, or set harvest.compile: false"
+            )
         torch.set_num_threads(setup.threads)  # of this thread's computations: OpenMP counts threads per caller
         model = load_base_model(
             setup.model, layers=setup.layers, dtype=setup.model_dtype, attention=setup.attention, device=setup.device
         )
-        if setup.compile:
-            for layer in model.layers:  # type: ignore[union-attr]
-                layer.compile(dynamic=False)
         sites = [parse_site(site) for site in setup.harvest.sites]
         layout = next(iter(setup.harvest.sites.values()))
         return UnitRunner(
@@ -96,6 +99,7 @@ class Harvester:
             d_model=layout["d"],
             batch_tokens=setup.batch_tokens,
             device="cuda" if setup.device == "auto" else setup.device,
+            compile_context=self.store.info.context if setup.compile else None,
         )
 
     def _compute_unit(self, unit: int) -> tuple[UnitBlock, int]:

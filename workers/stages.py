@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from pipeline.models import describe_model
 from storage.anchors import AnchorSet, read_anchors
 from storage.errors import StorageError
+from storage.harvests import sweep
 from storage.records import Record
 from storage.runs import open_run
 from storage.store import Store
@@ -37,6 +38,7 @@ def harvest(
         declare(store, job)
         if job.units:
             run_harvest(job, settings, on_unit)
+            sweep(store.path, job.harvest)
     return sum(len(job.units) for job in jobs)
 
 

@@ -1,7 +1,6 @@
 """Moments: adding is associative and commutative, and gives what the rows give, however they were divided."""
 
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline.unit import RawMoments, group_moments, summarise
-from storage.moments import MomentKey, Moments, write_moments
+from storage.moments import MomentKey, Moments, encode_moments
 
 WIDTH = 3
 rows = hnp.arrays(np.float32, st.tuples(st.integers(1, 40), st.just(WIDTH)), elements=st.floats(-100, 100, width=32))
@@ -66,7 +65,7 @@ def test_group_moments_equal_direct_computation(
 ) -> None:
     values, segments, groups = case
     norms, per_segment = summarise(torch.from_numpy(values), segments)
-    np.testing.assert_allclose(norms.numpy(), np.linalg.norm(values.astype(np.float64), axis=1), rtol=1e-5)
+    np.testing.assert_allclose(norms.numpy(), np.linalg.norm(values.astype(np.float64), axis=1), rtol=1e-5, atol=1e-12)
     found = group_moments(per_segment, groups)
     expected_keys = {(None, None)} | {(label, value) for label, given in groups.items() for value in given}
     assert found.keys() == expected_keys
@@ -98,13 +97,8 @@ def test_long_segments_keep_float64_precision() -> None:
     torch.testing.assert_close(found.sum_squares, wide.square().sum(0), rtol=1e-6, atol=0)
 
 
-def test_files_do_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
+def test_files_do_not_depend_on_the_order_of_keys() -> None:
     rng = np.random.default_rng(0)
     keys = [MomentKey("a.0"), MomentKey("a.0", "language", "en"), MomentKey("b.0"), MomentKey("b.0", "language", "en")]
     moments = {key: direct(rng.standard_normal((5, WIDTH)).astype(np.float32)) for key in keys}
-    digests = [
-        write_moments(tmp_path / f"{n}.parquet", {key: moments[key] for key in order})
-        for n, order in enumerate([keys, keys[::-1]])
-    ]
-    assert digests[0] == digests[1]
-    assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "1.parquet").read_bytes()
+    assert encode_moments(moments) == encode_moments({key: moments[key] for key in reversed(keys)})

@@ -1,4 +1,4 @@
-"""The arithmetic of rows: whatever the documents, every token is in one row, and units put the contexts together again."""
+"""Row arithmetic: whatever the documents, every token is in one row, and units put the contexts together again."""
 
 from dataclasses import dataclass
 
@@ -86,9 +86,7 @@ def test_every_token_is_in_one_row(case: Case) -> None:
 @given(cases())
 def test_documents_without_rows_are_counted_and_the_others_are_there_once(case: Case) -> None:
     table = case.table()
-    silent = {
-        i for i in range(len(case.documents)) if not any(w[case.policy.skip_first :] for w in case.windows(i))
-    }
+    silent = {i for i in range(len(case.documents)) if not any(w[case.policy.skip_first :] for w in case.windows(i))}
     assert sum(table.skipped.counts.values()) == len(silent)
     assert sorted(map(int, table.documents.column("source").to_pylist())) == sorted(
         set(range(len(case.documents))) - silent

@@ -1,4 +1,4 @@
-"""Stored rows against an independent capture: transformers' model as it is, one context at a time, hooks written here."""
+"""Stored rows against an independent capture: unmodified transformers, one context at a time, hooks of its own."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,11 @@ def independent_capture(folder: Path) -> Callable[[list[int]], dict[str, np.ndar
         taken[name] = value.detach().squeeze(0).clone()
 
     for number, layer in enumerate(model.model.layers):
-        for name, module in [("resid_pre", layer), ("resid_mid", layer.post_attention_layernorm), ("mlp_in", layer.mlp)]:
+        for name, module in [
+            ("resid_pre", layer),
+            ("resid_mid", layer.post_attention_layernorm),
+            ("mlp_in", layer.mlp),
+        ]:
             module.register_forward_pre_hook(
                 lambda module, args, kwargs, name=f"{name}.{number}": keep(
                     name, args[0] if args else kwargs["hidden_states"]
@@ -64,16 +68,17 @@ def independent_capture(folder: Path) -> Callable[[list[int]], dict[str, np.ndar
     return run
 
 
-def independent_rows(folder: Path, text: str) -> dict[str, np.ndarray]:
-    """What the store should hold for a text: each context alone, BOS dropped; and under "token" the tokens."""
-    tokens = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
-    run = independent_capture(folder)
-    parts = []
-    for start in range(0, len(tokens), CONTEXT - 1):
-        window = tokens[start : start + CONTEXT - 1]
-        acts = run([0, *window])
-        parts.append({"token": np.asarray(window), **{site: values[1:] for site, values in acts.items()}})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def independent_rows(folder: Path, texts: list[str]) -> list[dict[str, np.ndarray]]:
+    """What the store should hold for each text: its contexts alone, BOS dropped; and under "token" the tokens."""
+    tokenizer, run = transformers.AutoTokenizer.from_pretrained(folder), independent_capture(folder)
+    found = []
+    for text in texts:
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        windows = [tokens[start : start + CONTEXT - 1] for start in range(0, len(tokens), CONTEXT - 1)]
+        parts = [{site: acts[1:] for site, acts in run([0, *window]).items()} for window in windows]
+        rows = {site: np.concatenate([part[site] for part in parts]) for site in parts[0]}
+        found.append({"token": np.asarray(tokens), **rows})
+    return found
 
 
 def rows_of_document(store: Store, number: int) -> range:
@@ -103,9 +108,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Path, corpus: Path) -
 def test_rows_equal_an_independent_capture(family: tuple[Path, Store], texts: list[str]) -> None:
     folder, store = family
     stored = {site: store.read(site) for site in ALL_SITES}
-    for document in range(0, store.info.num_documents, 3):
+    of_record = independent_rows(folder, texts)
+    for document in range(store.info.num_documents):
         rows = rows_of_document(store, document)
-        expected = independent_rows(folder, texts[record_number(store, document)])
+        expected = of_record[record_number(store, document)]
         np.testing.assert_array_equal(store.columns(rows.start, rows.stop)["token"], expected["token"])
         for site in ALL_SITES:
             np.testing.assert_allclose(stored[site][rows], expected[site], rtol=0, atol=TOLERANCE, err_msg=site)

@@ -1,5 +1,6 @@
 """A store gives what was written and committed, says exactly why when it cannot, and is made whole or not at all."""
 
+import contextlib
 import errno
 import json
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import corpus_info, harvest, plan_table, start_harvest, stored_rows, write_store
+from conftest import corpus_info, harvest, plan_table, save_no_tokenizer, start_harvest, stored_rows, write_store
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -164,7 +165,7 @@ def test_documents_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(f"{module}.DOCUMENTS_PER_FILE", 8)
         monkeypatch.setattr(f"{module}.DOCUMENTS_PER_GROUP", 3)
     table = plan_table(num_rows=100, num_documents=29)
-    store = create_store(tmp_path / "store", table, corpus_info(table, 32), lambda folder: None)
+    store = create_store(tmp_path / "store", table, corpus_info(table, 32), save_no_tokenizer)
     assert len(list((store.path / "corpus" / "documents").iterdir())) == 4
     assert store.documents.equals(table.documents)
     for first in range(29):
@@ -174,7 +175,7 @@ def test_documents_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_documents_between_of_many_row_groups(tmp_path: Path) -> None:
     table = plan_table(num_rows=30_000, num_documents=25_001)
-    store = create_store(tmp_path / "store", table, corpus_info(table, 1024), lambda folder: None)
+    store = create_store(tmp_path / "store", table, corpus_info(table, 1024), save_no_tokenizer)
     file = pq.ParquetFile(store.path / "corpus" / "documents" / "part-00000.parquet")
     assert file.num_row_groups == 3
     for first, last in [(0, 0), (9_999, 10_000), (10_000, 19_999), (5, 25_000), (20_000, 25_000)]:
@@ -209,7 +210,9 @@ def test_moments_are_those_of_the_stored_rows(harvested: Store, units: list[int]
     for site in harvested.sites:
         rows = stored_rows(harvested, site).astype(np.float64)
         found = merged_moments(harvested, site, units)
-        expected = [(label, v) for label, vs in [("language", ["de", "en", "fr"]), ("year", ["1980", "1981"])] for v in vs]
+        expected = [
+            (label, v) for label, vs in [("language", ["de", "en", "fr"]), ("year", ["1980", "1981"])] for v in vs
+        ]
         assert set(found) == {MomentKey(site), *(MomentKey(site, *key) for key in expected)}
         assert_moments(found[MomentKey(site)], rows[in_units])
         for key in expected:
@@ -372,21 +375,21 @@ def test_a_creation_that_fails_leaves_an_empty_folder_empty(tmp_path: Path) -> N
     with pytest.raises(RuntimeError):
         create_store(tmp_path, table, corpus_info(table, 32), raising(RuntimeError("a bug")))
     assert list(tmp_path.iterdir()) == []
-    assert create_store(tmp_path, table, corpus_info(table, 32), lambda folder: None).num_rows == 100
+    assert create_store(tmp_path, table, corpus_info(table, 32), save_no_tokenizer).num_rows == 100
 
 
 def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     table = plan_table(100, 5)
     with pytest.raises(StorageError, match=r"not an empty folder .*thesis\.txt"):
-        create_store(tmp_path, table, corpus_info(table, 32), lambda folder: None)
+        create_store(tmp_path, table, corpus_info(table, 32), save_no_tokenizer)
     with pytest.raises(StorageError, match="not an empty folder"):
-        create_store(tmp_path / "thesis.txt", table, corpus_info(table, 32), lambda folder: None)
+        create_store(tmp_path / "thesis.txt", table, corpus_info(table, 32), save_no_tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("save_tokenizer", [lambda folder: None, raising(OSError(errno.ENOSPC, "full"))])
+@pytest.mark.parametrize("save_tokenizer", [save_no_tokenizer, raising(OSError(errno.ENOSPC, "full"))])
 def test_a_folder_named_corpus_with_someone_s_files_is_left_as_it_is(
     tmp_path: Path, save_tokenizer: Callable[[Path], None]
 ) -> None:
@@ -405,17 +408,17 @@ def test_a_store_is_not_overwritten(gaps: Store) -> None:
     before = contents(gaps.path)
     table = plan_table(100, 5)
     with pytest.raises(StorageError, match="there is a store at"):
-        create_store(gaps.path, table, corpus_info(table, 32), lambda folder: None)
+        create_store(gaps.path, table, corpus_info(table, 32), save_no_tokenizer)
     assert contents(gaps.path) == before
 
 
 def test_what_an_interrupted_creation_left_is_overwritten(tmp_path: Path) -> None:
     """Killed before the root record, then started again with another corpus: the next attempt is as if it was first."""
     other, table = plan_table(500, 40, seed=1), plan_table(100, 5)
-    create_store(tmp_path / "store", other, corpus_info(other, 32), lambda folder: None)
+    create_store(tmp_path / "store", other, corpus_info(other, 32), save_no_tokenizer)
     (tmp_path / "store" / "zarr.json").unlink()
-    store = create_store(tmp_path / "store", table, corpus_info(table, 32), lambda folder: None)
-    fresh = create_store(tmp_path / "fresh", table, corpus_info(table, 32), lambda folder: None)
+    store = create_store(tmp_path / "store", table, corpus_info(table, 32), save_no_tokenizer)
+    fresh = create_store(tmp_path / "fresh", table, corpus_info(table, 32), save_no_tokenizer)
     assert contents(store.path) == contents(fresh.path)
 
 
@@ -424,5 +427,39 @@ def test_a_temporary_file_of_an_interrupted_creation_is_no_obstacle(tmp_path: Pa
     table = plan_table(100, 5)
     shutil.copytree(write_store(tmp_path / "other", num_rows=100).path / "corpus", tmp_path / "store" / "corpus")
     (tmp_path / "store" / ".zarr.json.4242.0badcafe.tmp").write_text("{")
-    store = create_store(tmp_path / "store", table, corpus_info(table, 32), lambda folder: None)
+    store = create_store(tmp_path / "store", table, corpus_info(table, 32), save_no_tokenizer)
     assert store.num_rows == 100
+
+
+@pytest.mark.parametrize("error", [None, OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_the_loser_of_two_creations_does_not_harm_the_winner_s_store(
+    tmp_path: Path, error: BaseException | None
+) -> None:
+    """The same spec was started twice; one finishes while the other is about to, or is about to fail."""
+    table = plan_table(100, 5)
+    place = tmp_path / "store"
+
+    def finished_meanwhile(folder: Path) -> None:
+        create_store(place, table, corpus_info(table, 32), save_no_tokenizer)
+        save_no_tokenizer(folder)
+        if error is not None:
+            raise error
+
+    with contextlib.suppress(StorageError, KeyboardInterrupt):
+        create_store(place, table, corpus_info(table, 32), finished_meanwhile)
+    store = open_store(place)
+    np.testing.assert_array_equal(store.columns(0, 100)["token"], table.columns["token"])
+    assert store.documents.equals(table.documents)
+
+
+def test_a_creation_that_finds_another_store_at_the_end_does_not_take_it_for_its_own(tmp_path: Path) -> None:
+    mine, theirs = plan_table(100, 5, seed=1), plan_table(100, 5, seed=2)
+    place = tmp_path / "store"
+
+    def finished_meanwhile(folder: Path) -> None:
+        create_store(place, theirs, corpus_info(theirs, 32), save_no_tokenizer)
+        save_no_tokenizer(folder)
+
+    with pytest.raises(StorageError):
+        create_store(place, mine, corpus_info(mine, 32), finished_meanwhile)
+    np.testing.assert_array_equal(open_store(place).columns(0, 100)["token"], theirs.columns["token"])
