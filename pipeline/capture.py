@@ -87,7 +87,7 @@ def _tap(layer: Any, kind: str, visit: Callable[[Tensor], Tensor | None]) -> Ite
             return output
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
-    # Not torch's hooks: inside a compiled layer they are dropped without a word (torch 2.13; tests/unit/test_capture.py).
+    # Not torch's hooks: inside a compiled layer they are dropped without a word (torch 2.13).
     wrapped_before = vars(module).get("forward")
     module.forward = visiting_input if kind in inputs else visiting_output
     try:

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+
+FORMAT = 1
+ACTIVATION = "topk"
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def top_k(preactivations: Tensor, k: int) -> Tensor:
 def save_dictionary(dictionary: Dictionary, about: dict[str, Any]) -> dict[str, bytes]:
     """Encode a dictionary as files: name -> content. `about` (model and store digests, metrics) goes into the JSON."""
     weights = {name: parameter.detach().contiguous() for name, parameter in dictionary.named_parameters()}
-    record = {"format": 1, "activation": "topk", "config": asdict(dictionary.config), **about}
+    record = {"format": FORMAT, "activation": ACTIVATION, "config": asdict(dictionary.config), **about}
     return {
         "dictionary.safetensors": save(weights),
         "dictionary.json": (json.dumps(record, indent=2) + "\n").encode(),
@@ -123,11 +127,16 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     try:
         record = json.loads((folder / "dictionary.json").read_text())
         weights = load_file(folder / "dictionary.safetensors")
+        found = (record["format"], record["activation"])
+        if found != (FORMAT, ACTIVATION):
+            raise InputError(f"the dictionary in {folder} is {found}; this version reads {(FORMAT, ACTIVATION)}")
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
+        dictionary = Dictionary(DictionaryConfig(**fields))
+        dictionary.load_state_dict(weights)
     except FileNotFoundError as error:
         raise InputError(f"no dictionary in {folder}: {error.filename} is not there; train it first") from None
-    if record.get("format") != 1:
-        raise InputError(f"the dictionary in {folder} has format {record.get('format')!r}; this version reads format 1")
-    config = record["config"]
-    dictionary = Dictionary(DictionaryConfig(**{**config, **{k: tuple(config[k]) for k in ("input", "output")}}))
-    dictionary.load_state_dict(weights)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"the dictionary in {folder} is damaged: {error}") from None
     return dictionary.eval().requires_grad_(False)

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError
 
 EXAMPLES_KEPT = 5
+TEXT_TYPES = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 FINGERPRINT_TAIL_BYTES = 64 * 1024
-RESERVED_COLUMNS = {"document", "row_start", "row_stop", "source"}
+RESERVED_COLUMNS = {"text", "document", "row_start", "row_stop", "source"}
 
 
 @dataclass
@@ -77,7 +78,7 @@ def read_documents(files: Sequence[Path], text: str, labels: Sequence[str]) -> t
     tables = [_read_file(file, text, labels, skipped) for file in files]
     try:
         documents = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputError(f"corpus.labels: the files do not agree on a label's type: {error}") from None
     if documents.num_rows == 0:
         reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.counts.items()) or "no records"
@@ -95,15 +96,15 @@ def _read_file(file: Path, text: str, labels: Sequence[str], skipped: Skipped) -
         if column not in columns:
             raise InputError(f"corpus.{role}: no column {column!r} in {file}; it has {', '.join(columns)}")
     kind = parquet.schema_arrow.field(text).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
+    if kind not in TEXT_TYPES:
         raise InputError(f"corpus.text: column {text!r} of {file} holds {kind}, not text")
     table = parquet.read(columns=[text, *labels])
     for label in labels:
-        column = table.column(label)
-        if column.null_count:
-            first = column.is_null().index(True).as_py()
+        missing = table.column(label).is_null(nan_is_null=True)
+        if count := missing.to_pylist().count(True):
+            first = missing.index(True).as_py()
             raise InputError(
-                f"corpus.labels: {label!r} has no value in {column.null_count} of {len(column)} records of {file} "
+                f"corpus.labels: {label!r} has no value in {count} of {len(missing)} records of {file} "
                 f"(the first is record {first}); fill or drop them"
             )
     texts, kept = [], []

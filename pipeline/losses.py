@@ -23,7 +23,9 @@ def auxiliary_loss(residual: Tensor, preactivations: Tensor, dead: Tensor, W_dec
     z = torch.zeros(len(residual), len(index), dtype=values.dtype).scatter(-1, chosen, values.relu())
     error = (residual - z @ W_dec[index]).square().sum(-1).mean()
     variance = (residual - residual.mean(0)).square().sum(-1).mean()
-    return torch.nan_to_num(error / variance, nan=0.0, posinf=0.0)
+    # A residual without variance (one row, or a constant) has no scale to divide by: then the term is left out.
+    has_scale = variance > 1e-12 * residual.square().sum(-1).mean()
+    return torch.where(has_scale, error / torch.where(has_scale, variance, 1.0), 0.0)
 
 
 def anchoring_loss(W_enc: Tensor, W_dec: Tensor, anchors_in: Tensor, anchors_out: Tensor) -> Tensor:

@@ -105,6 +105,9 @@ def load_tokenizer(model_id: str, revision: str = "main") -> Any:
         raise InputError(f"no tokenizer at {model_id}: {_first_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"the tokenizer of {model_id} has no fast version (tokenizer.json); convert it first")
+    # Saved with some tokenizers, and applied in silence: texts would be cut, and padding would become rows.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -95,6 +95,7 @@ class DictionaryTrainer:
             loss = loss + config.auxiliary_weight * auxiliary
         if self.anchors is not None:
             loss = loss + config.anchor_weight * anchoring_loss(model.W_enc, model.W_dec, *self.anchors)
+        anchor_cosine = self.anchor_cosine()
         loss.backward()
         self._update()
         active = z.detach() > 0
@@ -104,7 +105,7 @@ class DictionaryTrainer:
             fvu=fvu.item(),
             l0=active.sum().item() / len(x),
             dead_share=dead.float().mean().item(),
-            anchor_cosine=self.anchor_cosine(),
+            anchor_cosine=anchor_cosine,
         )
 
     def anchor_cosine(self) -> float | None:
@@ -135,12 +136,12 @@ class DictionaryTrainer:
         warmup, decay = config.warmup_share * config.steps, config.decay_share * config.steps
         rise = (step + 1) / warmup if warmup else 1.0
         fall = (config.steps - step) / decay if decay else 1.0
-        return config.learning_rate * min(1.0, rise, fall)
+        return config.learning_rate * max(0.0, min(1.0, rise, fall))
 
     # ---- a checkpoint is a flat dict of tensors, so that it can be safetensors
 
     def state(self) -> dict[str, Tensor]:
-        """Everything the next step depends on."""
+        """Everything the next step depends on. The tensors are the live ones: save them before the next step."""
         state = {f"weights.{name}": p.detach() for name, p in self.dictionary.named_parameters()}
         for name, parameter in self.dictionary.named_parameters():
             for key, value in self.optimizer.state[parameter].items():

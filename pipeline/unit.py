@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.capture import capture, decoder_layers, run_base
+from pipeline.errors import InputError
 from pipeline.models import DTYPES
 from pipeline.rows import ContextRows, batches_of, padded
 from pipeline.sites import Site
@@ -87,7 +88,6 @@ class UnitRunner:
         assert filled == num_rows, f"{filled} rows filled of {num_rows}"
         return Activations(kept, positions, num_rows)
 
-
     def _forward(self, tokens: Tensor) -> None:
         eager = self._compiled_shape is not None and tuple(tokens.shape) != self._compiled_shape
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
@@ -118,6 +118,12 @@ def summarise(acts: Tensor, segments: Sequence[tuple[int, int]]) -> tuple[Tensor
             norms[first:last] = squares.sum(1).sqrt()
             total += torch.stack([values.sum(0), squares.sum(0)])
         moments.append(RawMoments(stop - start, total[0], total[1]))
+    if not bool(norms.isfinite().all()):
+        row = int(norms.isfinite().logical_not().nonzero()[0])
+        raise InputError(
+            f"row {row} of the unit has an activation that is not a finite {acts.dtype}: the model overflows, or the "
+            "stored type is too narrow; compute and store in bfloat16 or float32"
+        )
     return norms, moments
 
 

@@ -101,8 +101,8 @@ class RowArray:
                 dimension_names=tuple(metadata["dimension_names"]),
                 attributes=metadata["attributes"],
             )
-            expected = json.loads(array._metadata())
-        except (KeyError, TypeError, IndexError) as error:
+            expected = json.loads(array._metadata()) if array.dtype in tuple(DTYPES) else {"data_type": tuple(DTYPES)}
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise NotAStore(f"{path / 'zarr.json'} is not the metadata of a format 1 array: {error!r}") from None
         if metadata != expected:
             wrong = sorted(k for k in metadata.keys() | expected.keys() if metadata.get(k) != expected.get(k))
@@ -188,7 +188,10 @@ class RowArray:
                 raise CorruptChunk(f"{where} has {size} bytes, not {expected}; its unit has to be harvested again")
             got = 0
             while got < body.nbytes:  # one read call moves at most 2 GiB
-                got += os.preadv(descriptor, [body[got:]], got)
+                moved = os.preadv(descriptor, [body[got:]], got)
+                if moved == 0:
+                    raise CorruptChunk(f"{where} was cut while it was read; its unit has to be harvested again")
+                got += moved
             os.preadv(descriptor, [stored], body.nbytes)
         finally:
             os.close(descriptor)

@@ -1,7 +1,6 @@
 """Making a store: the table of rows, written once.
 
-Invariant: the root record is the last thing written, create-only. A folder without it is not a store; what an
-interrupted attempt left there is overwritten by the next one, and removed when the attempt fails with an error.
+Invariant: a store appears whole, under its name, in one step (docs/decisions/0002-units-and-commits.md).
 """
 
 import hashlib
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from storage.arrays import Array, RowArray, write_group
 from storage.errors import StorageError
 from storage.files import create_file, write_file
-from storage.records import Record
+from storage.harvests import writer_id
 from storage.store import DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP, ROW_COLUMNS, CorpusInfo, Store, open_store
 
 COLUMN_CHUNK_ROWS = 65536
@@ -57,31 +56,45 @@ def create_store(
     table: Table,
     info: Callable[[str], CorpusInfo],
     save_tokenizer: Callable[[Path], None],
-    extra: Record | None = None,
 ) -> Store:
     """Write a table as a new store at `path` and open it. `info` is given the table's digest.
 
-    Raises StorageError, with nothing written, when the place holds something else, and StorageError with everything
-    removed again when the disk is full.
+    Everything is written into a private folder beside `path`, which then takes the name in one step: there is a whole
+    store or none, and of two that are made at once one wins. Raises StorageError, with nothing left behind, when the
+    place holds something else or the disk is full.
     """
+    _refuse_if_taken(path)
+    private = path.with_name(f".{path.name}.creating-{writer_id()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        _write_corpus(private / "corpus", table, save_tokenizer)
+        write_group(private, {"granary": info(table.digest()).to_record()})
+        private.rename(path)  # fails if anything but an empty folder is there
+    except OSError as error:
+        _refuse_if_taken(path)
+        raise StorageError(f"the store at {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+    return open_store(path)
+
+
+def _refuse_if_taken(path: Path) -> None:
     if (path / "zarr.json").exists():
         raise StorageError(f"there is a store at {path} already")
-    foreign = [p.name for p in path.iterdir() if p.name != "corpus"] if path.is_dir() else []
-    if foreign or (path.exists() and not path.is_dir()):
-        raise StorageError(f"{path} is not an empty folder (it holds {', '.join(foreign[:3]) or 'a file'})")
-    existed = path.exists()
-    try:
-        _write_corpus(path / "corpus", table, save_tokenizer)
-        root = {"granary": {**info(table.digest()).to_record(), **(extra or {})}}
-        write_group(path, root)
-    except BaseException as error:
-        shutil.rmtree(path / "corpus", ignore_errors=True)
-        if not existed:
-            shutil.rmtree(path, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise StorageError(f"the store at {path} cannot be written: {error.strerror or error}") from error
-        raise
-    return open_store(path)
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"{path} is a file; a store is a folder")
+    if path.is_dir() and (names := sorted(p.name for p in path.iterdir())):
+        raise StorageError(f"{path} is not an empty folder (it holds {', '.join(names[:3])}); name another place")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the private folders of processes of this machine that were killed while they made this store."""
+    host, _, _ = writer_id().rpartition("-")[0].rpartition("-")
+    for folder in path.parent.glob(f".{path.name}.creating-{host}-*"):
+        pid = folder.name.rsplit("-", 2)[1]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_corpus(folder: Path, table: Table, save_tokenizer: Callable[[Path], None]) -> None:
@@ -89,9 +102,10 @@ def _write_corpus(folder: Path, table: Table, save_tokenizer: Callable[[Path], N
         column = RowArray(folder / name, (table.num_rows,), dtype, COLUMN_CHUNK_ROWS, ("row",), {})
         column.create()
         column.write(0, table.columns[name])
-    prefix = RowArray(folder / "prefix", table.prefix.shape, "int32", COLUMN_CHUNK_ROWS, ("context", "position"), {})
-    prefix.create()
-    if prefix.row_bytes:
+    if table.prefix.shape[1]:  # with skip_first 0 there is no prefix, and no array
+        shape = table.prefix.shape
+        prefix = RowArray(folder / "prefix", shape, "int32", COLUMN_CHUNK_ROWS, ("context", "position"), {})
+        prefix.create()
         prefix.write(0, table.prefix)
     create_file(folder / "zarr.json", json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode())
     for part, start in enumerate(range(0, table.documents.num_rows, DOCUMENTS_PER_FILE)):

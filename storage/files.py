@@ -39,7 +39,7 @@ def create_file(path: Path, content: bytes) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+    in_threads(_flush, sorted(_folders([path])))
     return True
 
 
@@ -73,9 +73,7 @@ def publish(staged: Sequence[Staged]) -> None:
     except BaseException:
         discard(staged)
         raise
-    folders = {final.parent for _, final in staged}
-    # A folder made for a file is itself a name in its parent: flush both levels.
-    in_threads(_flush, sorted(folders | {folder.parent for folder in folders}))
+    in_threads(_flush, sorted(_folders(final for _, final in staged)))
 
 
 def discard(staged: Iterable[Staged]) -> None:
@@ -105,6 +103,12 @@ def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 def _pool() -> ThreadPoolExecutor:
     # System calls and checksums release the GIL; more threads than this gained nothing (docs/decisions/0001).
     return ThreadPoolExecutor(4, thread_name_prefix="granary-io")
+
+
+def _folders(files: Iterable[Path]) -> set[Path]:
+    """The folders whose entries name the files: each folder made for a file is itself a name in its parent, and a chunk
+    may be the first of its folder, of `c`, and of its array."""
+    return {folder for file in files for folder in list(file.parents)[:3]}
 
 
 def _flush(path: Path) -> None:

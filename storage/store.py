@@ -138,6 +138,8 @@ class Store:
 
     def prefix(self, start: int, stop: int) -> Array:
         """Read the dropped leading tokens of contexts [start, stop): int32 [stop - start, skip_first]."""
+        if self.info.skip_first == 0:
+            return np.zeros((stop - start, 0), dtype=np.int32)
         return RowArray.open(self.path / "corpus" / "prefix").read(start, stop)
 
     # ---- activations

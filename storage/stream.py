@@ -54,20 +54,15 @@ class Order:
     def locate(self, position: int) -> tuple[int, int]:
         """The pool that holds a position of the endless sequence, and the offset in it."""
         epoch, offset = divmod(position, self.num_rows)
-        number = epoch * self.pools_per_epoch
-        # Only the pool with the epoch's short last block has another size, so the sizes are walked, not divided.
-        for pool in range(self.pools_per_epoch):
-            size = self._pool_size(epoch, pool)
-            if offset < size:
-                return number + pool, offset
-            offset -= size
-        raise AssertionError("an offset within an epoch lies in one of its pools")
-
-    def _pool_size(self, epoch: int, pool: int) -> int:
+        # All blocks are full but the last one of the table, which is in one of the pools: rows after it come earlier.
         blocks = self._rng(epoch, 0).permutation(self.num_blocks)
-        mine = blocks[pool * self.blocks_per_pool : (pool + 1) * self.blocks_per_pool]
-        short = self.num_blocks * self.block_rows - self.num_rows
-        return len(mine) * self.block_rows - (short if self.num_blocks - 1 in mine else 0)
+        short_pool = int(np.flatnonzero(blocks == self.num_blocks - 1)[0]) // self.blocks_per_pool
+        missing = self.num_blocks * self.block_rows - self.num_rows
+        size = self.blocks_per_pool * self.block_rows
+        if offset >= (short_pool + 1) * size - missing:
+            offset += missing
+        pool, within = divmod(offset, size)
+        return epoch * self.pools_per_epoch + pool, within
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, *key])))

@@ -60,9 +60,15 @@ def write_unit(
             "committed_at": time.time(),
         }
         return create_file(commit_path(store.path, harvest.digest, unit), encode(commit))
+    except FileNotFoundError:
+        # A run that found all units committed swept our temporary files away: ours was one of those units.
+        if commit_path(store.path, harvest.digest, unit).exists():
+            return False
+        raise
     except OSError as error:
-        discard(staged)
         raise StorageError(
             f"unit {unit} cannot be written to {store.path}: {error.strerror or error}; committed units are safe, "
             "start again when there is room"
         ) from error
+    finally:
+        discard(staged)  # nothing is left of them after `publish`

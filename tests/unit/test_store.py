@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import json
-import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,7 +385,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path)
     table = plan_table(100, 5)
     with pytest.raises(StorageError, match=r"not an empty folder .*thesis\.txt"):
         create_store(tmp_path, table, corpus_info(table, 32), save_no_tokenizer)
-    with pytest.raises(StorageError, match="not an empty folder"):
+    with pytest.raises(StorageError, match="is a file"):
         create_store(tmp_path / "thesis.txt", table, corpus_info(table, 32), save_no_tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     assert (tmp_path / "thesis.txt").read_text() == "mine"
@@ -412,23 +414,21 @@ def test_a_store_is_not_overwritten(gaps: Store) -> None:
     assert contents(gaps.path) == before
 
 
-def test_what_an_interrupted_creation_left_is_overwritten(tmp_path: Path) -> None:
-    """Killed before the root record, then started again with another corpus: the next attempt is as if it was first."""
-    other, table = plan_table(500, 40, seed=1), plan_table(100, 5)
-    create_store(tmp_path / "store", other, corpus_info(other, 32), save_no_tokenizer)
-    (tmp_path / "store" / "zarr.json").unlink()
-    store = create_store(tmp_path / "store", table, corpus_info(table, 32), save_no_tokenizer)
-    fresh = create_store(tmp_path / "fresh", table, corpus_info(table, 32), save_no_tokenizer)
-    assert contents(store.path) == contents(fresh.path)
-
-
-def test_a_temporary_file_of_an_interrupted_creation_is_no_obstacle(tmp_path: Path) -> None:
-    """Killed while the root record was written under its temporary name (see storage.files)."""
+def test_a_creation_that_is_killed_leaves_no_store_and_no_obstacle(tmp_path: Path) -> None:
+    """SIGKILL while the corpus is written: nothing under the name, and the next attempt clears the leftovers."""
+    code = (
+        "import os, signal, sys; sys.path.insert(0, 'tests'); from pathlib import Path; from conftest import *; "
+        "from storage.create import create_store; table = plan_table(100, 5); "
+        "create_store(Path(sys.argv[1]), table, corpus_info(table, 32), lambda f: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    place, root = tmp_path / "store", Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", code, str(place)], cwd=root, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not place.exists()
+    assert len(list(tmp_path.iterdir())) == 1  # what it had begun, under a private name
     table = plan_table(100, 5)
-    shutil.copytree(write_store(tmp_path / "other", num_rows=100).path / "corpus", tmp_path / "store" / "corpus")
-    (tmp_path / "store" / ".zarr.json.4242.0badcafe.tmp").write_text("{")
-    store = create_store(tmp_path / "store", table, corpus_info(table, 32), save_no_tokenizer)
-    assert store.num_rows == 100
+    assert create_store(place, table, corpus_info(table, 32), save_no_tokenizer).num_rows == 100
+    assert list(tmp_path.iterdir()) == [place]
 
 
 @pytest.mark.parametrize("error", [None, OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
