@@ -110,5 +110,5 @@ def density_section(runs: Sequence[RunView]) -> str:
 def _density_caption(run: RunView, evaluation: Record) -> str:
     alive = [d for d in evaluation["density"] if d > 0]
     dead = len(evaluation["density"]) - len(alive)
-    middle = f"; median density of the others {percent(median(alive))}" if alive else ""
+    middle = f"<br>median density of the others {percent(median(alive))}" if alive else ""
     return f"<b>{text(run.name)}</b>: {count(dead)} of {count(len(evaluation['density']))} latents dead{middle}"

@@ -13,8 +13,8 @@ from itertools import accumulate, pairwise
 
 from jobs.report_html import MINUS, THIN, count, decimals, percent, text
 
-SERIES = 6
-"""Line styles (colour and dash) in report.css; further series begin again."""
+STYLES = 6
+"""Colours, and dashes, that report.css has."""
 WIDTH = 480
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 30, 44
 Tick = tuple[float, str]
@@ -83,13 +83,13 @@ def line_plot(
     y_label: str,
     log: bool = False,
     least_top: float = 0.0,
-    height: int = 280,
     y_text: Callable[[float], str] = "{:g}".format,
 ) -> str:
     """Lines over a common x axis that begins at 0. `log` asks for a logarithmic y axis, taken if all values allow it.
 
     A linear y axis begins at 0 and reaches at least `least_top`.
     """
+    height = 280
     drawn = [one.segments() for one in series]
     points = [point for parts in drawn for part in parts for point in part]
     if not points:
@@ -110,10 +110,10 @@ def line_plot(
         for segment in segments:
             if len(segment) == 1:
                 (px, py) = segment[0]
-                parts.append(f'<circle class="s{i % SERIES}" cx="{x(px)}" cy="{y(py)}" r="3"/>')
+                parts.append(f'<circle class="{_style(i)}" cx="{x(px)}" cy="{y(py)}" r="3"/>')
             else:
                 path = " ".join(f"{x(px):g},{y(py):g}" for px, py in segment)
-                parts.append(f'<polyline class="s{i % SERIES}" points="{path}"/>')
+                parts.append(f'<polyline class="{_style(i)}" points="{path}"/>')
     return _svg(WIDTH, height, f"{y_label} over {x_label}: {', '.join(s.name for s in series)}", parts)
 
 
@@ -121,7 +121,7 @@ def legend(names: Sequence[str]) -> str:
     """The line styles of a plot with their names."""
     items = "".join(
         '<li><svg class="key" viewBox="0 0 28 8" aria-hidden="true">'
-        f'<polyline class="s{i % SERIES}" points="0,4 28,4"/></svg>{text(name)}</li>'
+        f'<polyline class="{_style(i)}" points="0,4 28,4"/></svg>{text(name)}</li>'
         for i, name in enumerate(names)
     )
     return f'<ul class="legend">{items}</ul>'
@@ -159,7 +159,7 @@ def histogram(counts: Sequence[int], edges: Sequence[float], *, top: float, seri
         if n:
             left, bar = x(low), max(x(high) - x(low) - 1, 1)
             parts.append(
-                f'<rect class="bar s{series % SERIES}" x="{left}" y="{y(n)}" width="{bar:.1f}" '
+                f'<rect class="bar {_style(series)}" x="{left}" y="{y(n)}" width="{bar:.1f}" '
                 f'height="{y(0) - y(n):.1f}"><title>{percent(low)} to {percent(high)}: {count(n)}</title></rect>'
             )
     return _svg(WIDTH, height, label, parts)
@@ -232,6 +232,11 @@ def _axes(x: Axis, y: Axis, x_ticks: Sequence[Tick], y_ticks: Sequence[Tick], x_
     parts.append(f'<text class="label" x="{x.stop}" y="{y.start + 37}" text-anchor="end">{text(x_label)}</text>')
     parts.append(f'<text class="label" x="2" y="14">{text(y_label)}</text>')
     return "".join(parts)
+
+
+def _style(series: int) -> str:
+    """The classes of a series: its colour, and a dash, so that 36 lines differ and colour alone never decides."""
+    return f"s{series % STYLES} d{(series + series // STYLES) % STYLES}"
 
 
 def _empty(sentence: str, label: str) -> str:

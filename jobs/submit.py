@@ -75,6 +75,8 @@ def submit(spec: "Spec", *, stage: str, job_id: str | None, address: str | None)
 
 def follow(job_id: str, address: str | None) -> int:
     """Print a job's log until the job ends; return 0 if it succeeded, else 1. Raises ClusterError."""
+    from aiohttp import ClientError
+
     with _job_server(address) as (client, url):
         _details(client, url, job_id)
         try:
@@ -82,6 +84,8 @@ def follow(job_id: str, address: str | None) -> int:
         except KeyboardInterrupt:
             print(f"\n{job_id} goes on without this terminal; end it with: granary stop {job_id}", file=sys.stderr)
             return INTERRUPTED
+        except (RuntimeError, ClientError):
+            pass  # the connection broke; whether that means anything for the job, the next request tells
         details = _details(client, url, job_id)
     if not details.status.is_terminal():
         raise ClusterError(

@@ -178,16 +178,15 @@ def test_a_job_that_is_stopped_and_submitted_again_stores_what_a_local_harvest_d
     cluster: ClusterOfOne, write_spec: Callable[[str], Path]
 ) -> None:
     here, there = write_spec("here"), write_spec("there")
-    local = [sys.executable, "-m", "jobs.cli", "harvest", str(here)]
-    done = subprocess.run(local, cwd=ROOT, env=environment(RAY_AUTH_MODE="disabled"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-    first = cluster.granary("submit", there, "--stage", "harvest", "--id", "first")
-    assert (first.status, first.out) == (0, "submitted first; see it with: granary logs first\n")
-    wait_for("commit of the job", lambda: bool(commits(there)))
-    stopped = cluster.granary("stop", "first")
-    assert (stopped.status, stopped.out[:13]) == (0, "stopped first")
-    assert 0 < len(commits(there)) < UNITS
+    command = [sys.executable, "-m", "jobs.cli", "harvest", str(here)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(RAY_AUTH_MODE="disabled")) as local:
+        first = cluster.granary("submit", there, "--stage", "harvest", "--id", "first")
+        assert (first.status, first.out) == (0, "submitted first; see it with: granary logs first\n")
+        wait_for("commit of the job", lambda: bool(commits(there)))
+        stopped = cluster.granary("stop", "first")
+        assert (stopped.status, stopped.out[:13]) == (0, "stopped first")
+        assert 0 < len(commits(there)) < UNITS
+    assert local.returncode == 0
 
     second = cluster.granary("submit", there, "--stage", "harvest", "--follow")
     assert second.status == 0, second.out + second.err
@@ -211,13 +210,13 @@ def test_a_job_that_is_stopped_and_submitted_again_stores_what_a_local_harvest_d
 
     ended = cluster.granary("stop", "first")
     assert (ended.status, ended.out) == (0, "first had already ended: STOPPED\n")
-    for command, expected in {
+    for refused_command, expected in {
         ("submit", there, "--id", "first"): "the job id first is taken",
         ("logs", "third"): "has no Granary job 'third'",
         ("logs", "third", "--follow"): "has no Granary job 'third'",
         ("stop", "a/b"): "has no Granary job 'a/b'",
     }.items():
-        refused = cluster.granary(*command)
+        refused = cluster.granary(*refused_command)
         assert (refused.status, refused.out, refused.err.count("\n")) == (1, "", 1)
         assert expected in refused.err
 
