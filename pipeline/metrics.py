@@ -70,8 +70,15 @@ def auroc(codes: Tensor, member: Tensor) -> Tensor:
     inside = members.sum(0)
     areas = torch.empty(codes.shape[1], member.shape[1], dtype=torch.float64)
     for latent in range(codes.shape[1]):
-        ranks = _average_ranks(codes[:, latent])
-        areas[latent] = ranks @ members - inside * (inside + 1) / 2
+        # Codes are mostly zero: only what is not is sorted; the zeros share one rank, between negatives and positives.
+        values = codes[:, latent]
+        active = values.nonzero().squeeze(1)
+        values = values[active]
+        zeros, negatives = rows - len(active), int((values < 0).sum())
+        ranks = _average_ranks(values) + zeros * (values > 0)
+        of_active, of_zeros = members[active], negatives + (zeros + 1) / 2
+        rank_sum = ranks @ of_active + of_zeros * (inside - of_active.sum(0))
+        areas[latent] = rank_sum - inside * (inside + 1) / 2
     return areas / (inside * (rows - inside))
 
 

@@ -82,7 +82,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
     metrics, _ = measure_code(dictionary, _pairs(store, dictionary, start, stop), keep_codes=[])
     _, codes = measure_code(dictionary, _pairs(store, dictionary, start, stop_codes))
     groups = _score_groups(store, run, plan.anchors, codes, start, stop_codes)
-    latents = telling_latents(groups, metrics.density, codes)
+    latents = telling_latents(groups, codes)
     shown = TopContexts(store, start, stop_codes)
     record: Record = {
         "identity": evaluation_identity(store, plan),
@@ -153,7 +153,12 @@ def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, st
     groups = []
     for i, (label, value) in enumerate(zip(anchor_set.labels, anchor_set.values, strict=True)):
         column = areas[:, i]
-        line: Record = {"label": label, "value": value, "rows": int(member[:, i].sum())}
+        line: Record = {
+            "label": label,
+            "value": value,
+            "rows": int(member[:, i].sum()),
+            "documents": len(np.unique(document[member[:, i]])),  # rows of one document say much the same
+        }
         if torch.isnan(column).any():
             line |= {"best_latent": None, "best_auroc": None}
         else:

@@ -17,7 +17,7 @@ CONTEXTS_SHOWN = 6
 TOKENS_BEFORE, TOKENS_AFTER = 24, 12
 
 
-def telling_latents(groups: Sequence[Record], density: Sequence[float], codes: Tensor) -> dict[int, list[str]]:
+def telling_latents(groups: Sequence[Record], codes: Tensor) -> dict[int, list[str]]:
     """Choose latents to show: latent -> why. First those of the subpopulations, then the most selective ones.
 
     Selective: the strongest activation is largest against the latent's mean activation over all rows, among latents
@@ -38,7 +38,7 @@ def telling_latents(groups: Sequence[Record], density: Sequence[float], codes: T
         if shown == FREE_LATENTS or selectivity[latent] == 0:
             break
         if latent not in chosen:
-            chosen[latent] = [f"selective: fires on {100 * density[latent]:.2f} % of rows"]
+            chosen[latent] = ["selective"]
             shown += 1
     return chosen
 
