@@ -4,6 +4,7 @@ Heavy imports (torch, transformers, Ray) happen inside the verbs that need them,
 """
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 REFUSED = 1
 INTERRUPTED = 130
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Errors of files that no code of ours causes: full, read-only or broken disks, and what this user may not touch."""
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -45,6 +48,9 @@ def refusal(error: BaseException) -> str | None:
         return refusal(cause)
     if isinstance(error, SpecError | StorageError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}; what is committed stays, and the same command goes on from there"
     # These live beside torch and Ray, which are only loaded if they could have been raised at all.
     known = [
         ("pipeline.errors", "InputError"),
@@ -168,20 +174,27 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _query(arguments: argparse.Namespace) -> int:
     from storage.errors import StorageError
-    from storage.query import fetch
+    from storage.query import check_output, fetch, query_errors
 
     if (arguments.site is None) != (arguments.out is None):
         raise StorageError("--site and --out go together: the site whose activations to fetch, and the file for them")
     store = _open(arguments.store)
-    relation = store.sql(arguments.sql)
     if arguments.site is not None:
-        shape = fetch(store, relation.to_arrow_table(), arguments.site, Path(arguments.out))
-        print(f"wrote {arguments.out}: {arguments.site} of {shape[0]:,} rows, {shape[1]} wide")
-    elif arguments.json:
-        for line in relation.to_arrow_table().to_pylist():
-            print(json.dumps(line, default=str))
+        out = Path(arguments.out).expanduser()
+        check_output(out)
+        store.array(arguments.site)  # raises for a site that is not there
+    with query_errors():
+        relation = store.sql(arguments.sql)
+        if arguments.site is None and not arguments.json:
+            print(relation)
+            return 0
+        table = relation.to_arrow_table()
+    if arguments.site is not None:
+        shape = fetch(store, table, arguments.site, out)
+        print(f"wrote {out}: {arguments.site} of {shape[0]:,} rows, {shape[1]} wide")
     else:
-        print(relation)
+        for line in table.to_pylist():
+            print(json.dumps(line, default=str))
     return 0
 
 

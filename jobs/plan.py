@@ -9,13 +9,18 @@ from storage.arrays import DTYPES
 from storage.harvests import chunk_rows_for
 from storage.records import Record
 from storage.store import local_path
-from workers.planning import open_source, plan_rows
+from workers.harvesting import prepare_harvests
+from workers.planning import ensure_store, open_source, plan_rows
 
 
 def plan_record(spec: Spec) -> Record:
     """Tokenise the corpus, count, and write nothing. Raises the errors that harvesting would."""
     info = describe_model(spec.model.id, spec.model.revision)
     info.check_sites(spec.harvest.parsed_sites())
+    exists = (local_path(spec.store) / "zarr.json").exists()
+    if exists:  # then these only compare, and raise what contradicts it
+        store, _ = ensure_store(local_path(spec.store), spec.corpus, spec.model, lambda done, total: None)
+        prepare_harvests(store, spec.model, info, spec.harvest)
     source = open_source(spec.corpus, spec.model)
     with ProgressLine("planning", "rows") as line:
         rows = plan_rows(source, info.vocabulary, line.update)
@@ -27,7 +32,7 @@ def plan_record(spec: Spec) -> Record:
     sites = len(spec.harvest.sites)
     return {
         "store": str(local_path(spec.store)),
-        "exists": (local_path(spec.store) / "zarr.json").exists(),
+        "exists": exists,
         "model": info.id,
         "layers_run": 1 + max(site.layer for site in spec.harvest.parsed_sites()),
         "layers_of_model": info.num_layers,

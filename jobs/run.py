@@ -45,6 +45,10 @@ def run_stages(spec: Spec, stages: tuple[str, ...]) -> bool:
         missing.append("train")
     if stages != STAGES and missing:
         raise SpecError(f"the spec has no section {missing[0]!r}, which this command runs")
+    if {"train", "evaluate"} <= set(stages) and spec.train is not None and spec.corpus.holdout == 0:
+        raise SpecError(
+            "corpus.holdout is 0, which leaves no rows to evaluate on: hold some out, or run the stages one by one"
+        )
     did = False
     with cluster_for(spec) as cluster:
         if "harvest" in stages:
@@ -148,8 +152,10 @@ def _last_point(store: Store, name: str) -> Record:
 
 def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
     from workers import stages
+    from workers.evaluator import first_held_out_row
 
     assert spec.train is not None
+    first_held_out_row(store)  # raises, before anything starts, when there is none
     plans = stages.plan_evaluations(store, spec.model, spec.harvest, spec.train, spec.anchors, spec.evaluate)
     if not plans:
         say("evaluate: every dictionary is evaluated")

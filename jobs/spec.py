@@ -1,5 +1,6 @@
 """The spec: one YAML file that describes an experiment. Every mistake in it is reported at once."""
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class Spec(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     cluster: ClusterSettings = ClusterSettings()
 
-    def check(self) -> None:
-        """What spans sections. Raises SpecError with every problem."""
+    def problems(self) -> list[str]:
+        """What is wrong between sections, each valid on its own."""
         problems = []
         labels = set(self.corpus.labels)
         if self.anchors is not None:
@@ -59,8 +60,18 @@ class Spec(Settings):
                     f"train.dictionaries[{i}]: activation.k {dictionary.activation.k} is more than its "
                     f"{dictionary.latents} latents"
                 )
-        if problems:
-            raise SpecError("\n".join(problems))
+        return problems
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where a key that is written twice is a mistake; by default the last one wins and the other is lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if any(key.value == earlier.value for earlier in keys[:number]):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_spec(path: str | Path) -> Spec:
@@ -73,9 +84,9 @@ def load_spec(path: str | Path) -> Spec:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"the spec {file} cannot be read: {error}") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise SpecError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise SpecError(f"{file} is not valid YAML: {_explain_yaml(error)}") from None
     if not isinstance(raw, dict):
         raise SpecError(f"{file} is not a spec: expected sections like store, model, corpus and harvest")
     return parse_spec(raw, file.absolute().parent, str(file))
@@ -86,13 +97,14 @@ def parse_spec(raw: dict[str, Any], folder: Path, name: str = "spec") -> Spec:
     try:
         spec = Spec.model_validate(raw)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
-        raise SpecError(f"{name}:\n  " + "\n  ".join(lines) if len(lines) > 1 else f"{name}: {lines[0]}") from None
-    try:
-        spec.check()
-    except SpecError as error:
-        raise SpecError(f"{name}: {error}") from None
+        raise SpecError(_listed(name, _explain(error))) from None
+    if problems := spec.problems():
+        raise SpecError(_listed(name, problems))
     return _resolve_paths(spec, folder)
+
+
+def _listed(name: str, lines: list[str]) -> str:
+    return f"{name}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{name}:", *lines])
 
 
 def _resolve_paths(spec: Spec, folder: Path) -> Spec:
@@ -116,23 +128,53 @@ def _resolve_paths(spec: Spec, folder: Path) -> Spec:
     )
 
 
-def _explain(problem: Any) -> str:
-    location, known = _locate(problem["loc"])
-    where = _dotted(location)
-    kind = problem["type"]
-    if kind == "extra_forbidden":
-        near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
-        return f"unknown key {where}: {hint}"
-    if kind == "missing":
-        return f"{where} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if kind == "value_error" or isinstance(problem["input"], dict) else f", not {problem['input']!r}"
-    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+def _explain_yaml(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    begun = f" ({error.context} at {_place(error.context_mark)})" if error.context and error.context_mark else ""
+    return f"{_place(error.problem_mark)}: {error.problem}{begun}"
 
 
-def _locate(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str]]:
-    """The location without pydantic's names for the members of a union, and the keys known in its section."""
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """A line for each mistake, in the order of the spec's keys."""
+    found = error.errors()
+    parents = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
+    lines: dict[str, list[str]] = {}  # with what a value must be, of which a union says one thing for each member
+    for problem in found:
+        location, known, inside = _locate(problem["loc"])
+        where, kind, limits = _dotted(location), problem["type"], problem.get("ctx", {})
+        if kind == "extra_forbidden":
+            near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+            lines[f"unknown key {where}: {hint}"] = []
+        elif kind == "missing":
+            lines[f"{where} is missing"] = []
+        elif kind == "value_error":
+            lines[f"{where}: {problem['msg'].removeprefix('Value error, ')}"] = []
+        elif kind == "model_type":
+            lines[f"{where} must be a section with keys like {', '.join(inside[:4])}"] = []
+        elif kind == "too_short" and problem["loc"] in parents:
+            pass  # pydantic leaves out items that are invalid, each of which is reported, and then counts the rest
+        elif kind in ("too_short", "too_long"):
+            limit = f"at least {limits['min_length']}" if kind == "too_short" else f"at most {limits['max_length']}"
+            lines[f"{where} takes {limit}, not {limits['actual_length']}"] = []
+        else:
+            lines.setdefault(f"{where} must be {{}}, not {problem['input']!r}", []).append(_requirement(problem["msg"]))
+    return [line.replace("{}", " or ".join(options), 1) if options else line for line, options in lines.items()]
+
+
+def _requirement(message: str) -> str:
+    """Pydantic's "Input should be greater than or equal to 1" as what follows "must be": "at least 1"."""
+    message = re.sub(r"^Input should be |, (unable to|got a number) .*", "", message)
+    return message.replace("greater than or equal to", "at least").replace("a valid integer", "a whole number")
+
+
+def _locate(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str], list[str]]:
+    """The location without pydantic's names for the members of a union, the keys known beside it, and those below."""
     model: type[BaseModel] | None = Spec
     kept: list[Any] = []
     known: list[str] = []
@@ -144,7 +186,7 @@ def _locate(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str]]:
             known = list(model.model_fields)
             field = model.model_fields.get(part)
             model = next(iter(_models_in(field.annotation)), None) if field is not None else None
-    return tuple(kept), known
+    return tuple(kept), known, [] if model is None else list(model.model_fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

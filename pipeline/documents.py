@@ -82,7 +82,7 @@ def read_documents(files: Sequence[Path], text: str, labels: Sequence[str]) -> t
         raise InputError(f"corpus.labels: the files do not agree on a label's type: {error}") from None
     if documents.num_rows == 0:
         reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.counts.items()) or "no records"
-        raise InputError(f"the corpus is empty: {len(files)} file(s) with {reasons}")
+        raise InputError(f"the corpus is empty: {len(files)} file(s) with {reasons}; the first is {files[0]}")
     return documents, skipped
 
 

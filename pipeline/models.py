@@ -102,7 +102,14 @@ def load_tokenizer(model_id: str, revision: str = "main") -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, revision=revision, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer at {model_id}: {_first_line(error)}") from None
+        folder = Path(model_id).expanduser()
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+            reason = "the folder has no tokenizer.json"
+        elif model_id.startswith((".", "~", "/")) and not folder.is_dir():
+            reason = "there is no such folder"
+        else:
+            reason = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+        raise InputError(f"no tokenizer at {model_id}: {reason}; give model.tokenizer a folder that has one") from None
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"the tokenizer of {model_id} has no fast version (tokenizer.json); convert it first")
     # Saved with some tokenizers, and applied in silence: texts would be cut, and padding would become rows.

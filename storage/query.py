@@ -5,7 +5,8 @@ unit and harvest) and `sites`. A table is loaded when the query names it: `rows`
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,28 @@ from storage.store import Store, as_float32
 OUTPUT_FORMATS = (".npy", ".safetensors", ".parquet")
 
 
+@contextmanager
+def query_errors() -> Iterator[None]:
+    """Within the block DuckDB's errors become StorageErrors. A query that is valid may still fail when it is run."""
+    try:
+        yield
+    except duckdb.Error as error:
+        words = str(error)
+        if "Table with name" in words:  # DuckDB guesses among its own catalogue; ours is in the next line
+            words = re.sub(r"\nDid you mean .*", "", words)
+        raise StorageError(f"the query failed: {words}\nTables: {', '.join(_TABLES)}") from error
+
+
 def sql(store: Store, query: str) -> duckdb.DuckDBPyRelation:
-    """Run one query. Raises StorageError with DuckDB's words when it is not valid."""
+    """Prepare one query, which runs when its result is asked for. Raises StorageError when it is not valid."""
     connection = duckdb.connect()
     connection.execute("set enable_progress_bar = false")
+    connection.execute("set python_enable_replacements = false")  # a table is never a Python variable of ours
     for name, load in _TABLES.items():
         if re.search(rf"\b{name}\b", query, re.IGNORECASE):
             connection.register(name, load(store))
-    try:
+    with query_errors():
         relation = connection.sql(query)
-    except duckdb.Error as error:
-        raise StorageError(f"the query failed: {error}\nTables: {', '.join(_TABLES)}") from error
     if relation is None:
         raise StorageError("the query gives no table; a store is read-only, so ask it with SELECT")
     return relation
@@ -46,19 +58,36 @@ def fetch(store: Store, table: pa.Table, site: str, out: Path) -> tuple[int, ...
     .npy holds float32 [n, d_model]; .safetensors holds "activations" in the stored dtype and "row"; .parquet holds the
     table with a column `activation` of float32 lists. Rows keep the query's order. Raises StorageError.
     """
-    if out.suffix not in OUTPUT_FORMATS:
-        raise StorageError(f"--out ends in one of {', '.join(OUTPUT_FORMATS)}, not {out.name!r}")
-    if "row" not in table.column_names:
+    check_output(out)
+    if table.column_names.count("row") != 1:
         raise StorageError(
-            f"to fetch activations the query needs a column `row`; it has {', '.join(table.column_names)}"
+            f"to fetch activations the query needs one column `row`; it has {', '.join(table.column_names)}"
         )
-    rows = np.asarray(table.column("row").to_numpy())
+    if out.suffix == ".parquet" and "activation" in table.column_names:
+        raise StorageError("the query's column `activation` has the name that the activations get: give it another")
+    column = table.column("row")
+    if not pa.types.is_integer(column.type) or column.null_count:
+        found = f"{column.null_count} of {len(column)} values missing" if column.null_count else str(column.type)
+        raise StorageError(f"the query's column `row` must hold row numbers (integers); found {found}")
+    rows = column.to_numpy()
     try:
         activations = store.read(site, rows)
     except IndexError as error:
         raise StorageError(str(error)) from error
-    write_file(out, [_encoded(table, rows.astype(np.int64), activations, out.suffix)])
+    content = _encoded(table, rows.astype(np.int64), activations, out.suffix)
+    try:
+        write_file(out, [content])
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error.strerror or error}") from error
     return activations.shape
+
+
+def check_output(out: Path) -> None:
+    """Raise StorageError if activations cannot go to `out`: asked before a query that may take long."""
+    if out.suffix not in OUTPUT_FORMATS:
+        raise StorageError(f"--out ends in one of {', '.join(OUTPUT_FORMATS)}, not {out.name!r}")
+    if not out.parent.is_dir():
+        raise StorageError(f"the folder {out.parent} does not exist: make it, or give --out another place")
 
 
 def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> Any:

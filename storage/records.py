@@ -41,5 +41,9 @@ def differences(expected: Record, found: Record, prefix: str = "") -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{name}.")
         elif a != b:
-            lines.append(f"{name}: {a!r} in the store, {b!r} in the spec")
+            lines.append(f"{name}: {_shown(a)} in the store, {_shown(b)} in the spec")
     return lines
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)

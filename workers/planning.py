@@ -81,8 +81,9 @@ def ensure_store(url: Path, corpus: CorpusSettings, model: ModelSettings, progre
         store = open_store(url)
         check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, model.tokenizer or model.id)
         if store.info.plan != source.identity:
+            found = differences(store.info.plan, source.identity, "corpus.")
             raise StoreMismatch(
-                f"the spec contradicts the store at {url}: {'; '.join(differences(store.info.plan, source.identity))}. "
+                f"the spec contradicts the store at {url}: {'; '.join(found)}. "
                 "Give the spec the stored values, or name another store"
             )
         return store, False
