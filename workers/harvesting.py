@@ -50,7 +50,8 @@ def prepare_harvests(
             "chunk_rows": chunk_rows_for(store.info.rows_per_unit, info.d_model, DTYPES[settings.dtype].itemsize),
         }
         layouts = {site: dict(layout) for site in missing}
-        matching.append(Harvest.of({**identity, "sites": sorted(missing)}, info.name, layouts, {"model": info.id, **versions()}))
+        made_with = {"model": info.id, **versions()}
+        matching.append(Harvest.of({**identity, "sites": sorted(missing)}, info.name, layouts, made_with))
     return [_job(store, model, info, settings, harvest, identity) for harvest in matching]
 
 

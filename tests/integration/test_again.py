@@ -1,4 +1,4 @@
-"""The same bytes whoever harvests: one worker, three workers, a killed worker, a killed driver. Real processes, SIGKILL.
+"""The same bytes whoever harvests: one worker, three workers, a killed worker, a killed driver. Real SIGKILL.
 
 The model computes in bfloat16, where the bits would show any change of batches. The oracle is the run with one worker
 that nothing disturbed.

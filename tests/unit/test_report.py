@@ -16,10 +16,10 @@ import yaml
 from conftest import corpus_info, plan_table, save_no_tokenizer, write_store
 
 from jobs.report import CONTENTS, report_page, write_report
-from jobs.report_anchoring import Comparison, Score, compare, summary
-from jobs.report_latents import shaded
-from jobs.report_runs import control_line, control_of, read_runs
-from jobs.report_store import cosines
+from jobs.report.anchoring import Comparison, Score, compare, summary
+from jobs.report.latents import shaded
+from jobs.report.runs import control_line, control_of, read_runs
+from jobs.report.store import cosines
 from storage.anchors import AnchorSet, read_anchors, write_anchors
 from storage.create import create_store
 from storage.errors import StorageError

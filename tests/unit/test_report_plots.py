@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from jobs.report_html import NONE, count, number, percent, text
-from jobs.report_plots import Series, density_bins, heat_map, histogram, line_plot, log_ticks, ticks
+from jobs.report.html import NONE, count, number, percent, text
+from jobs.report.plots import Series, density_bins, heat_map, histogram, line_plot, log_ticks, ticks
 
 
 class Balanced(HTMLParser):

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.progress import size
-from jobs.report_html import count, figure, listed, missing, percent, plural, section, table, text
-from jobs.report_plots import heat_legend, heat_map
-from jobs.report_runs import RunView
+from jobs.report.html import count, figure, listed, missing, percent, plural, section, table, text
+from jobs.report.plots import heat_legend, heat_map
+from jobs.report.runs import RunView
 from storage.anchors import AnchorSet, anchor_names, read_anchors
 from storage.records import Record
 from storage.store import Store

@@ -2,8 +2,8 @@
 
 The page is whole in itself: no script, no font, no image, nothing fetched when it is opened; its
 Content-Security-Policy forbids it even if something in the store tried. A store that is still in the making gives a
-page too, whose sections say what is missing and which command makes it. The sections are in report_*.py, their looks
-in report.css.
+page too, whose sections say what is missing and which command makes it. The sections are in the modules beside this,
+their looks in report.css.
 """
 
 import shlex
@@ -11,12 +11,12 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from jobs.report_anchoring import anchoring_section
-from jobs.report_dictionaries import density_section, dictionaries_section
-from jobs.report_html import count, text
-from jobs.report_latents import latents_section
-from jobs.report_runs import RunView, read_runs
-from jobs.report_store import harvested_section, subpopulations_section
+from jobs.report.anchoring import anchoring_section
+from jobs.report.dictionaries import density_section, dictionaries_section
+from jobs.report.html import count, text
+from jobs.report.latents import latents_section
+from jobs.report.runs import RunView, read_runs
+from jobs.report.store import harvested_section, subpopulations_section
 from jobs.status import status_record
 from storage.errors import StorageError
 from storage.files import write_file

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, pairwise
 
-from jobs.report_html import MINUS, THIN, count, decimals, percent, text
+from jobs.report.html import MINUS, THIN, count, decimals, percent, text
 
 STYLES = 6
 """Colours, and dashes, that report.css has."""

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from statistics import median
 
-from jobs.report_html import NO_DICTIONARY, count, figure, listed, missing, number, percent, section, table, text
-from jobs.report_plots import Series, density_bins, histogram, legend, line_plot, percent_tick
-from jobs.report_runs import RunView
+from jobs.report.html import NO_DICTIONARY, count, figure, listed, missing, number, percent, section, table, text
+from jobs.report.plots import Series, density_bins, histogram, legend, line_plot, percent_tick
+from jobs.report.runs import RunView
 from storage.records import Record
 from storage.store import Store
 

@@ -6,7 +6,7 @@ The comparison is a value (`compare`), the words and the table are made from it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.report_html import (
+from jobs.report.html import (
     NO_DICTIONARY,
     NONE,
     count,
@@ -19,7 +19,7 @@ from jobs.report_html import (
     table,
     text,
 )
-from jobs.report_runs import RunView, control_line, control_of
+from jobs.report.runs import RunView, control_line, control_of
 from storage.records import Record
 
 MANY_ROWS = 1000

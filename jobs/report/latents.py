@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from jobs.report_html import NO_DICTIONARY, count, missing, number, percent, section, text
-from jobs.report_runs import RunView
+from jobs.report.html import NO_DICTIONARY, count, missing, number, percent, section, text
+from jobs.report.runs import RunView
 from storage.records import Record
 
 OPEN_LATENTS = 4
