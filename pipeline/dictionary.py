@@ -85,7 +85,7 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def folded(self, x_norm: "Normalisation", y_norm: "Normalisation") -> "Dictionary":
         """Return the dictionary on raw activations that equals this one on normalised ones; codes are the same."""
-        raw = Dictionary(self.config)
+        raw = Dictionary(self.config).to(self.W_enc.device)
         raw.W_enc.copy_(self.W_enc * x_norm.scale)
         raw.b_enc.copy_(self.b_enc - raw.W_enc @ x_norm.mean)
         raw.W_dec.copy_(self.W_dec / y_norm.scale)
@@ -103,6 +103,9 @@ class Normalisation:
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x.float() - self.mean) * self.scale
+
+    def to(self, device: torch.device | str) -> "Normalisation":
+        return Normalisation(self.mean.to(device), self.scale)
 
 
 def top_k(preactivations: Tensor, k: int) -> Tensor:

@@ -51,11 +51,12 @@ def loss_recovered(
     `reconstruct` maps float32 [n, d_in] to [n, d_out]. Only rows are replaced: positions that are no rows (BOS) keep
     their activations, as no dictionary is trained on them. Raises InputError when nothing is predicted.
     """
+    device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64)
     predictions = 0
     for batch in batches_of(contexts, batch_tokens):
-        tokens = torch.from_numpy(padded(batch))
-        is_row = torch.zeros(tokens.shape, dtype=torch.bool)
+        tokens = torch.from_numpy(padded(batch)).to(device)
+        is_row = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
         for line, context in enumerate(batch):
             is_row[line, context.first_position : len(context.tokens)] = True
         scored = is_row & is_row.roll(-1, dims=1)  # rows whose next token is in the context
@@ -67,7 +68,12 @@ def loss_recovered(
                 y: Tensor = reconstruct(x.reshape(-1, x.shape[-1]).float())
                 return y.reshape(*acts.shape[:-1], -1)
 
-            interventions: list[Replace | None] = [None, spliced, torch.zeros_like, lambda acts: mean.expand_as(acts)]
+            interventions: list[Replace | None] = [
+                None,
+                spliced,
+                torch.zeros_like,
+                lambda acts: mean.to(acts).expand_as(acts),
+            ]
             for number, intervention in enumerate(interventions):
                 totals[number] += _summed_loss(model, output_site, intervention, tokens, is_row, scored)
         predictions += int(scored.sum())

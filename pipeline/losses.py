@@ -20,7 +20,7 @@ def auxiliary_loss(residual: Tensor, preactivations: Tensor, dead: Tensor, W_dec
     index = dead.nonzero().squeeze(-1)
     k = min(k, len(index))
     values, chosen = preactivations[:, index].topk(k, dim=-1, sorted=False)
-    z = torch.zeros(len(residual), len(index), dtype=values.dtype).scatter(-1, chosen, values.relu())
+    z = values.new_zeros(len(residual), len(index)).scatter(-1, chosen, values.relu())
     error = (residual - z @ W_dec[index]).square().sum(-1).mean()
     variance = (residual - residual.mean(0)).square().sum(-1).mean()
     # A residual without variance (one row, or a constant) has no scale to divide by: then the term is left out.

@@ -32,14 +32,16 @@ def measure_code(
 
     `keep_codes` restricts the returned codes to those latents.
     """
+    device = dictionary.W_enc.device
     fired = torch.zeros(dictionary.config.latents, dtype=torch.int64)
     y_sum = torch.zeros(dictionary.config.d_out, dtype=torch.float64)
     error = squares = 0.0
     rows = 0
     codes = []
     for x, y in batches:
-        z = dictionary.encode(x)
-        residual = y - dictionary.decode(z)
+        z = dictionary.encode(x.to(device))
+        residual = y - dictionary.decode(z).cpu()
+        z = z.cpu()
         error += residual.double().square().sum().item()
         squares += y.double().square().sum().item()
         y_sum += y.double().sum(0)

@@ -60,13 +60,16 @@ class DictionaryTrainer:
         x_norm: Normalisation,
         y_norm: Normalisation,
         anchors: tuple[Tensor, Tensor] | None = None,
+        device: str = "cpu",
     ):
         """`anchors` are directions [k, d_in] and [k, d_out] of the raw activations; their lengths do not matter."""
         self.dictionary = dictionary
         self.config = config
-        self.x_norm, self.y_norm = x_norm, y_norm
-        self.anchors = None if anchors is None else (unit_rows(anchors[0]), unit_rows(anchors[1]))
-        dictionary.initialise(config.seed)
+        self.device = torch.device(device)
+        self.x_norm, self.y_norm = x_norm.to(device), y_norm.to(device)
+        self.anchors = None if anchors is None else (unit_rows(anchors[0].to(device)), unit_rows(anchors[1].to(device)))
+        dictionary.initialise(config.seed)  # on the CPU, so that the weights are the same on every device
+        dictionary.to(device)
         if self.anchors is not None:
             if len(self.anchors[0]) > dictionary.config.latents:
                 raise InputError(f"{len(self.anchors[0])} anchors do not fit into {dictionary.config.latents} latents")
@@ -74,14 +77,14 @@ class DictionaryTrainer:
                 dictionary.W_enc[: len(self.anchors[0])] = self.anchors[0]
                 dictionary.W_dec[: len(self.anchors[1])] = self.anchors[1]
         self.step_number = 0
-        self.silent_rows = torch.zeros(dictionary.config.latents, dtype=torch.int64)
+        self.silent_rows = torch.zeros(dictionary.config.latents, dtype=torch.int64, device=device)
         self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
 
     def step(self, x: Tensor, y: Tensor) -> StepMetrics:
         """Take one step on raw activations x [rows, d_in], y [rows, d_out] (the same tensor for an SAE)."""
         model, config = self.dictionary, self.config
-        target = self.y_norm(y)
-        inputs = target if y is x else self.x_norm(x)
+        target = self.y_norm(y.to(self.device, non_blocking=True))
+        inputs = target if y is x else self.x_norm(x.to(self.device, non_blocking=True))
         preactivations = model.preactivations(inputs)
         z = top_k(preactivations, model.config.k)
         y_hat = model.decode(z)
@@ -115,8 +118,8 @@ class DictionaryTrainer:
         return functional.cosine_similarity(rows, self.anchors[1], dim=1).mean().item()
 
     def result(self) -> Dictionary:
-        """The dictionary on raw activations."""
-        return self.dictionary.folded(self.x_norm, self.y_norm)
+        """The dictionary on raw activations, on the CPU."""
+        return self.dictionary.folded(self.x_norm, self.y_norm).cpu()
 
     def _update(self) -> None:
         W_dec = self.dictionary.W_dec
@@ -156,11 +159,11 @@ class DictionaryTrainer:
             for name, parameter in self.dictionary.named_parameters():
                 parameter.copy_(state[f"weights.{name}"])
                 self.optimizer.state[parameter] = {
-                    key.rpartition(".")[2]: value.clone()
+                    key.rpartition(".")[2]: value.to(self.device, copy=True)
                     for key, value in state.items()
                     if key.startswith(f"adam.{name}.")
                 }
-        self.silent_rows = state["silent_rows"].clone()
+        self.silent_rows = state["silent_rows"].to(self.device, copy=True)
         self.step_number = int(state["step"])
 
 

@@ -58,7 +58,8 @@ def read_anchors(store: Store, name: str) -> AnchorSet:
     folder = store.path / "anchors" / name
     if not (folder / "anchors.json").exists():
         raise StorageError(
-            f"no anchors named {name!r} in {store.path}; it has {', '.join(anchor_names(store)) or 'none'}"
+            f"no anchors named {name!r} in {store.path}; it has {', '.join(anchor_names(store)) or 'none'}. "
+            "`granary anchors SPEC` makes those of a spec"
         )
     record = read_record(folder / "anchors.json")
     vectors = {}

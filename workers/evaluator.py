@@ -47,6 +47,8 @@ class EvaluationPlan:
     batch_tokens: int
     settings: EvaluateSettings
     threads: int
+    device: str = "cpu"
+    """cpu or cuda."""
 
 
 def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
@@ -75,7 +77,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
     store = open_store(plan.store)
     run = open_run(store, plan.run)
     run.dictionary_record()
-    dictionary = load_dictionary(run.folder)
+    dictionary = load_dictionary(run.folder).to(plan.device)
     start = first_held_out_row(store)
     stop = min(store.num_rows, start + plan.settings.rows)
     stop_codes = min(stop, start + max(1, MAX_CODE_ENTRIES // dictionary.config.latents))
@@ -176,7 +178,7 @@ def _loss(store: Store, dictionary: Dictionary, plan: EvaluationPlan, start: int
     (source,), (target,) = dictionary.config.input, dictionary.config.output
     _, name = store.find(target)
     mean = merged_moments(store, target, training_units(store))[MomentKey(name)].mean
-    model = load_causal_model(plan.model, dtype=plan.model_dtype, attention=plan.attention)
+    model = load_causal_model(plan.model, dtype=plan.model_dtype, attention=plan.attention, device=plan.device)
     found = loss_recovered(
         model,
         dictionary,

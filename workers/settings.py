@@ -136,6 +136,8 @@ class TrainSettings(Settings):
     """Steps between checkpoints."""
     threads: Count = 2
     """CPU threads of the trainer."""
+    gpus: Literal[0, 1] = 0
+    """1 trains on a GPU."""
     dictionaries: Annotated[tuple[DictionarySettings, ...], Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -78,7 +78,8 @@ def train(store: Store, settings: TrainSettings, on_progress: Callable[[Progress
 
 
 def _train_once(plan: TrainPlan, on_progress: Callable[[Progress], None]) -> None:
-    actor = TrainerActor.options(num_cpus=min(plan.threads, ray.cluster_resources().get("CPU", 1))).remote(plan)
+    cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
+    actor = TrainerActor.options(num_cpus=cpus, num_gpus=plan.gpus).remote(plan)
     try:
         running = actor.train.remote()
         while not ray.wait([running], timeout=POLL_S)[0]:
@@ -112,6 +113,7 @@ def plan_evaluations(
             batch_tokens=harvest_settings.batch_tokens,
             settings=settings,
             threads=train_settings.threads,
+            device="cuda" if harvest_settings.gpus_per_worker else "cpu",
         )
         if not is_evaluated(store, plan):
             plans.append(plan)
@@ -121,5 +123,6 @@ def plan_evaluations(
 def evaluate(plan: EvaluationPlan) -> Record:
     """Evaluate one dictionary in a worker of its own and return the record that is now in its run."""
     cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
-    record: Record = ray.get(evaluate_remotely.options(num_cpus=cpus).remote(plan))
+    gpus = 0 if plan.device == "cpu" else 1
+    record: Record = ray.get(evaluate_remotely.options(num_cpus=cpus, num_gpus=gpus).remote(plan))
     return record

@@ -111,7 +111,7 @@ class Supervisor:
     def _count_death(self, error: RayActorError) -> None:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if any(name in str(error) for name in (InputError.__name__, StorageError.__name__)):
-            raise HarvestFailed(f"a harvester could not begin: {reason[-1]}")
+            raise HarvestFailed(f"a harvester could not begin: {reason[-1].partition('Error: ')[2] or reason[-1]}")
         self.deaths += 1
         if self.deaths >= DEATHS_IN_A_ROW:
             raise HarvestFailed(

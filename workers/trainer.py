@@ -52,6 +52,7 @@ class TrainPlan:
     seed: int
     checkpoint_every: int
     threads: int
+    gpus: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,14 @@ def plan_training(store: Store, settings: TrainSettings) -> TrainPlan:
     for plan in plans:
         open_run(store, plan.name).check(plan.identity)
     return TrainPlan(
-        store.path, plans, steps, settings.batch_rows, settings.seed, settings.checkpoint_every, settings.threads
+        store=store.path,
+        dictionaries=plans,
+        steps=steps,
+        batch_rows=settings.batch_rows,
+        seed=settings.seed,
+        checkpoint_every=settings.checkpoint_every,
+        threads=settings.threads,
+        gpus=settings.gpus,
     )
 
 
@@ -126,7 +134,8 @@ class Trainer:
         """Train all dictionaries of the plan to the end, from their checkpoints if there are any."""
         plan = self.plan
         torch.set_num_threads(plan.threads)
-        members = [_Member.begin(self.store, d) for d in plan.dictionaries]
+        device = "cuda" if plan.gpus else "cpu"
+        members = [_Member.begin(self.store, d, device) for d in plan.dictionaries]
         start = min(m.trainer.step_number for m in members)
         sites = sorted({site for d in plan.dictionaries for site in (*d.config.input, *d.config.output)})
         stream = self.store.stream(
@@ -157,7 +166,7 @@ class _Member:
         self.latest: StepMetrics | None = None
 
     @classmethod
-    def begin(cls, store: Store, plan: DictionaryPlan) -> "_Member":
+    def begin(cls, store: Store, plan: DictionaryPlan, device: str) -> "_Member":
         run = open_run(store, plan.name)
         run.begin(plan.identity, {"anchors": plan.anchors, "made_with": versions()})
         (source,), (target,) = plan.config.input, plan.config.output
@@ -166,7 +175,12 @@ class _Member:
             vectors = read_anchors(store, plan.anchors).vectors
             anchors = (torch.from_numpy(vectors[source]), torch.from_numpy(vectors[target]))
         trainer = DictionaryTrainer(
-            Dictionary(plan.config), plan.training, normalisation(store, source), normalisation(store, target), anchors
+            Dictionary(plan.config),
+            plan.training,
+            normalisation(store, source),
+            normalisation(store, target),
+            anchors,
+            device,
         )
         if run.checkpoint is not None:
             trainer.load_state(load_file(run.checkpoint))

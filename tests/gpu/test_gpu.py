@@ -1,0 +1,77 @@
+"""What must also hold on a GPU. Needs torch and transformers alone: `python -m pytest --noconftest tests/gpu`."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.dictionary import Dictionary, DictionaryConfig, Normalisation
+from pipeline.language import loss_recovered
+from pipeline.rows import ContextRows
+from pipeline.sites import KINDS, Site
+from pipeline.training import DictionaryTrainer, TrainingConfig
+from pipeline.unit import UnitRunner
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
+
+D_MODEL, LAYERS, VOCABULARY = 64, 3, 200
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=D_MODEL, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def contexts() -> list[ContextRows]:
+    rng = np.random.default_rng(0)
+    found, row = [], 0
+    for length in (33, 60, 64, 64, 12, 47):
+        found.append(ContextRows(rng.integers(0, VOCABULARY, length).astype(np.int32), 1, row))
+        row += length - 1
+    return found
+
+
+def activations(device: str, compile_context: int | None = None) -> dict[Site, torch.Tensor]:
+    sites = [Site(layer, kind) for layer in range(LAYERS) for kind in KINDS]
+    runner = UnitRunner(
+        model().model.to(device), sites, dtype="float32", d_model=D_MODEL, batch_tokens=128, device=device,
+        compile_context=compile_context,
+    )  # fmt: skip
+    return runner.run(contexts(), sum(c.num_rows for c in contexts())).sites
+
+
+@pytest.mark.parametrize("compile_context", [None, 64])
+def test_every_site_equals_the_cpu(compile_context: int | None) -> None:
+    expected, found = activations("cpu"), activations("cuda", compile_context)
+    for site in expected:
+        assert found[site].device.type == "cpu"
+        torch.testing.assert_close(found[site], expected[site], atol=1e-4, rtol=1e-4)
+
+
+def test_training_follows_the_cpu() -> None:
+    trained = {}
+    for device in ("cpu", "cuda"):
+        norm = Normalisation(torch.zeros(D_MODEL), 1.0)
+        config = TrainingConfig(steps=20, batch_rows=256, learning_rate=1e-3)
+        anchors = (torch.eye(D_MODEL)[:4], torch.eye(D_MODEL)[:4])
+        dictionary = Dictionary(DictionaryConfig(("a",), ("a",), D_MODEL, D_MODEL, latents=256, k=8))
+        trainer = DictionaryTrainer(dictionary, config, norm, norm, anchors, device)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            x = torch.randn(256, D_MODEL, generator=generator)
+            last = trainer.step(x, x)
+        trained[device] = (last, trainer.result())
+    assert trained["cuda"][0].fvu == pytest.approx(trained["cpu"][0].fvu, rel=1e-2)
+    assert trained["cuda"][1].W_dec.device.type == "cpu"
+
+
+def test_the_identity_recovers_the_whole_loss() -> None:
+    on_gpu = model().to("cuda")
+    found = loss_recovered(
+        on_gpu, lambda x: x, Site(1, "resid_post"), Site(1, "resid_post"), torch.zeros(D_MODEL), contexts(), 128
+    )
+    assert found.against_zero == pytest.approx(1, abs=1e-5)
