@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.capture import Replace, capture, splice
 from pipeline.errors import InputError
-from pipeline.rows import ContextRows, batches_of, padded
+from pipeline.rows import ContextRows, batches_of
 from pipeline.sites import Site
 
 
@@ -54,10 +54,11 @@ def loss_recovered(
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64)
     predictions = 0
-    for batch in batches_of(contexts, batch_tokens):
-        tokens = torch.from_numpy(padded(batch)).to(device)
+    longest = max((len(c.tokens) for c in contexts), default=1)
+    for batch in batches_of(contexts, batch_tokens, longest):
+        tokens = torch.from_numpy(batch.tokens()).to(device)
         is_row = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
-        for line, context in enumerate(batch):
+        for line, context in enumerate(batch.contexts):
             is_row[line, context.first_position : len(context.tokens)] = True
         scored = is_row & is_row.roll(-1, dims=1)  # rows whose next token is in the context
         scored[:, -1] = False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.capture import capture, decoder_layers, run_base
 from pipeline.errors import InputError
 from pipeline.models import DTYPES
-from pipeline.rows import ContextRows, batches_of, padded
+from pipeline.rows import Batch, ContextRows, batch_size, batches_of
 from pipeline.sites import Site
 
 SUMMED_AT_ONCE = 1024
@@ -39,6 +39,9 @@ class Activations:
     rows_kept: int
 
 
+Buffers = dict[Site, Tensor]
+
+
 class UnitRunner:
     """A model with the sites to take from it. `run` is to be called from one thread."""
 
@@ -50,34 +53,43 @@ class UnitRunner:
         dtype: str,
         d_model: int,
         batch_tokens: int,
+        context: int,
         device: str,
-        compile_context: int | None = None,
+        compile_layers: bool = False,
     ):
-        """`compile_context`: compile the layers for full batches of contexts of this length. Only for those: each shape
-        costs the compiler half a minute, so the few batches of other shapes run eagerly."""
+        """`context`: most tokens of a context. `compile_layers`: compile the layers for full batches of contexts of
+        this length. Only for those: each shape costs the compiler half a minute, so batches of other shapes run eagerly."""
         self.model = model
         self.sites = list(sites)
         self.dtype = DTYPES[dtype]
         self.d_model = d_model
         self.batch_tokens = batch_tokens
+        self.context = context
         self.device = torch.device(device)
         # The taps stay for good: a compiled layer would be compiled anew when they change.
         self._taps = ExitStack()
         self._taken = self._taps.enter_context(capture(model, self.sites))
         self._compiled_shape: tuple[int, int] | None = None
-        if compile_context is not None:
-            self._compiled_shape = (max(1, batch_tokens // compile_context), compile_context)
+        if compile_layers:
+            self._compiled_shape = (batch_size(batch_tokens, context), context)
             for layer in decoder_layers(model):
                 layer.compile(dynamic=False)
 
+    def buffers(self, rows: int) -> Buffers:
+        """Memory on the CPU for the activations of a unit of at most `rows` rows."""
+        return {site: torch.empty(rows, self.d_model, dtype=self.dtype) for site in self.sites}
+
     @torch.inference_mode()
-    def run(self, contexts: Sequence[ContextRows], num_rows: int) -> Activations:
-        """Return the activations of a unit's rows, on the CPU, rounded to the stored dtype (nearest, ties to even)."""
-        kept = {site: torch.empty(num_rows, self.d_model, dtype=self.dtype) for site in self.sites}
+    def run(self, contexts: Sequence[ContextRows], num_rows: int, into: Buffers | None = None) -> Activations:
+        """Return the activations of a unit's rows, on the CPU, rounded to the stored dtype (nearest, ties to even).
+
+        They lie in `into` (made by `buffers`), if given.
+        """
+        kept = {site: acts[:num_rows] for site, acts in (into or self.buffers(num_rows)).items()}
         filled = positions = 0
-        for batch in batches_of(contexts, self.batch_tokens):
-            tokens = torch.from_numpy(padded(batch))
-            source, target = _row_index(batch, tokens.shape[1])
+        for batch in batches_of(contexts, self.batch_tokens, self.context):
+            tokens = torch.from_numpy(batch.tokens())
+            source, target = _row_index(batch)
             self._forward(tokens)
             on_device = source.to(self.device)
             for site in self.sites:
@@ -94,10 +106,11 @@ class UnitRunner:
             run_base(self.model, tokens.to(self.device))
 
 
-def _row_index(batch: Sequence[ContextRows], length: int) -> tuple[Tensor, Tensor]:
+def _row_index(batch: Batch) -> tuple[Tensor, Tensor]:
     """Where a batch's rows are: flat positions in [contexts * length], and row numbers within the unit."""
-    source = [torch.arange(i * length + c.first_position, i * length + len(c.tokens)) for i, c in enumerate(batch)]
-    target = [torch.arange(c.first_row, c.first_row + c.num_rows) for c in batch]
+    starts = [(i * batch.length, context) for i, context in enumerate(batch.contexts)]
+    source = [torch.arange(start + c.first_position, start + len(c.tokens)) for start, c in starts]
+    target = [torch.arange(c.first_row, c.first_row + c.num_rows) for c in batch.contexts]
     return torch.cat(source), torch.cat(target)
 
 

@@ -1,7 +1,8 @@
 """The harvester: an actor that holds the model and computes, writes and commits one unit after another.
 
 Two units are in flight in one actor: while one is computed (by a single thread, whose torch settings are fixed), the
-one before is written by the thread of its own call. That is also the memory bound: the model and two units.
+one before is written by the thread of its own call. Each has one of two buffers, made once: the memory of an actor is
+the model and two units, whatever the corpus.
 """
 
 import shutil
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 
 import ray
 import torch
@@ -18,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.models import ModelInfo, load_base_model
 from pipeline.rows import ContextRows, contexts_of_rows
 from pipeline.sites import parse_site
-from pipeline.unit import UnitRunner, group_moments, summarise
+from pipeline.unit import Buffers, UnitRunner, group_moments, summarise
 from storage.arrays import Array
 from storage.harvests import Harvest, writer_id
 from storage.moments import MomentKey, Moments
@@ -69,14 +71,20 @@ class Harvester:
         self.writer = writer_id()
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._runner = self._compute.submit(self._load).result()
+        self._free: SimpleQueue[Buffers] = SimpleQueue()
+        for _ in range(UNITS_IN_FLIGHT):
+            self._free.put(self._runner.buffers(min(self.store.info.rows_per_unit, self.store.num_rows)))
 
     def harvest_unit(self, unit: int) -> UnitResult:
         """Compute, write and commit one unit. May be called from two threads at once; they take turns to compute."""
         started = time.time()
-        block, positions = self._compute.submit(self._compute_unit, unit).result()
-        computed = time.time()
-        about = {"device": self._device_name(), "started_at": started, "seconds": computed - started}
-        committed = write_unit(self.store, self.setup.harvest, unit, block, writer=self.writer, about=about)
+        buffers = self._free.get()
+        try:
+            block, positions = self._compute.submit(self._compute_unit, unit, buffers).result()
+            about = {"device": self._device_name(), "started_at": started, "seconds": time.time() - started}
+            committed = write_unit(self.store, self.setup.harvest, unit, block, writer=self.writer, about=about)
+        finally:
+            self._free.put(buffers)
         start, stop = self.store.info.unit_rows(unit)
         return UnitResult(unit, stop - start, positions, time.time() - started, committed)
 
@@ -99,13 +107,14 @@ class Harvester:
             d_model=layout["d"],
             batch_tokens=setup.batch_tokens,
             device="cuda" if setup.device == "auto" else setup.device,
-            compile_context=self.store.info.context if setup.compile else None,
+            context=self.store.info.context,
+            compile_layers=setup.compile,
         )
 
-    def _compute_unit(self, unit: int) -> tuple[UnitBlock, int]:
+    def _compute_unit(self, unit: int, buffers: Buffers) -> tuple[UnitBlock, int]:
         start, stop = self.store.info.unit_rows(unit)
         contexts, document = read_contexts(self.store, start, stop)
-        computed = self._runner.run(contexts, stop - start)
+        computed = self._runner.run(contexts, stop - start, into=buffers)
         first_document, last_document = int(document[0]), int(document[-1])
         documents = self.store.documents_between(first_document, last_document)
         bounds = [0, *(1 + (document[1:] != document[:-1]).nonzero()[0]).tolist(), stop - start]

@@ -35,18 +35,18 @@ def contexts() -> list[ContextRows]:
     return found
 
 
-def activations(device: str, compile_context: int | None = None) -> dict[Site, torch.Tensor]:
+def activations(device: str, compile_layers: bool = False) -> dict[Site, torch.Tensor]:
     sites = [Site(layer, kind) for layer in range(LAYERS) for kind in KINDS]
     runner = UnitRunner(
         model().model.to(device), sites, dtype="float32", d_model=D_MODEL, batch_tokens=128, device=device,
-        compile_context=compile_context,
+        context=64, compile_layers=compile_layers,
     )  # fmt: skip
     return runner.run(contexts(), sum(c.num_rows for c in contexts())).sites
 
 
-@pytest.mark.parametrize("compile_context", [None, 64])
-def test_every_site_equals_the_cpu(compile_context: int | None) -> None:
-    expected, found = activations("cpu"), activations("cuda", compile_context)
+@pytest.mark.parametrize("compile_layers", [False, True])
+def test_every_site_equals_the_cpu(compile_layers: bool) -> None:
+    expected, found = activations("cpu"), activations("cuda", compile_layers)
     for site in expected:
         assert found[site].device.type == "cpu"
         torch.testing.assert_close(found[site], expected[site], atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.documents import Skipped
 from pipeline.errors import InputError
-from pipeline.rows import ContextPolicy, ContextRows, RowTable, batches_of, build_rows, contexts_of_rows, padded
+from pipeline.rows import ContextPolicy, ContextRows, RowTable, batches_of, build_rows, contexts_of_rows
 
 BOS = 99
 
@@ -141,16 +141,25 @@ def test_units_put_the_contexts_together_again(case: Case, rows_per_unit: int) -
 def test_batches_hold_every_context_once_within_the_limit(case: Case, batch_tokens: int) -> None:
     table = case.table()
     contexts = unit_contexts(table, case.policy, 0, table.num_rows)
-    batches = batches_of(contexts, batch_tokens)
-    assert sorted(id(c) for batch in batches for c in batch) == sorted(map(id, contexts))
+    batches = batches_of(contexts, batch_tokens, case.policy.context)
+    assert sorted(id(c) for batch in batches for c in batch.contexts) == sorted(map(id, contexts))
     for batch in batches:
-        tokens = padded(batch)
+        tokens = batch.tokens()
         assert tokens.dtype == np.int64
-        assert tokens.size <= batch_tokens or len(batch) == 1
-        assert tokens.shape == (len(batch), max(len(c.tokens) for c in batch))
-        for line, context in zip(tokens, batch, strict=True):
+        assert tokens.shape == (len(batch.contexts), batch.length)
+        assert tokens.size <= batch_tokens or len(batch.contexts) == 1
+        for line, context in zip(tokens, batch.contexts, strict=True):
             np.testing.assert_array_equal(line[: len(context.tokens)], context.tokens)
             assert not line[len(context.tokens) :].any()
+
+
+@given(st.lists(st.integers(1, 256), max_size=200), st.integers(1, 8192))
+def test_batches_have_few_shapes_and_little_padding(lengths: list[int], batch_tokens: int) -> None:
+    contexts = [ContextRows(np.ones(n, np.int32), 0, 0) for n in lengths]
+    batches = batches_of(contexts, batch_tokens, 256)
+    assert {batch.length for batch in batches} <= set(range(32, 257, 32))
+    assert all(len(batch.contexts).bit_count() == 1 for batch in batches)
+    assert sum(batch.tokens().size for batch in batches) <= sum(lengths) + 31 * len(lengths)
 
 
 @given(cases())

@@ -244,7 +244,7 @@ def planned(llama: Path, corpus: Path) -> dict[str, Array]:
 def test_units_of_any_size_give_the_same_rows(llama: Path, planned: dict[str, Array], rows_per_unit: int) -> None:
     model = load_base_model(describe_model(str(llama)), layers=3, dtype="float32")
     sites = [parse_site(site) for site in ALL_SITES]
-    runner = UnitRunner(model, sites, dtype="float32", d_model=32, batch_tokens=100, device="cpu")
+    runner = UnitRunner(model, sites, dtype="float32", d_model=32, batch_tokens=100, context=64, device="cpu")
 
     def unit(start: int, stop: int) -> dict[str, np.ndarray]:
         lead = max(0, start - 32)
