@@ -38,7 +38,7 @@ from workers.settings import CorpusSettings, HarvestSettings, ModelSettings
 
 HIDDEN, LAYERS, CONTEXT, BATCH_TOKENS, ROWS_PER_UNIT = 512, 8, 256, 4096, 32768
 SITES = [f"resid_post.{LAYERS - 1}", f"mlp_in.{LAYERS - 1}", f"mlp_out.{LAYERS - 1}"]
-UNITS_PER_ROUND = 3
+UNITS_PER_ROUND = 5
 EAGER_BATCHES_PER_ROUND = 16
 
 

@@ -40,19 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def refusal(error: BaseException) -> str | None:
     """The sentence for a mistake of the caller or a failure of the world; None for a bug of ours."""
-    from jobs.spec import SpecError
     from storage.errors import StorageError
 
     cause = getattr(error, "cause", None)  # Ray wraps what an actor raised
     if type(error).__module__.startswith("ray.") and isinstance(cause, BaseException):
         return refusal(cause)
-    if isinstance(error, SpecError | StorageError):
+    if isinstance(error, StorageError):
         return str(error)
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}; what is committed stays, and the same command goes on from there"
+        return f"{error.strerror}{where}: put that right and run the same command again; what is committed stays"
     # These live beside torch and Ray, which are only loaded if they could have been raised at all.
     known = [
+        ("jobs.spec", "SpecError"),
         ("pipeline.errors", "InputError"),
         ("workers.supervisor", "HarvestFailed"),
         ("jobs.submit", "ClusterError"),

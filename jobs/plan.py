@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jobs.progress import ProgressLine, size
+from jobs.progress import ProgressLine, counted, size
 from jobs.spec import Spec
 from pipeline.models import describe_model
 from storage.arrays import DTYPES
@@ -56,7 +56,10 @@ def plan_text(record: Record) -> str:
         f"store      {record['store']}{' (exists)' if record['exists'] else ''}",
         f"model      {record['model']}, layers 0 to {record['layers_run'] - 1} of {record['layers_of_model']}",
         f"corpus     {record['documents']:,} documents from {len(record['files'])} file(s)",
-        *(f"           {e['count']:,} left out: {reason}" for reason, e in record["left_out"].items()),
+        *(
+            f"           {counted(e['count'], 'document')} left out: {reason}"
+            for reason, e in record["left_out"].items()
+        ),
         f"rows       {record['rows']:,} in {record['contexts']:,} contexts, {record['units']:,} units",
         f"sites      {', '.join(record['sites'])}",
         f"stored as  {record['stored_dtype']}, {record['d_model']} wide: {size(record['bytes_per_site'])} a site, "

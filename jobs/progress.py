@@ -31,7 +31,7 @@ class ProgressLine:
         self.total = self.total if total is None else total
         if self.first_done is None:
             self.first_done, self.started = done, now
-        if not self.stream.isatty() or (now - self.shown < MIN_INTERVAL_S and done < self.total):
+        if not self.stream.isatty() or (now - self.shown < MIN_INTERVAL_S and done != self.total):
             return
         self.shown = now
         rate = (done - self.first_done) / max(now - self.started, 1e-9)
@@ -50,6 +50,11 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 document', '2,000 documents'."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def size(num_bytes: float) -> str:

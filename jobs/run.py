@@ -5,8 +5,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from jobs.progress import ProgressLine, duration, size
+from jobs.progress import ProgressLine, counted, duration, size
 from jobs.spec import Spec, SpecError
 from pipeline.models import describe_model
 from storage.errors import StorageError
@@ -76,18 +77,26 @@ def _harvest(spec: Spec, cluster: Cluster) -> tuple[Store, bool]:
 
     info = describe_model(spec.model.id, spec.model.revision)
     info.check_sites(spec.harvest.parsed_sites())  # before the plan, so that a refused spec leaves nothing
+    layout = {"d": info.d_model, "dtype": spec.harvest.dtype}
+
+    def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
+        units = -(-num_rows // spec.corpus.rows_per_unit)
+        sites = dict.fromkeys(spec.harvest.sites, layout)
+        _check_room(local_path(spec.store), units * unit_bytes(spec.corpus.rows_per_unit, sites))
+
     with ProgressLine("planning", "rows") as line:
-        store, made = ensure_store(local_path(spec.store), spec.corpus, spec.model, line.update)
+        store, made = ensure_store(local_path(spec.store), spec.corpus, spec.model, line.update, check)
     if made:
         say(f"planned {summary_of_rows(store)} in {store.path}")
         for reason, entry in store.info.skipped.items():
-            say(f"  {entry['count']} documents left out: {reason} (first: {', '.join(entry['first'])})")
+            say(f"  {counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})")
     jobs = prepare_harvests(store, spec.model, info, spec.harvest)
     units = sum(len(job.units) for job in jobs)
     if units == 0:
         say(f"harvest: all {store.info.num_units} units of {', '.join(spec.harvest.sites)} are there")
         return store, made
-    _check_room(store, sum(len(job.units) * unit_bytes(store, job.harvest.sites) for job in jobs))
+    per_unit = store.info.rows_per_unit
+    _check_room(store.path, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
     cluster.connect()
     rows_to_do = sum(b - a for job in jobs for a, b in map(store.info.unit_rows, job.units))
     with ProgressLine("harvesting", "rows", rows_to_do) as line:
@@ -180,17 +189,17 @@ def summary_of_rows(store: Store) -> str:
     )
 
 
-def unit_bytes(store: Store, sites: dict[str, Record]) -> int:
-    """Bytes of one whole unit: activations, norms and checksums."""
+def unit_bytes(rows: int, sites: dict[str, Record]) -> int:
+    """Bytes of one whole unit of so many rows: activations and norms."""
     widths = {"bfloat16": 2, "float16": 2, "float32": 4}
-    rows = store.info.rows_per_unit
     return sum(rows * (layout["d"] * widths[layout["dtype"]] + 4) for layout in sites.values())
 
 
-def _check_room(store: Store, needed: int) -> None:
-    free = shutil.disk_usage(store.path).free
+def _check_room(path: Path, needed: int) -> None:
+    existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise StorageError(
-            f"the disk of {store.path} is too full: the harvest needs {size(needed)} and {size(free)} are free; "
+            f"the disk of {path} is too full: the harvest needs {size(needed)} and {size(free)} are free; "
             "make room, ask for fewer rows or sites, or put the store elsewhere"
         )

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from workers.settings import (
+    NAME_PATTERN,
     AnchorSettings,
     ClusterSettings,
     CorpusSettings,
@@ -169,8 +170,21 @@ def _explain(error: ValidationError) -> list[str]:
 
 def _requirement(message: str) -> str:
     """Pydantic's "Input should be greater than or equal to 1" as what follows "must be": "at least 1"."""
-    message = re.sub(r"^Input should be |, (unable to|got a number) .*", "", message)
-    return message.replace("greater than or equal to", "at least").replace("a valid integer", "a whole number")
+    message = re.sub(r"^(Input|String) should be |, (unable to|got a number) .*", "", message)
+    for words, ours in _WORDS.items():
+        message = message.replace(words, ours)
+    return message
+
+
+_WORDS = {
+    "greater than or equal to": "at least",
+    "a valid integer": "a whole number",
+    "a valid tuple": "a list",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    f"String should match pattern '{NAME_PATTERN}'": "letters, digits and _ . - after a first letter or digit",
+}
+"""What pydantic says in Python's terms, in YAML's."""
 
 
 def _locate(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str], list[str]]:

@@ -1,6 +1,6 @@
 """`granary status`: what a store holds, from the store alone."""
 
-from jobs.progress import size
+from jobs.progress import counted, size
 from storage.anchors import anchor_names, read_anchors
 from storage.harvests import committed_units
 from storage.records import Record
@@ -61,7 +61,7 @@ def status_text(record: Record) -> str:
         f"{record['units']} units; {record['held_out_rows']:,} rows held out",
         f"labels    {', '.join(record['labels']) or 'none'}",
     ]
-    lines += [f"left out  {e['count']:,} documents: {reason}" for reason, e in record["left_out"].items()]
+    lines += [f"left out  {counted(e['count'], 'document')}: {reason}" for reason, e in record["left_out"].items()]
     for h in record["harvests"]:
         done = "complete" if h["units_committed"] == h["units"] else f"{h['units_committed']} of {h['units']} units"
         what = f"{', '.join(h['sites'])} of {h['model']}, {h['dtype']} x {h['d_model']}"

@@ -89,8 +89,8 @@ def read_documents(files: Sequence[Path], text: str, labels: Sequence[str]) -> t
 def _read_file(file: Path, text: str, labels: Sequence[str], skipped: Skipped) -> pa.Table:
     try:
         parquet = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file} cannot be read as Parquet: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"corpus.path: {file} cannot be read as Parquet: {error}") from None
     columns = parquet.schema_arrow.names
     for role, column in [("text", text), *(("labels", label) for label in labels)]:
         if column not in columns:
@@ -98,7 +98,10 @@ def _read_file(file: Path, text: str, labels: Sequence[str], skipped: Skipped) -
     kind = parquet.schema_arrow.field(text).type
     if kind not in TEXT_TYPES:
         raise InputError(f"corpus.text: column {text!r} of {file} holds {kind}, not text")
-    table = parquet.read(columns=[text, *labels])
+    try:
+        table = parquet.read(columns=[text, *labels])
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"corpus.path: {file} is damaged, it cannot be read to its end: {error}") from None
     for label in labels:
         missing = table.column(label).is_null(nan_is_null=True)
         if count := missing.to_pylist().count(True):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.errors import InputError
@@ -145,16 +146,22 @@ def _config(model_id: str, revision: str) -> Any:
 def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, device: str) -> nn.Module:
     placement: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
     try:
-        model: nn.Module = loader.from_pretrained(
+        model, loaded = loader.from_pretrained(
             info.id,
+            output_loading_info=True,
             revision=info.revision,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             **placement,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {_first_line(error)}") from None
+    if missing := sorted(loaded["missing_keys"]):  # which transformers makes up, with a warning that no one sees
+        raise InputError(
+            f"model.id: the weights of {info.id} cannot be loaded: {len(missing)} tensors that its config.json asks "
+            f"for are not there, the first is {missing[0]}"
+        )
     return model.eval().requires_grad_(False)
 
 

@@ -74,9 +74,14 @@ def chunk_rows_for(rows_per_unit: int, width: int, itemsize: int, target_bytes: 
 
 def read_harvests(store: Path) -> list[Harvest]:
     """Every harvest of a store, oldest first."""
-    records = [read_record(path) for path in (store / "commits").glob("*/harvest.json")]
-    records.sort(key=lambda record: (record["created"], record["digest"]))
     fields = Harvest.__dataclass_fields__
+    records = []
+    for path in (store / "commits").glob("*/harvest.json"):
+        record = read_record(path)
+        if lacking := [name for name in ("created", *fields) if name not in record]:
+            raise StorageError(f"the record {path} is damaged: it lacks {', '.join(lacking)}")
+        records.append(record)
+    records.sort(key=lambda record: (record["created"], record["digest"]))
     return [Harvest(**{name: record[name] for name in fields}) for record in records]
 
 

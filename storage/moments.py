@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.errors import StorageError
 from storage.harvests import moments_path
 from storage.store import Store
 
@@ -81,7 +82,11 @@ def encode_moments(moments: Mapping[MomentKey, Moments]) -> bytes:
 
 def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, Moments]:
     """Read one unit's moments."""
-    table = pq.ParquetFile(moments_path(store.path, harvest, unit)).read()
+    path = moments_path(store.path, harvest, unit)
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"the moments of unit {unit}, {path}, cannot be read: {error}") from None
     return {
         MomentKey(r["site"], r["label"], r["value"]): Moments(
             r["count"], np.asarray(r["sum"], dtype=np.float64), np.asarray(r["sum_squares"], dtype=np.float64)

@@ -22,6 +22,8 @@ from storage.harvests import committed_units, read_commit
 from storage.records import read_record
 from storage.store import Store, as_float32
 
+QUERIES = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
+"""Statements that give a table and change nothing. DESCRIBE and SHOW are kinds of SELECT; MULTI is what PIVOT is."""
 OUTPUT_FORMATS = (".npy", ".safetensors", ".parquet")
 
 
@@ -46,9 +48,11 @@ def sql(store: Store, query: str) -> duckdb.DuckDBPyRelation:
         if re.search(rf"\b{name}\b", query, re.IGNORECASE):
             connection.register(name, load(store))
     with query_errors():
+        kinds = [statement.type for statement in connection.extract_statements(query)]
+        if len(kinds) != 1 or kinds[0] not in QUERIES:
+            raise StorageError("a store is read-only: ask it with one SELECT")
         relation = connection.sql(query)
-    if relation is None:
-        raise StorageError("the query gives no table; a store is read-only, so ask it with SELECT")
+    assert relation is not None
     return relation
 
 

@@ -122,9 +122,13 @@ class Store:
                 max(first - part * DOCUMENTS_PER_FILE, 0),
                 min(last - part * DOCUMENTS_PER_FILE, DOCUMENTS_PER_FILE),
             )
-            file = pq.ParquetFile(self.path / "corpus" / "documents" / f"part-{part:05d}.parquet")
-            groups = range(low // DOCUMENTS_PER_GROUP, min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups))
-            tables.append(file.read_row_groups(list(groups)))
+            path = self.path / "corpus" / "documents" / f"part-{part:05d}.parquet"
+            try:
+                file = pq.ParquetFile(path)
+                groups = range(low // DOCUMENTS_PER_GROUP, min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups))
+                tables.append(file.read_row_groups(list(groups)))
+            except (pa.ArrowException, OSError) as error:
+                raise StorageError(f"the documents in {path} cannot be read: {error}") from None
         table = pa.concat_tables(tables)
         return table.slice(first - table.column("document")[0].as_py(), last - first + 1)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import ray
 
 from pipeline.errors import InputError
+
+CONNECT_S = 10
 
 
 @contextmanager
@@ -27,6 +30,12 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
         options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "address": "local"}
     else:
         options["address"] = "auto" if address == "local" else address
+    if ":" in str(options["address"]):  # Ray itself would try for minutes, and print warnings of its own meanwhile
+        host, _, port = options["address"].rpartition("/")[2].rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except (OSError, ValueError) as error:
+            raise InputError(f"cluster.address: no Ray cluster at {address!r}: {error}") from None
     try:
         ray.init(**options)
     except ConnectionError as error:

@@ -70,7 +70,13 @@ def plan_rows(source: Source, vocabulary: int, progress: Progress) -> RowTable:
     )
 
 
-def ensure_store(url: Path, corpus: CorpusSettings, model: ModelSettings, progress: Progress) -> tuple[Store, bool]:
+def ensure_store(
+    url: Path,
+    corpus: CorpusSettings,
+    model: ModelSettings,
+    progress: Progress,
+    check: Callable[[int], None] = lambda num_rows: None,
+) -> tuple[Store, bool]:
     """Open the store at `url` if its table is the one the spec describes, else make it. Return whether it was made.
 
     Raises StoreMismatch, showing both values, when the store there has another table.
@@ -88,6 +94,7 @@ def ensure_store(url: Path, corpus: CorpusSettings, model: ModelSettings, progre
             )
         return store, False
     rows = plan_rows(source, info.vocabulary, progress)
+    check(rows.num_rows)
     return write_plan(url, source, rows), True
 
 

@@ -92,6 +92,8 @@ def unfinished(store: Store, plan: TrainPlan) -> TrainPlan:
 
 def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: DictionarySettings) -> DictionaryPlan:
     (source,), (target,) = wanted.input, wanted.outputs
+    for site in dict.fromkeys((source, target)):
+        store.require_committed(site, training_units(store))
     config = DictionaryConfig(
         input=wanted.input,
         output=wanted.outputs,
