@@ -56,6 +56,10 @@ def run_stages(spec: Spec, stages: tuple[str, ...]) -> bool:
             store, did = _harvest(spec, cluster)
         else:
             store = open_store(spec.store)
+        if len({harvest.model for harvest in store.harvests}) > 1:
+            from workers.harvesting import name_in_store
+
+            store = store.for_model(name_in_store(store, describe_model(spec.model.id, spec.model.revision)))
         if "anchors" in stages and spec.anchors is not None:
             did |= _anchors(spec, store)
         if "train" in stages and spec.train is not None:
@@ -122,7 +126,7 @@ def _anchors(spec: Spec, store: Store) -> bool:
     from workers import stages
 
     assert spec.anchors is not None
-    result = stages.anchors(store, spec.anchors)
+    result = stages.anchors(store, spec.anchors, spec.harvest.sites)
     found = result.anchors
     by = ", ".join(spec.anchors.by)
     say(f"anchors: {len(found.values)} means by {by} {'made' if result.made else 'are there'} ({found.name})")

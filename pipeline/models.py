@@ -162,7 +162,8 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
             f"model.id: the weights of {info.id} cannot be loaded: {len(missing)} tensors that its config.json asks "
             f"for are not there, the first is {missing[0]}"
         )
-    return model.eval().requires_grad_(False)
+    ready: nn.Module = model.eval().requires_grad_(False)
+    return ready
 
 
 def _hash_weights(folder: Path, sha: Any) -> None:

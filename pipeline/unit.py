@@ -9,6 +9,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from pipeline.capture import capture, decoder_layers, run_base
@@ -58,7 +59,7 @@ class UnitRunner:
         compile_layers: bool = False,
     ):
         """`context`: most tokens of a context. `compile_layers`: compile the layers for full batches of contexts of
-        this length. Only for those: each shape costs the compiler half a minute, so batches of other shapes run eagerly."""
+        this length. Only for those, as each shape costs the compiler half a minute; other shapes run eagerly."""
         self.model = model
         self.sites = list(sites)
         self.dtype = DTYPES[dtype]
@@ -71,6 +72,8 @@ class UnitRunner:
         self._taken = self._taps.enter_context(capture(model, self.sites))
         self._compiled_shape: tuple[int, int] | None = None
         if compile_layers:
+            # Packs the weights once for the CPU's matrix library: a tenth faster, for a second copy of the weights.
+            torch._inductor.config.freezing = self.device.type == "cpu"
             self._compiled_shape = (batch_size(batch_tokens, context), context)
             for layer in decoder_layers(model):
                 layer.compile(dynamic=False)

@@ -1,8 +1,8 @@
 """Anchors: named sets of directions, one per subpopulation, kept with the counts they were made from."""
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from storage.arrays import RowArray
 from storage.errors import StorageError, StoreMismatch
-from storage.files import create_file
+from storage.files import create_file, write_file
 from storage.records import Record, differences, encode, read_record
 from storage.store import Store
 
@@ -29,28 +29,42 @@ class AnchorSet:
     vectors: Mapping[str, npt.NDArray[np.float32]]
     """Site -> float32 [k, d_model]: the subpopulation's mean minus the mean of all rows, not normalised."""
 
+    def identity_at(self, sites: Iterable[str]) -> Record:
+        """What determines the vectors of some sites: equal however many other sites the set has."""
+        return {**self.identity, "harvests": {site: self.identity["harvests"].get(site) for site in sites}}
+
 
 def write_anchors(store: Store, anchors: AnchorSet) -> None:
-    """Write anchors/<name>: one Zarr array a site, the record last. Raises StoreMismatch if others have the name."""
+    """Write anchors/<name>: one Zarr array a site, the record last. A set of the same kind grows by the new sites.
+
+    Raises StoreMismatch if another kind has the name.
+    """
     folder = store.path / "anchors" / anchors.name
+    known: dict[str, npt.NDArray[np.float32]] = {}
     if (folder / "anchors.json").exists():
-        found = read_anchors(store, anchors.name).identity
-        if found != anchors.identity:
+        found = read_anchors(store, anchors.name)
+        if found.identity_at(anchors.vectors) | {"harvests": None} != anchors.identity | {"harvests": None} or any(
+            found.identity["harvests"].get(site, digest) != digest
+            for site, digest in anchors.identity["harvests"].items()
+        ):
             raise StoreMismatch(
                 f"anchors {anchors.name!r} are in the store, made otherwise: "
-                f"{'; '.join(differences(found, anchors.identity))}. Give the new ones another name"
+                f"{'; '.join(differences(found.identity, anchors.identity))}. Give the new ones another name"
             )
-        return
+        known = dict(found.vectors)
+        anchors = replace(
+            anchors, identity=found.identity | {"harvests": found.identity["harvests"] | anchors.identity["harvests"]}
+        )
     for parent in (folder.parent, folder):
         create_file(parent / "zarr.json", encode({"zarr_format": 3, "node_type": "group", "attributes": {}}))
-    for site, vectors in anchors.vectors.items():
-        path = folder / site.replace("/", "--")
+    for site in anchors.vectors.keys() - known.keys():
+        vectors, path = anchors.vectors[site], folder / site
         shutil.rmtree(path, ignore_errors=True)  # left by an attempt that did not reach its record
         array = RowArray(path, vectors.shape, "float32", len(vectors), ("anchor", "d_model"), {"site": site})
         array.create()
         array.write(0, vectors)
     record = {name: getattr(anchors, name) for name in ("name", "labels", "values", "counts", "identity")}
-    create_file(folder / "anchors.json", encode({**record, "sites": list(anchors.vectors)}))
+    write_file(folder / "anchors.json", [encode({**record, "sites": sorted(known.keys() | anchors.vectors.keys())})])
 
 
 def read_anchors(store: Store, name: str) -> AnchorSet:
@@ -64,7 +78,7 @@ def read_anchors(store: Store, name: str) -> AnchorSet:
     record = read_record(folder / "anchors.json")
     vectors = {}
     for site in record.pop("sites"):
-        array = RowArray.open(folder / site.replace("/", "--"))
+        array = RowArray.open(folder / site)
         vectors[site] = array.read(0, array.shape[0])
     return AnchorSet(**record, vectors=vectors)
 

@@ -177,28 +177,37 @@ class RowArray:
     def _read_chunk_into(self, chunk: int, out: Array) -> int:
         path = self.chunk_path(chunk)
         where = f"chunk {chunk} of {self.name} ({path})"
+        again = self._again(chunk)
         body, stored = out.reshape(-1).view(np.uint8).data, bytearray(CRC_BYTES)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise CorruptChunk(f"{where} is missing; its unit has to be harvested again") from None
+            raise CorruptChunk(f"{where} is missing; {again}") from None
         try:
             size, expected = os.fstat(descriptor).st_size, body.nbytes + CRC_BYTES
             if size != expected:
-                raise CorruptChunk(f"{where} has {size} bytes, not {expected}; its unit has to be harvested again")
+                raise CorruptChunk(f"{where} has {size} bytes, not {expected}; {again}")
             got = 0
             while got < body.nbytes:  # one read call moves at most 2 GiB
                 moved = os.preadv(descriptor, [body[got:]], got)
                 if moved == 0:
-                    raise CorruptChunk(f"{where} was cut while it was read; its unit has to be harvested again")
+                    raise CorruptChunk(f"{where} was cut while it was read; {again}")
                 got += moved
             os.preadv(descriptor, [stored], body.nbytes)
         finally:
             os.close(descriptor)
         crc = checksum(out)
         if crc != int.from_bytes(stored, "little"):
-            raise CorruptChunk(f"{where} does not match its crc32c; its unit has to be harvested again")
+            raise CorruptChunk(f"{where} does not match its crc32c; {again}")
         return crc
+
+    def _again(self, chunk: int) -> str:
+        """What to do about a damaged chunk."""
+        about = self.attributes.get("granary", {})
+        if "harvest" not in about:
+            return "restore it from a copy, or make the store again"
+        unit = chunk * self.chunk_rows // about["rows_per_unit"]
+        return f"to make it again remove commits/{about['harvest']}/{unit:08d}.json and run `granary harvest`"
 
     def _metadata(self) -> bytes:
         chunk_shape = [self.chunk_rows, *self.shape[1:]]

@@ -63,7 +63,7 @@ def create_store(
     store or none, and of two that are made at once one wins. Raises StorageError, with nothing left behind, when the
     place holds something else or the disk is full.
     """
-    _refuse_if_taken(path)
+    refuse_if_taken(path)
     private = path.with_name(f".{path.name}.creating-{writer_id()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,14 +72,15 @@ def create_store(
         write_group(private, {"granary": info(table.digest()).to_record()})
         private.rename(path)  # fails if anything but an empty folder is there
     except OSError as error:
-        _refuse_if_taken(path)
+        refuse_if_taken(path)
         raise StorageError(f"the store at {path} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(private, ignore_errors=True)
     return open_store(path)
 
 
-def _refuse_if_taken(path: Path) -> None:
+def refuse_if_taken(path: Path) -> None:
+    """Raise StorageError unless a store can be made at `path`."""
     if (path / "zarr.json").exists():
         raise StorageError(f"there is a store at {path} already")
     if path.exists() and not path.is_dir():

@@ -44,7 +44,9 @@ class Harvest:
     def arrays(self, store: Path, num_rows: int, site: str) -> tuple[RowArray, RowArray]:
         """The activation array and the norm array of a site."""
         layout = self.sites[site]
-        attributes = {"granary": {"harvest": self.digest, "model": self.model, "site": site}}
+        rows_per_unit = self.identity["rows_per_unit"]
+        about = {"harvest": self.digest, "model": self.model, "site": site, "rows_per_unit": rows_per_unit}
+        attributes = {"granary": about}
         activations = RowArray(
             path=store / "activations" / self.model / site,
             shape=(num_rows, layout["d"]),

@@ -101,9 +101,15 @@ def open_store(url: str | Path) -> "Store":
 class Store:
     """A store that is open for reading. Cheap to make; holds no file open; safe to use from several threads."""
 
-    def __init__(self, path: Path, info: CorpusInfo):
+    def __init__(self, path: Path, info: CorpusInfo, model: str | None = None):
+        """`model`: the model whose sites bare names mean, for a store that holds several (see `for_model`)."""
         self.path = path
         self.info = info
+        self.model = model
+
+    def for_model(self, model: str) -> "Store":
+        """The same store, with bare site names meaning those of `model` (its name under activations/)."""
+        return Store(self.path, self.info, model)
 
     @property
     def num_rows(self) -> int:
@@ -156,13 +162,14 @@ class Store:
     @property
     def sites(self) -> list[str]:
         """The sites that are stored or being stored; `<model>/<site>` where the store holds several models."""
-        harvests = self.harvests
+        harvests = [h for h in self.harvests if self.model in (None, h.model)]
         several = len({h.model for h in harvests}) > 1
         return [f"{h.model}/{site}" if several else site for h in harvests for site in h.sites]
 
     def find(self, site: str) -> tuple[Harvest, str]:
         """Return the harvest that holds `site` ("resid_post.8" or "<model>/resid_post.8") and the bare site name."""
         model, _, name = site.rpartition("/")
+        model = model or self.model or ""
         found = [h for h in self.harvests if name in h.sites and model in ("", h.model)]
         if not found:
             raise StorageError(f"{site} is not in the store; it has {', '.join(self.sites) or 'no activations yet'}")

@@ -286,7 +286,8 @@ def write_store(
     info = corpus_info(table, rows_per_unit, held_out_start)
     store = create_store(path, table, info, save_no_tokenizer)
     layout = {"d": width, "dtype": dtype, "chunk_rows": chunk_rows}
-    made = Harvest.of({"sites": sorted(sites)}, "made-up", {site: dict(layout) for site in sites}, {})
+    identity = {"sites": sorted(sites), "rows_per_unit": rows_per_unit, "model": {"fingerprint": "made-up"}}
+    made = Harvest.of(identity, "made-up", {site: dict(layout) for site in sites}, {})
     declare_harvest(store.path, num_rows, made)
     for unit in range(store.info.num_units) if units is None else units:
         start, stop = store.info.unit_rows(unit)

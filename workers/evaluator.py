@@ -25,6 +25,7 @@ from storage.runs import Run, open_run
 from storage.store import Store, open_store
 from workers.examples import TopContexts, telling_latents
 from workers.harvester import read_contexts
+from workers.harvesting import name_in_store
 from workers.settings import EvaluateSettings
 from workers.tensors import to_torch
 
@@ -54,9 +55,10 @@ class EvaluationPlan:
 def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
     """What an evaluation depends on; one that exists under the same identity is not made again."""
     run = open_run(store, plan.run)
+    sites = run.record()["identity"]["dictionary"]["output"]
     return {
         "run": digest(run.record()["identity"]),
-        "anchors": None if plan.anchors is None else digest(read_anchors(store, plan.anchors).identity),
+        "anchors": None if plan.anchors is None else digest(read_anchors(store, plan.anchors).identity_at(sites)),
         "settings": plan.settings.model_dump(),
     }
 
@@ -75,6 +77,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
     """Measure a finished run and write its evaluation.json. Raises StorageError when nothing is held out."""
     torch.set_num_threads(plan.threads)
     store = open_store(plan.store)
+    store = store.for_model(name_in_store(store, plan.model))
     run = open_run(store, plan.run)
     run.dictionary_record()
     dictionary = load_dictionary(run.folder).to(plan.device)

@@ -42,7 +42,8 @@ def prepare_harvests(
     sites = settings.parsed_sites()
     info.check_sites(sites)
     identity = _identity(store, model, info, settings)
-    matching, missing = match_harvests(store.path, identity, info.name, list(settings.sites))
+    name = name_in_store(store, info)
+    matching, missing = match_harvests(store.path, identity, name, list(settings.sites))
     if missing:
         layout = {
             "d": info.d_model,
@@ -51,8 +52,14 @@ def prepare_harvests(
         }
         layouts = {site: dict(layout) for site in missing}
         made_with = {"model": info.id, **versions()}
-        matching.append(Harvest.of({**identity, "sites": sorted(missing)}, info.name, layouts, made_with))
+        matching.append(Harvest.of({**identity, "sites": sorted(missing)}, name, layouts, made_with))
     return [_job(store, model, info, settings, harvest, identity) for harvest in matching]
+
+
+def name_in_store(store: Store, info: ModelInfo) -> str:
+    """The name of a model under activations/: the one it was first harvested under, wherever it has moved since."""
+    known = (h.model for h in store.harvests if h.identity["model"]["fingerprint"] == info.fingerprint)
+    return next(known, info.name)
 
 
 def declare(store: Store, job: HarvestJob) -> None:
@@ -79,13 +86,15 @@ def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: Har
         "corpus_digest": store.info.corpus_digest,
         "tokenizer_digest": store.info.tokenizer_digest,
         "model": {"fingerprint": info.fingerprint, "dtype": model.dtype},
-        "stored_dtype": settings.dtype,
         "rows_per_unit": store.info.rows_per_unit,
-        "batch_tokens": settings.batch_tokens,
-        "attention": settings.attention,
-        "compile": compile_layers(settings, info, store.num_rows, layers),
-        "device": "cuda" if settings.gpus_per_worker else "cpu",
-        "threads_per_worker": None if settings.gpus_per_worker else settings.threads_per_worker,
+        "harvest": {
+            "dtype": settings.dtype,
+            "batch_tokens": settings.batch_tokens,
+            "attention": settings.attention,
+            "compile": compile_layers(settings, info, store.num_rows, layers),
+            "device": "cuda" if settings.gpus_per_worker else "cpu",
+            "threads_per_worker": None if settings.gpus_per_worker else settings.threads_per_worker,
+        },
     }
 
 
@@ -103,7 +112,7 @@ def _job(
         layers=1 + max(int(site.rpartition(".")[2]) for site in harvest.sites),
         model_dtype=model.dtype,
         attention=settings.attention,
-        compile=identity["compile"],
+        compile=identity["harvest"]["compile"],
         batch_tokens=settings.batch_tokens,
         threads=settings.threads_per_worker,
         device=device,

@@ -9,9 +9,9 @@ from pipeline.documents import find_files, fingerprint, read_documents
 from pipeline.errors import InputError
 from pipeline.models import ModelInfo, describe_model, encode_texts, load_tokenizer, tokenizer_digest
 from pipeline.rows import ContextPolicy, RowTable, build_rows
-from storage.create import Table, create_store
+from storage.create import Table, create_store, refuse_if_taken
 from storage.errors import StoreMismatch
-from storage.records import Record, differences
+from storage.records import Record, differences, digest
 from storage.store import CorpusInfo, Store, open_store
 from workers.settings import CorpusSettings, ModelSettings, check_tokenizer
 from workers.versions import versions
@@ -87,15 +87,23 @@ def ensure_store(
         store = open_store(url)
         check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, model.tokenizer or model.id)
         if store.info.plan != source.identity:
-            found = differences(store.info.plan, source.identity, "corpus.")
+            found = differences(_settings(store.info.plan), _settings(source.identity), "corpus.")
             raise StoreMismatch(
                 f"the spec contradicts the store at {url}: {'; '.join(found)}. "
                 "Give the spec the stored values, or name another store"
             )
         return store, False
+    refuse_if_taken(url)  # before the corpus is read, which can take hours
     rows = plan_rows(source, info.vocabulary, progress)
     check(rows.num_rows)
     return write_plan(url, source, rows), True
+
+
+def _settings(identity: Record) -> Record:
+    """An identity as a person would tell it: for the source files, what they amount to instead of their hashes."""
+    files = identity["files"]
+    what = f"{len(files)} file(s) of {sum(f['bytes'] for f in files):,} bytes, {digest(files)[:8]}"
+    return {**{k: v for k, v in identity.items() if k != "files"}, "path": what}
 
 
 def write_plan(url: Path, source: Source, rows: RowTable) -> Store:

@@ -4,7 +4,7 @@ Every stage may be run again at any time; what is finished is found in the store
 file, the messages and the terminal; Ray must be up for the stages that use actors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -48,16 +48,13 @@ class AnchorResult:
     made: bool
 
 
-def anchors(store: Store, settings: AnchorSettings) -> AnchorResult:
-    """Make the anchors of all sites of the store, unless the same ones are there."""
-    sites = store.sites
-    if not sites:
-        raise StorageError(f"the store at {store.path} has no activations yet; run `granary harvest` first")
+def anchors(store: Store, settings: AnchorSettings, sites: Sequence[str]) -> AnchorResult:
+    """Make the anchors of `sites`, unless the same ones are there."""
     try:
         found = read_anchors(store, settings.name)
     except StorageError:
         found = None
-    if found is not None and found.identity == anchors_identity(store, settings, sites):
+    if found is not None and found.identity_at(sites) == anchors_identity(store, settings, sites):
         return AnchorResult(found, made=False)
     return AnchorResult(make_anchors(store, settings, sites), made=True)
 

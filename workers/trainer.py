@@ -46,6 +46,8 @@ class TrainPlan:
     """What the trainer needs to begin."""
 
     store: Path
+    model: str | None
+    """The model whose sites are meant, in a store of several."""
     dictionaries: tuple[DictionaryPlan, ...]
     steps: int
     batch_rows: int
@@ -74,6 +76,7 @@ def plan_training(store: Store, settings: TrainSettings) -> TrainPlan:
         open_run(store, plan.name).check(plan.identity)
     return TrainPlan(
         store=store.path,
+        model=store.model,
         dictionaries=plans,
         steps=steps,
         batch_rows=settings.batch_rows,
@@ -110,7 +113,7 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
         anchor_weight=wanted.anchor_weight,
         seed=settings.seed,
     )
-    anchors = read_anchors(store, wanted.anchors).identity if wanted.anchors else None
+    anchors = read_anchors(store, wanted.anchors).identity_at((source, target)) if wanted.anchors else None
     identity = {
         "corpus_digest": store.info.corpus_digest,
         "harvests": {site: store.find(site)[0].digest for site in (source, target)},
@@ -126,7 +129,8 @@ class Trainer:
 
     def __init__(self, plan: TrainPlan):
         self.plan = plan
-        self.store = open_store(plan.store)
+        store = open_store(plan.store)
+        self.store = store if plan.model is None else store.for_model(plan.model)
         self._progress = Progress(0, plan.steps, {})
 
     def progress(self) -> Progress:

@@ -92,7 +92,8 @@ def _harvests(store: Store, harvests: Sequence[Record]) -> str:
         identity = identities[h["harvest"]]
         done, of = h["units_committed"], h["units"]
         bar = "" if done == of else f'<br><progress value="{done}" max="{of}">{percent(done / of)}</progress>'
-        device = f"{identity.get('device', '')}, {identity.get('attention', '')} attention".strip(", ")
+        how = identity.get("harvest", {})
+        device = f"{how.get('device', '')}, {how.get('attention', '')} attention".strip(", ")
         rows.append(
             [
                 text(h["model"]),

@@ -25,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("no_ray")
         ({"corpus.seed": 3}, "corpus.seed: 0 in the store, 3 in the spec"),
         ({"corpus.rows": 1500}, "corpus.rows: nothing in the store, 1500 in the spec"),
         ({"corpus.labels": ["year"]}, "corpus.labels: ['language', 'year'] in the store, ['year'] in the spec"),
-        ({"harvest.dtype": "float32"}, "dtype: 'bfloat16' in the store, 'float32' in the spec"),
+        ({"harvest.dtype": "float32"}, "harvest.dtype: 'bfloat16' in the store, 'float32' in the spec"),
         ({"model.dtype": "bfloat16"}, "model.dtype: 'float32' in the store, 'bfloat16' in the spec"),
-        ({"harvest.batch_tokens": 100}, "batch_tokens: 4096 in the store, 100 in the spec"),
-        ({"harvest.attention": "eager"}, "attention: 'sdpa' in the store, 'eager' in the spec"),
-        ({"harvest.threads_per_worker": 2}, "threads_per_worker: 1 in the store, 2 in the spec"),
+        ({"harvest.batch_tokens": 100}, "harvest.batch_tokens: 4096 in the store, 100 in the spec"),
+        ({"harvest.attention": "eager"}, "harvest.attention: 'sdpa' in the store, 'eager' in the spec"),
+        ({"harvest.threads_per_worker": 2}, "harvest.threads_per_worker: 1 in the store, 2 in the spec"),
         (
             {"corpus.seed": 3, "corpus.context": 32},
             "corpus.context: 64 in the store, 32 in the spec; corpus.seed: 0 in the store, 3 in the spec",
@@ -46,7 +46,7 @@ def test_a_spec_that_contradicts_the_store(stored: Lab, changes: dict[str, Any],
 def test_another_corpus_than_the_store_s(stored: Lab, texts: list[str]) -> None:
     write_corpus(stored.folder / "other.parquet", texts[1:])
     err = stored.refused("harvest", stored.spec({"corpus.path": "other.parquet"}))
-    assert f"the spec contradicts the store at {stored.store}: corpus.files: " in err
+    assert f"the spec contradicts the store at {stored.store}: corpus.path: '1 file(s) of " in err
 
 
 def test_another_tokenizer_than_the_store_s(stored: Lab, inputs: Path, harvested: Store) -> None:

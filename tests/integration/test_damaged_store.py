@@ -50,7 +50,8 @@ def test_a_damaged_chunk_is_named(stored: Lab, damage: Callable[[Path], None], e
     where = f"chunk 2 of activations/{store.harvests[0].model}/{SITE} ({array.chunk_path(2)}) {expected}"
     fetch = ("--site", SITE, "--out", stored.folder / "x.npy")
     err = stored.refused("query", stored.store, "select row from rows", *fetch)
-    assert err == f"granary: {where}; its unit has to be harvested again\n"
+    commit = f"commits/{store.harvests[0].digest}/00000002.json"
+    assert err == f"granary: {where}; to make it again remove {commit} and run `granary harvest`\n"
     with pytest.raises(CorruptChunk) as caught:
         list(store.stream([SITE], batch_rows=512, steps=8))
     assert where in str(caught.value)

@@ -323,8 +323,8 @@ def test_create_file_is_create_only(tmp_path: Path) -> None:
         ({"context": 32}, "context: 64 in the store, 32 in the spec"),
         ({"seed": 5}, "seed: 0 in the store, 5 in the spec"),
         ({"labels": ("language",)}, "labels: "),
-        ({"dtype": "float32"}, "stored_dtype: 'bfloat16' in the store, 'float32' in the spec"),
-        ({"batch_tokens": 100}, "batch_tokens: 4096 in the store, 100 in the spec"),
+        ({"dtype": "float32"}, "harvest.dtype: 'bfloat16' in the store, 'float32' in the spec"),
+        ({"batch_tokens": 100}, "harvest.batch_tokens: 4096 in the store, 100 in the spec"),
         ({"model_dtype": "bfloat16"}, "model.dtype: 'float32' in the store, 'bfloat16' in the spec"),
     ],
 )
