@@ -25,7 +25,7 @@ def plan_record(spec: Spec) -> Record:
     with ProgressLine("planning", "rows") as line:
         rows = plan_rows(source, info.vocabulary, line.update)
     itemsize = DTYPES[spec.harvest.dtype].itemsize
-    per_unit = spec.corpus.rows_per_unit
+    per_unit = spec.corpus.unit_size(rows.num_rows)
     units = -(-rows.num_rows // per_unit)
     chunk_rows = chunk_rows_for(per_unit, info.d_model, itemsize)
     chunks = -(-rows.num_rows // chunk_rows)

@@ -60,6 +60,10 @@ def run_stages(spec: Spec, stages: tuple[str, ...]) -> bool:
             from workers.harvesting import name_in_store
 
             store = store.for_model(name_in_store(store, describe_model(spec.model.id, spec.model.revision)))
+        if "evaluate" in stages and spec.train is not None:
+            from workers.evaluator import first_held_out_row
+
+            first_held_out_row(store)  # raises now what would otherwise come after hours of training
         if "anchors" in stages and spec.anchors is not None:
             did |= _anchors(spec, store)
         if "train" in stages and spec.train is not None:
@@ -84,9 +88,10 @@ def _harvest(spec: Spec, cluster: Cluster) -> tuple[Store, bool]:
     layout = {"d": info.d_model, "dtype": spec.harvest.dtype}
 
     def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
-        units = -(-num_rows // spec.corpus.rows_per_unit)
+        per_unit = spec.corpus.unit_size(num_rows)
+        units = -(-num_rows // per_unit)
         sites = dict.fromkeys(spec.harvest.sites, layout)
-        _check_room(local_path(spec.store), units * unit_bytes(spec.corpus.rows_per_unit, sites))
+        _check_room(local_path(spec.store), units * unit_bytes(per_unit, sites))
 
     with ProgressLine("planning", "rows") as line:
         store, made = ensure_store(local_path(spec.store), spec.corpus, spec.model, line.update, check)

@@ -116,7 +116,8 @@ def first_held_out_row(store: Store) -> int:
     boundary = store.info.held_out_start
     if boundary >= store.num_rows:
         raise StorageError(
-            "the store holds no rows out (corpus.holdout is 0, or it has one unit): nothing to evaluate on"
+            "the store holds no rows out to evaluate on: corpus.holdout was 0, or all rows are in one unit "
+            f"({store.num_rows:,} rows); make another store with a holdout, from more text or with smaller units"
         )
     starts = store.documents.column("row_start").to_numpy()
     number = int(np.searchsorted(starts, boundary))

@@ -109,16 +109,17 @@ def _settings(identity: Record) -> Record:
 def write_plan(url: Path, source: Source, rows: RowTable) -> Store:
     """Write planned rows as a new store."""
     corpus = source.corpus
+    unit_size = corpus.unit_size(rows.num_rows)
 
     def info(corpus_digest: str) -> CorpusInfo:
         return CorpusInfo(
             num_rows=rows.num_rows,
             num_contexts=len(rows.prefix),
             num_documents=rows.documents.num_rows,
-            rows_per_unit=corpus.rows_per_unit,
+            rows_per_unit=unit_size,
             context=corpus.context,
             skip_first=corpus.skip_first,
-            held_out_start=held_out_start(rows.num_rows, corpus.rows_per_unit, corpus.holdout),
+            held_out_start=held_out_start(rows.num_rows, unit_size, corpus.holdout),
             labels=list(corpus.labels),
             corpus_digest=corpus_digest,
             tokenizer_digest=source.identity["tokenizer"],

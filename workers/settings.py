@@ -60,16 +60,25 @@ class CorpusSettings(Settings):
     """Seed of the order of documents."""
     skip_first: Annotated[int, Field(ge=0)] = 1
     """Leading positions of a context that are no rows; 1 leaves out BOS, an attention sink."""
-    rows_per_unit: Annotated[int, Field(ge=1024)] = 65536
-    """Rows of a unit of work, a power of two. A worker holds two units in memory."""
+    rows_per_unit: Annotated[int, Field(ge=1024)] | Literal["auto"] = "auto"
+    """Rows of a unit of work, a power of two; a worker holds two in memory. auto: 65536, less in a small corpus."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the rows, in whole units at the end, that no dictionary is trained on."""
 
     @model_validator(mode="after")
     def _power_of_two(self) -> "CorpusSettings":
-        if self.rows_per_unit & (self.rows_per_unit - 1):
+        if self.rows_per_unit != "auto" and self.rows_per_unit & (self.rows_per_unit - 1):
             raise ValueError(f"rows_per_unit must be a power of two, not {self.rows_per_unit}")
         return self
+
+    def unit_size(self, num_rows: int) -> int:
+        """rows_per_unit resolved: a function of the rows, so that it is the same wherever the spec runs.
+
+        auto gives at least 16 units where units of 1,024 rows do: enough to hold some out and to keep workers busy.
+        """
+        if self.rows_per_unit != "auto":
+            return self.rows_per_unit
+        return min(65536, max(1024, 1 << ((num_rows // 16).bit_length() - 1))) if num_rows >= 16 else 1024
 
 
 class HarvestSettings(Settings):

@@ -221,7 +221,7 @@ def test_nothing_is_held_out(lab: Lab, llama: Path, corpus: Path) -> None:
     )
     harvest(lab.store, llama, corpus, SITES, rows=1000, holdout=0.5)  # one unit, and no other to hold out
     err = lab.refused("evaluate", lab.spec({"train": TRAIN, "corpus.rows": 1000, "corpus.holdout": 0.5}))
-    assert "the store holds no rows out (corpus.holdout is 0, or it has one unit): nothing to evaluate on" in err
+    assert "the store holds no rows out to evaluate on: corpus.holdout was 0, or all rows are in one unit" in err
 
 
 def test_evaluating_what_is_not_trained(lab: Lab, llama: Path, corpus: Path) -> None:

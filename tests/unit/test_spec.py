@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from jobs.spec import Spec, SpecError, load_spec, parse_spec
+from workers.settings import CorpusSettings
 
 SHORTEST = {
     "store": "acts",
@@ -42,7 +43,7 @@ def test_the_shortest_useful_spec() -> None:
     assert spec.corpus.path == "/specs/data/*.parquet"
     assert (spec.corpus.text, spec.corpus.labels, spec.corpus.rows) == ("text", (), None)
     assert (spec.corpus.context, spec.corpus.skip_first, spec.corpus.seed) == (1024, 1, 0)
-    assert (spec.corpus.rows_per_unit, spec.corpus.holdout) == (65536, 0.05)
+    assert (spec.corpus.rows_per_unit, spec.corpus.holdout) == ("auto", 0.05)
     assert spec.harvest.sites == ("resid_post.8",)
     assert (spec.harvest.dtype, spec.harvest.workers, spec.harvest.gpus_per_worker) == ("bfloat16", "auto", 0)
     assert spec.anchors is None
@@ -163,7 +164,7 @@ def test_all_mistakes_at_once() -> None:
         "unknown key stor: did you mean store?",
         "model.dtype must be 'float32', 'bfloat16' or 'float16', not 'int8'",
         "corpus.context must be greater than 1, not 1",
-        "corpus.rows_per_unit must be at least 1024, not 1000",
+        "corpus.rows_per_unit must be at least 1024 or 'auto', not 1000",
         "corpus.seed must be a whole number, not 'a'",
         "corpus.rows must be a whole number, not 2.5",
         "harvest.sites: unknown site 'resid_pots.1': did you mean resid_post.1?",
@@ -284,3 +285,11 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     text = yaml.safe_dump(SHORTEST).replace("path: data/*.parquet", "path: d.parquet\n  rows: 100_000_000")
     (tmp_path / "spec.yaml").write_text(text)
     assert load_spec(tmp_path / "spec.yaml").corpus.rows == 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected"), [(1, 1024), (16_384, 1024), (40_000, 2048), (800_000, 32768), (10**9, 65536)]
+)
+def test_units_of_a_small_corpus_are_small(num_rows: int, expected: int) -> None:
+    assert CorpusSettings(path="x").unit_size(num_rows) == expected
+    assert CorpusSettings(path="x", rows_per_unit=4096).unit_size(num_rows) == 4096
