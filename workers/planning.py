@@ -133,12 +133,11 @@ def write_plan(url: Path, source: Source, rows: RowTable) -> Store:
 
 
 def held_out_start(num_rows: int, rows_per_unit: int, share: float) -> int:
-    """The first held-out row: as many whole units from the end as come nearest to `share`, at least one of several."""
-    units = -(-num_rows // rows_per_unit)
-    if share == 0 or units < 2:
+    """The first held-out row: a unit boundary that leaves at least `share` of the rows behind it (the last unit may be
+    short), and at least one unit before it. `num_rows` when nothing is held out, or all rows are in one unit."""
+    if share == 0 or num_rows <= rows_per_unit:
         return num_rows
-    held_out = min(units - 1, max(1, round(units * share)))
-    return (units - held_out) * rows_per_unit
+    return max(1, int(num_rows * (1 - share)) // rows_per_unit) * rows_per_unit
 
 
 def describe(model: ModelSettings) -> ModelInfo:

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jobs.spec import Spec, SpecError, load_spec, parse_spec
+from workers.planning import held_out_start
 from workers.settings import CorpusSettings
 
 SHORTEST = {
@@ -293,3 +296,14 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
 def test_units_of_a_small_corpus_are_small(num_rows: int, expected: int) -> None:
     assert CorpusSettings(path="x").unit_size(num_rows) == expected
     assert CorpusSettings(path="x", rows_per_unit=4096).unit_size(num_rows) == 4096
+
+
+@given(st.integers(1, 10**6), st.sampled_from([1024, 4096, 65536]), st.floats(0.01, 0.6))
+def test_at_least_the_share_is_held_out_in_whole_units(num_rows: int, rows_per_unit: int, share: float) -> None:
+    start = held_out_start(num_rows, rows_per_unit, share)
+    assert start % rows_per_unit == 0 or start == num_rows
+    assert start >= min(num_rows, rows_per_unit)
+    if num_rows > 2 * rows_per_unit:
+        assert num_rows - start >= share * num_rows - 1
+        assert num_rows - start <= share * num_rows + 2 * rows_per_unit
+    assert held_out_start(num_rows, rows_per_unit, 0.0) == num_rows
