@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.documents import find_files, fingerprint, read_documents
 from pipeline.errors import InputError
-from pipeline.models import ModelInfo, describe_model, encode_texts, load_tokenizer, tokenizer_digest
+from pipeline.models import describe_model, encode_texts, load_tokenizer, tokenizer_digest
 from pipeline.rows import ContextPolicy, RowTable, build_rows
 from storage.create import Table, create_store, refuse_if_taken
 from storage.errors import StoreMismatch
@@ -138,7 +138,3 @@ def held_out_start(num_rows: int, rows_per_unit: int, share: float) -> int:
     if share == 0 or num_rows <= rows_per_unit:
         return num_rows
     return max(1, int(num_rows * (1 - share)) // rows_per_unit) * rows_per_unit
-
-
-def describe(model: ModelSettings) -> ModelInfo:
-    return describe_model(model.id, model.revision)
