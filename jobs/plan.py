@@ -17,6 +17,7 @@ def plan_record(spec: Spec) -> Record:
     """Tokenise the corpus, count, and write nothing. Raises the errors that harvesting would."""
     info = describe_model(spec.model.id, spec.model.revision)
     info.check_sites(spec.harvest.parsed_sites())
+    info.check_context(spec.corpus.context)
     exists = (local_path(spec.store) / "zarr.json").exists()
     if exists:  # then these only compare, and raise what contradicts it
         store, _ = ensure_store(local_path(spec.store), spec.corpus, spec.model, lambda done, total: None)

@@ -50,16 +50,15 @@ def run_stages(spec: Spec, stages: tuple[str, ...]) -> bool:
         raise SpecError(
             "corpus.holdout is 0, which leaves no rows to evaluate on: hold some out, or run the stages one by one"
         )
+    from workers.harvesting import name_in_store
+
     did = False
     with cluster_for(spec) as cluster:
         if "harvest" in stages:
             store, did = _harvest(spec, cluster)
         else:
-            store = open_store(spec.store)
-        if len({harvest.model for harvest in store.harvests}) > 1:
-            from workers.harvesting import name_in_store
-
-            store = store.for_model(name_in_store(store, describe_model(spec.model.id, spec.model.revision)))
+            store = _open_harvested(spec)
+        store = store.for_model(name_in_store(store, describe_model(spec.model.id, spec.model.revision)))
         if "evaluate" in stages and spec.train is not None:
             from workers.evaluator import first_held_out_row
 
@@ -75,6 +74,17 @@ def run_stages(spec: Spec, stages: tuple[str, ...]) -> bool:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def _open_harvested(spec: Spec) -> Store:
+    """Open the store of a spec whose harvest is done already. Raises StoreMismatch if it is not the spec's."""
+    from workers.harvesting import require_harvested
+    from workers.planning import check_settings
+
+    store = open_store(spec.store)
+    check_settings(store, spec.corpus)
+    require_harvested(store, spec.model, describe_model(spec.model.id, spec.model.revision), spec.harvest)
+    return store
 
 
 def _harvest(spec: Spec, cluster: Cluster) -> tuple[Store, bool]:

@@ -18,7 +18,8 @@ from pipeline.errors import InputError
 
 EXAMPLES_KEPT = 5
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-FINGERPRINT_TAIL_BYTES = 64 * 1024
+HASHED_WHOLE_BYTES = 256 * 2**20
+SAMPLED_BLOCKS, SAMPLED_BYTES = 256, 2**20
 RESERVED_COLUMNS = {"text", "document", "row_start", "row_stop", "source"}
 
 
@@ -54,14 +55,22 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def fingerprint(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Identify source files by size and the hash of their tail, which holds Parquet's footer: cheap at any size."""
+    """Identify source files by size and hash: of everything in files up to 256 MiB; of evenly spaced blocks and the
+    tail, which holds Parquet's footer, in larger ones."""
     found = []
     for file in files:
         size = file.stat().st_size
+        sha = hashlib.sha256()
         with file.open("rb") as handle:
-            handle.seek(max(0, size - FINGERPRINT_TAIL_BYTES))
-            tail = hashlib.sha256(handle.read()).hexdigest()
-        found.append({"bytes": size, "tail_sha256": tail[:16]})
+            if size <= HASHED_WHOLE_BYTES:
+                sha.update(handle.read())
+            else:
+                for block in range(SAMPLED_BLOCKS):
+                    handle.seek(size * block // SAMPLED_BLOCKS)
+                    sha.update(handle.read(SAMPLED_BYTES))
+                handle.seek(size - SAMPLED_BYTES)
+                sha.update(handle.read())
+        found.append({"bytes": size, "sha256": sha.hexdigest()[:16]})
     return found
 
 

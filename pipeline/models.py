@@ -4,6 +4,7 @@ Everything that can be wrong with a model is found from its config, before weigh
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ class ModelInfo:
     num_layers: int
     d_model: int
     vocabulary: int
+    max_context: int | None
+    """Positions the model was made for, if its config says."""
+
+    def check_context(self, context: int) -> None:
+        """Raise InputError for contexts longer than the model's positions: beyond them its activations mean nothing."""
+        if self.max_context is not None and context > self.max_context:
+            raise InputError(
+                f"corpus.context: {context} tokens are more than the {self.max_context} positions of {self.id} "
+                "(max_position_embeddings); give at most that"
+            )
 
     def check_sites(self, sites: list[Site]) -> None:
         """Raise InputError for a layer the model does not have."""
@@ -59,10 +70,12 @@ def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
             f"model.id: {model_id} is a {kind!r} model; supported are the Llama-shaped families "
             f"{', '.join(PLAIN_FAMILIES)}"
         )
-    fields = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_NOISE}
-    sha = hashlib.sha256(repr(sorted(fields.items())).encode())
+    sha = hashlib.sha256()
     folder = Path(model_id).expanduser()
     if folder.is_dir():
+        # The file itself, not the loaded config, which has the defaults of whatever transformers is installed.
+        written = json.loads((folder / "config.json").read_text())
+        sha.update(json.dumps({k: v for k, v in written.items() if k not in _CONFIG_NOISE}, sort_keys=True).encode())
         _hash_weights(folder, sha)
     else:
         sha.update(str(getattr(config, "_commit_hash", None) or revision).encode())
@@ -75,6 +88,7 @@ def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         vocabulary=config.vocab_size,
+        max_context=getattr(config, "max_position_embeddings", None),
     )
 
 

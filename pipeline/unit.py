@@ -33,7 +33,7 @@ class RawMoments:
 
 @dataclass(frozen=True)
 class Activations:
-    """One site's rows of a unit: [rows, d_model] in the stored dtype, and the share of positions that were padding."""
+    """The rows of a unit at each site, [rows, d_model] in the stored dtype; how many positions were run for them."""
 
     sites: dict[Site, Tensor]
     positions_run: int
@@ -94,9 +94,9 @@ class UnitRunner:
             tokens = torch.from_numpy(batch.tokens())
             source, target = _row_index(batch)
             self._forward(tokens)
-            on_device = source.to(self.device)
             for site in self.sites:
-                rows = self._taken[site].reshape(-1, self.d_model).index_select(0, on_device).to(self.dtype)
+                acts = self._taken[site].reshape(-1, self.d_model)
+                rows = acts.index_select(0, source.to(acts.device)).to(self.dtype)  # layers may be on several devices
                 kept[site].index_copy_(0, target, rows.cpu())
             filled += len(target)
             positions += tokens.numel()

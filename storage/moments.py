@@ -4,6 +4,7 @@ The moments are of the stored values (after rounding to the stored dtype), in fl
 from the activations at any time.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import StorageError
-from storage.harvests import moments_path
+from storage.harvests import commit_path, moments_path, read_commit
 from storage.store import Store
 
 Float64 = npt.NDArray[np.float64]
@@ -81,10 +82,17 @@ def encode_moments(moments: Mapping[MomentKey, Moments]) -> bytes:
 
 
 def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, Moments]:
-    """Read one unit's moments."""
+    """Read a committed unit's moments. Raises StorageError when the file is not the one that was committed."""
     path = moments_path(store.path, harvest, unit)
+    committed = read_commit(store.path, harvest, unit).get("moments_sha256")
     try:
-        table = pq.ParquetFile(path).read()
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != committed:
+            raise StorageError(
+                f"the moments of unit {unit}, {path}, cannot be read: they do not match their commit; to make them "
+                f"again remove {commit_path(store.path, harvest, unit)} and run `granary harvest`"
+            )
+        table = pq.ParquetFile(pa.BufferReader(content)).read()
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"the moments of unit {unit}, {path}, cannot be read: {error}") from None
     return {

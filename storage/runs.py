@@ -50,7 +50,7 @@ class Run:
             )
 
     def record(self) -> Record:
-        """run.json: {"identity": ..., "settings": ..., "made_with": ...}."""
+        """run.json: {"identity": ..., "anchors": ..., "made_with": ...}."""
         return read_record(self.folder / "run.json")
 
     def save_checkpoint(self, curve: list[Record], checkpoint: bytes) -> None:

@@ -46,6 +46,15 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
         ray.shutdown()
 
 
+def require_gpus(gpus: int, what: str) -> None:
+    """Raise InputError when Ray was started on this machine alone and has fewer GPUs: waiting would be for ever."""
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if found < gpus and len(ray.nodes()) == 1:
+        raise InputError(
+            f"{what} asks for {gpus} GPU(s) and this Ray cluster of one machine has {found}; set it to 0 for CPU"
+        )
+
+
 def room_for(threads: int, gpus_per_worker: int) -> int:
     """How many workers the cluster has room for now; at least one."""
     total = ray.cluster_resources()

@@ -60,6 +60,7 @@ def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
         "run": digest(run.record()["identity"]),
         "anchors": None if plan.anchors is None else digest(read_anchors(store, plan.anchors).identity_at(sites)),
         "settings": plan.settings.model_dump(),
+        "model": {"dtype": plan.model_dtype, "attention": plan.attention},
     }
 
 
@@ -155,7 +156,6 @@ def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, st
     areas = auroc(codes, torch.from_numpy(member))
     is_anchored = run.record()["anchors"] == anchors
     dictionary = load_dictionary(run.folder)
-    directions = torch.from_numpy(anchor_set.vectors[dictionary.config.output[0]])
     groups = []
     for i, (label, value) in enumerate(zip(anchor_set.labels, anchor_set.values, strict=True)):
         column = areas[:, i]
@@ -170,6 +170,7 @@ def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, st
         else:
             line |= {"best_latent": int(column.argmax()), "best_auroc": float(column.max())}
         if is_anchored:
+            directions = torch.from_numpy(anchor_set.vectors[dictionary.config.output[0]])
             cosine = torch.nn.functional.cosine_similarity(dictionary.W_dec[i], directions[i], dim=0)
             area = None if line["best_auroc"] is None else float(column[i])
             line |= {"anchored_latent": i, "anchored_auroc": area, "anchor_cosine": float(cosine)}

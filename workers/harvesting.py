@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.models import ModelInfo
 from storage.arrays import DTYPES
+from storage.errors import StorageError
 from storage.harvests import (
     Harvest,
     chunk_rows_for,
@@ -15,7 +16,7 @@ from storage.harvests import (
 )
 from storage.records import Record
 from storage.store import Store
-from workers.cluster import room_for
+from workers.cluster import require_gpus, room_for
 from workers.harvester import HarvesterSetup, UnitResult
 from workers.settings import HarvestSettings, ModelSettings, compile_layers
 from workers.supervisor import Supervisor
@@ -62,6 +63,17 @@ def name_in_store(store: Store, info: ModelInfo) -> str:
     return next(known, info.name)
 
 
+def require_harvested(store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings) -> None:
+    """Raise StorageError unless the store holds the spec's sites, of its model and harvested as it says."""
+    known = {harvest.digest for harvest in store.harvests}
+    for job in prepare_harvests(store, model, info, settings):
+        if job.harvest.digest not in known:
+            raise StorageError(
+                f"{', '.join(job.harvest.sites)} of {info.id} {'is' if len(job.harvest.sites) == 1 else 'are'} not in "
+                f"the store at {store.path}; run `granary harvest` first"
+            )
+
+
 def declare(store: Store, job: HarvestJob) -> None:
     """Write the harvest's record and array metadata, create-only."""
     declare_harvest(store.path, store.num_rows, job.harvest)
@@ -69,6 +81,7 @@ def declare(store: Store, job: HarvestJob) -> None:
 
 def run_harvest(job: HarvestJob, settings: HarvestSettings, on_unit: Callable[[UnitResult], None]) -> None:
     """Harvest what is left. Ray must be up. Raises HarvestFailed, StorageError or InputError."""
+    require_gpus(settings.gpus_per_worker, "harvest.gpus_per_worker")
     workers = settings.workers
     if workers == "auto":
         workers = room_for(settings.threads_per_worker, settings.gpus_per_worker)

@@ -31,16 +31,32 @@ class Source:
     @property
     def identity(self) -> Record:
         """What determines the table of rows: settings and sources, not places."""
-        corpus = self.corpus
         return {
-            **{name: getattr(corpus, name) for name in ("text", "context", "rows", "seed", "skip_first")},
-            "labels": list(corpus.labels),
-            "rows_per_unit": corpus.rows_per_unit,
-            "holdout": corpus.holdout,
+            **_table_settings(self.corpus),
             "bos": self.bos,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "files": fingerprint(self.files),
         }
+
+
+def _table_settings(corpus: CorpusSettings) -> Record:
+    names = ("text", "context", "rows", "seed", "skip_first", "rows_per_unit", "holdout")
+    return {**{name: getattr(corpus, name) for name in names}, "labels": list(corpus.labels)}
+
+
+def check_settings(store: Store, corpus: CorpusSettings) -> None:
+    """Raise StoreMismatch if the store's table was planned with other settings. Does not look at the corpus files."""
+    expected = _table_settings(corpus)
+    stored = {name: store.info.plan.get(name) for name in expected}
+    if stored != expected:
+        raise _mismatch(store.path, differences(stored, expected, "corpus."))
+
+
+def _mismatch(place: Path, found: list[str]) -> StoreMismatch:
+    return StoreMismatch(
+        f"the spec contradicts the store at {place}: {'; '.join(found)}. "
+        "Give the spec the stored values, or name another store"
+    )
 
 
 def open_source(corpus: CorpusSettings, model: ModelSettings) -> Source:
@@ -82,16 +98,13 @@ def ensure_store(
     Raises StoreMismatch, showing both values, when the store there has another table.
     """
     info = describe_model(model.id, model.revision)
+    info.check_context(corpus.context)
     source = open_source(corpus, model)
     if (url / "zarr.json").exists():
         store = open_store(url)
         check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, model.tokenizer or model.id)
         if store.info.plan != source.identity:
-            found = differences(_settings(store.info.plan), _settings(source.identity), "corpus.")
-            raise StoreMismatch(
-                f"the spec contradicts the store at {url}: {'; '.join(found)}. "
-                "Give the spec the stored values, or name another store"
-            )
+            raise _mismatch(url, differences(_settings(store.info.plan), _settings(source.identity), "corpus."))
         return store, False
     refuse_if_taken(url)  # before the corpus is read, which can take hours
     rows = plan_rows(source, info.vocabulary, progress)

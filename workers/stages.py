@@ -18,6 +18,7 @@ from storage.records import Record
 from storage.runs import open_run
 from storage.store import Store
 from workers.anchoring import anchors_identity, make_anchors
+from workers.cluster import require_gpus
 from workers.evaluator import EvaluationPlan, evaluate_remotely, is_evaluated
 from workers.harvester import UnitResult
 from workers.harvesting import HarvestJob, declare, run_harvest
@@ -75,6 +76,7 @@ def train(store: Store, settings: TrainSettings, on_progress: Callable[[Progress
 
 
 def _train_once(plan: TrainPlan, on_progress: Callable[[Progress], None]) -> None:
+    require_gpus(plan.gpus, "train.gpus")
     cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
     actor = TrainerActor.options(num_cpus=cpus, num_gpus=plan.gpus).remote(plan)
     try:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from pipeline.dictionary import Dictionary, DictionaryConfig, Normalisation, save_dictionary
 from pipeline.training import DictionaryTrainer, StepMetrics, TrainingConfig, default_learning_rate
 from storage.anchors import read_anchors
+from storage.errors import StorageError
 from storage.moments import MomentKey, merged_moments, training_units
 from storage.records import Record, digest
 from storage.runs import Run, open_run
@@ -113,7 +114,14 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
         anchor_weight=wanted.anchor_weight,
         seed=settings.seed,
     )
-    anchors = read_anchors(store, wanted.anchors).identity_at((source, target)) if wanted.anchors else None
+    anchors = None
+    if wanted.anchors is not None:
+        anchor_set = read_anchors(store, wanted.anchors)
+        if uncovered := {source, target} - anchor_set.vectors.keys():
+            raise StorageError(
+                f"the anchors {wanted.anchors!r} do not cover {', '.join(sorted(uncovered))}; run `granary anchors`"
+            )
+        anchors = anchor_set.identity_at((source, target))
     identity = {
         "corpus_digest": store.info.corpus_digest,
         "harvests": {site: store.find(site)[0].digest for site in (source, target)},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import start_harvest, write_corpus
-from lab import SITE, TRAIN, Lab, check_message, snapshot
+from lab import SITES, TRAIN, Lab, check_message, snapshot
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def test_training_on_a_store_that_is_not_finished_begins_no_run(
     lab: Lab, llama: Path, corpus: Path, granary: Callable[..., Any]
 ) -> None:
     """A run that was begun has the name: other settings would then be refused, though nothing was ever trained."""
-    start_harvest(lab.store, llama, corpus, [SITE]).run([0])
+    start_harvest(lab.store, llama, corpus, SITES).run([0])
     spec = lab.spec({"train": TRAIN})
     before = snapshot(lab.folder)
     status, out, err = granary("train", spec)

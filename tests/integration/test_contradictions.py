@@ -171,7 +171,7 @@ def test_anchors_with_too_few_rows(stored: Lab) -> None:
 
 def test_anchors_by_a_label_that_the_store_lacks(stored: Lab) -> None:
     err = stored.refused("anchors", stored.spec({"corpus.labels": ["genre"], "anchors": {"name": "a", "by": "genre"}}))
-    assert "anchors.by: the store has no label genre; it has language, year" in err
+    assert "corpus.labels: ['language', 'year'] in the store, ['genre'] in the spec" in err
 
 
 def test_anchors_of_the_same_name_made_otherwise(stored: Lab) -> None:
@@ -201,7 +201,18 @@ def test_training_on_anchors_that_are_not_made(stored: Lab) -> None:
 def test_training_on_a_site_that_is_not_stored(stored: Lab) -> None:
     other = changed(TRAIN, {"dictionaries": [{**DICTIONARY, "input": ["resid_mid.0"]}]})
     err = stored.refused("train", stored.spec({"harvest.sites": ["resid_mid.0"], "train": other}))
-    assert "resid_mid.0 is not in the store; it has resid_post.1, mlp_in.0, mlp_out.0" in err
+    assert "resid_mid.0 of " in err
+    assert "is not in the store at " in err
+    assert "run `granary harvest` first" in err
+
+
+@pytest.mark.parametrize("verb", ["anchors", "train", "evaluate"])
+def test_later_stages_refuse_a_spec_of_another_harvest(stored: Lab, verb: str) -> None:
+    sections = {"train": TRAIN, "anchors": {"name": "a", "by": "language", "min_rows": 10}}
+    err = stored.refused(verb, stored.spec({"model.dtype": "bfloat16", **sections}))
+    assert "model.dtype: 'float32' in the store, 'bfloat16' in the spec" in err
+    err = stored.refused(verb, stored.spec({"corpus.context": 32, **sections}))
+    assert "corpus.context: 64 in the store, 32 in the spec" in err
 
 
 def test_a_dictionary_of_the_same_name_with_other_latents(stored: Lab) -> None:
@@ -228,3 +239,8 @@ def test_evaluating_what_is_not_trained(lab: Lab, llama: Path, corpus: Path) -> 
     harvest(lab.store, llama, corpus, SITES, holdout=0.25)
     err = lab.refused("evaluate", lab.spec({"train": TRAIN, "corpus.holdout": 0.25}))
     assert "the run 'sae' is not finished; `granary train` goes on with it" in err
+
+
+def test_a_context_longer_than_the_model_has_positions(lab: Lab) -> None:
+    err = lab.refused("harvest", lab.spec({"corpus.context": 10**6}))
+    assert "corpus.context: 1000000 tokens are more than the " in err

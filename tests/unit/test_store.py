@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from storage.create import create_store
 from storage.errors import CorruptChunk, NotAStore, StorageError, StoreMismatch, UncommittedRows
 from storage.files import create_file
-from storage.harvests import commit_path, read_commit
+from storage.harvests import commit_path, moments_path, read_commit
 from storage.moments import MomentKey, Moments, merged_moments, read_unit_moments, training_units
 from storage.store import Store, open_store
 
@@ -463,3 +463,15 @@ def test_a_creation_that_finds_another_store_at_the_end_does_not_take_it_for_its
     with pytest.raises(StorageError):
         create_store(place, mine, corpus_info(mine, 32), finished_meanwhile)
     np.testing.assert_array_equal(open_store(place).columns(0, 100)["token"], theirs.columns["token"])
+
+
+def test_moments_that_are_not_the_committed_ones_are_refused(tmp_path: Path) -> None:
+    """Parquet itself has no checksum that is compared: a flipped bit would move every mean made from it."""
+    store = write_store(tmp_path / "store")
+    (harvest,) = store.harvests
+    path = moments_path(store.path, harvest.digest, 0)
+    content = bytearray(path.read_bytes())
+    content[60] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match="do not match their commit"):
+        merged_moments(store, next(iter(harvest.sites)), [0])
