@@ -25,7 +25,7 @@ class AnchorSet:
     counts: list[int]
     """Rows behind each mean."""
     identity: Record
-    """What determines the vectors: corpus and harvest digests, labels, units, least rows."""
+    """What determines the vectors: corpus and harvest digests, labels, least rows."""
     vectors: Mapping[str, npt.NDArray[np.float32]]
     """Site -> float32 [k, d_model]: the subpopulation's mean minus the mean of all rows, not normalised."""
 

@@ -85,8 +85,9 @@ def evaluate(plan: EvaluationPlan) -> Record:
     start = first_held_out_row(store)
     stop = min(store.num_rows, start + plan.settings.rows)
     stop_codes = min(stop, start + max(1, MAX_CODE_ENTRIES // dictionary.config.latents))
-    metrics, _ = measure_code(dictionary, _pairs(store, dictionary, start, stop), keep_codes=[])
-    _, codes = measure_code(dictionary, _pairs(store, dictionary, start, stop_codes))
+    metrics, codes = measure_code(dictionary, _pairs(store, dictionary, start, stop_codes))
+    if stop_codes < stop:  # a wide dictionary: the codes of all rows do not fit, the metrics need no codes
+        metrics, _ = measure_code(dictionary, _pairs(store, dictionary, start, stop), keep_codes=[])
     groups = _score_groups(store, run, plan.anchors, codes, start, stop_codes)
     latents = telling_latents(groups, codes)
     shown = TopContexts(store, start, stop_codes)
