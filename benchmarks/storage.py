@@ -22,6 +22,7 @@ from benchmarks.machine import machine
 from storage.arrays import DTYPES, RowArray, StagedRows
 from storage.files import publish
 from storage.harvests import chunk_rows_for
+from storage.places import open_place
 
 ROWS, WIDTH = 65536, 1024
 CHUNK_ROWS = chunk_rows_for(ROWS, WIDTH, 2)
@@ -93,7 +94,9 @@ def all_engines(values: Any) -> dict[str, Engine]:
         return np.fromfile(folder / "plain", dtype=np.uint16)
 
     def ours(folder: Path) -> RowArray:
-        return RowArray(folder / "a" / "b" / "c", values.shape, "bfloat16", CHUNK_ROWS, ("row", "d_model"), {})
+        return RowArray(
+            open_place(folder / "a" / "b" / "c"), values.shape, "bfloat16", CHUNK_ROWS, ("row", "d_model"), {}
+        )
 
     def our_write(folder: Path) -> StagedRows:
         array = ours(folder)
@@ -104,7 +107,7 @@ def all_engines(values: Any) -> dict[str, Engine]:
         publish(our_write(folder).files)
 
     def our_read(folder: Path) -> Any:
-        return RowArray.open(folder / "a" / "b" / "c").read(0, ROWS)
+        return RowArray.open(open_place(folder / "a" / "b" / "c")).read(0, ROWS)
 
     engines: dict[str, Engine] = {
         "plain file, tofile": (plain_write, nothing, plain_read),

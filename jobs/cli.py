@@ -16,6 +16,8 @@ INTERRUPTED = 130
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """Errors of files that no code of ours causes: full, read-only or broken disks, and what this user may not touch."""
 
+GROW = "append to the store what it lacks of the spec's rows (more rows, or more entries of corpus.path)"
+
 Verb = Callable[[argparse.Namespace], int]
 
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         print(f"granary: {message}", file=sys.stderr)
-        return REFUSED
+        return int(getattr(error, "exit_status", REFUSED))
 
 
 def refusal(error: BaseException) -> str | None:
@@ -55,6 +57,7 @@ def refusal(error: BaseException) -> str | None:
         ("jobs.spec", "SpecError"),
         ("pipeline.errors", "InputError"),
         ("workers.supervisor", "HarvestFailed"),
+        ("workers.stopping", "HarvestStopped"),
         ("jobs.submit", "ClusterError"),
     ]
     classes = tuple(getattr(sys.modules[m], name) for m, name in known if m in sys.modules)
@@ -83,8 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "the whole pipeline on a tiny Llama and Python's standard library", "granary demo")
     demo.add_argument("--folder", default="granary-demo", help="where to put corpus, spec, store and report")
 
-    plan = add("plan", _plan, "say what a spec would harvest: rows, bytes, files", "granary plan spec.yaml")
+    plan = add("plan", _plan, "say what a spec takes and costs, and write nothing", "granary plan spec.yaml --measure")
     plan.add_argument("spec", help="the spec file")
+    seconds: dict[str, Any] = {"nargs": "?", "type": float, "const": 5.0, "metavar": "SECONDS"}
+    plan.add_argument("--measure", help="run the model here for its rate and what rounding costs (5 s)", **seconds)
+    plan.add_argument("--rows-per-second", type=float, metavar="RATE", help="the rate of a worker, if you know it")
+    plan.add_argument("--prices", metavar="FILE", help="your price table (default: the one that comes with Granary)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     stages = {
@@ -95,11 +102,24 @@ def build_parser() -> argparse.ArgumentParser:
         "run": "all stages of a spec; what is done is left alone",
     }
     for name, text in stages.items():
-        add(name, _stage(name), text, f"granary {name} spec.yaml").add_argument("spec", help="the spec file")
+        stage = add(name, _stage(name), text, f"granary {name} spec.yaml")
+        stage.add_argument("spec", help="the spec file")
+        if name in ("harvest", "run"):
+            stage.add_argument("--grow", action="store_true", help=GROW)
 
     status = add("status", _status, "what a store holds", "granary status /data/acts")
     status.add_argument("store", help="the store, or a spec that names it")
     status.add_argument("--json", action="store_true", help="print JSON")
+
+    verify = add("verify", _verify, "check every byte of a store", "granary verify /data/acts --audit 3 --repair")
+    verify.add_argument("store", help="the store, or a spec that names it and its model")
+    verify.add_argument("--audit", type=_count, default=0, metavar="N", help="run N random units with the model again")
+    verify.add_argument("--seed", type=int, default=0, help="seed of the audit's choice (default: 0)")
+    verify.add_argument("--repair", action="store_true", help="write again what the store or the model determines")
+    verify.add_argument(
+        "--model", action="append", default=[], metavar="ID[@REVISION]", help="where a harvest's model is now"
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON")
 
     query = add(
         "query",
@@ -122,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     submit = add("submit", _submit, "run a spec as a job on a running Ray cluster", "granary submit spec.yaml --follow")
     submit.add_argument("spec", help="the spec file")
     submit.add_argument("--stage", choices=(*stages,), default="run", help="what the job runs (default: run)")
+    submit.add_argument("--grow", action="store_true", help=GROW)
     submit.add_argument("--id", help="the job's id (default: one from the store's name and the time)")
     submit.add_argument("--follow", action="store_true", help="print the job's log and end with its exit status")
     listed = add("jobs", _jobs, "the jobs of a cluster", "granary jobs")
@@ -141,7 +162,8 @@ def _stage(name: str) -> Verb:
         from jobs.run import STAGES, run_stages
         from jobs.spec import load_spec
 
-        did = run_stages(load_spec(arguments.spec), STAGES if name == "run" else (name,))
+        grow = getattr(arguments, "grow", False)
+        did = run_stages(load_spec(arguments.spec), STAGES if name == "run" else (name,), grow=grow)
         if not did and name == "run":
             print("nothing to do: every stage of the spec is finished")
         return 0
@@ -156,10 +178,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from jobs.plan import plan_record, plan_text
+    from jobs.plan import PlanOptions, plan_record
+    from jobs.plan_text import plan_text
     from jobs.spec import load_spec
 
-    record = plan_record(load_spec(arguments.spec))
+    options = PlanOptions(arguments.measure, arguments.rows_per_second, arguments.prices)
+    record = plan_record(load_spec(arguments.spec), options)
     print(json.dumps(record, indent=2) if arguments.json else plan_text(record))
     return 0
 
@@ -170,6 +194,12 @@ def _status(arguments: argparse.Namespace) -> int:
     record = status_record(_open(arguments.store))
     print(json.dumps(record, indent=2) if arguments.json else status_text(record))
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from jobs.verify import run_verify
+
+    return run_verify(arguments)
 
 
 def _query(arguments: argparse.Namespace) -> int:
@@ -202,9 +232,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from jobs.report import write_report
 
     store = _open(arguments.store)
-    out = Path(arguments.out) if arguments.out else store.path / "report.html"
-    write_report(store, out)
-    print(f"wrote {out}")
+    print(f"wrote {write_report(store, arguments.out)}")
     return 0
 
 
@@ -212,7 +240,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     from jobs.spec import load_spec
     from jobs.submit import follow, submit
 
-    job = submit(load_spec(arguments.spec), stage=arguments.stage, job_id=arguments.id, address=arguments.address)
+    spec = load_spec(arguments.spec)
+    job = submit(spec, stage=arguments.stage, job_id=arguments.id, address=arguments.address, grow=arguments.grow)
     print(f"submitted {job}; see it with: granary logs {job}", flush=True)
     return follow(job, arguments.address) if arguments.follow else 0
 
@@ -239,6 +268,13 @@ def _stop(arguments: argparse.Namespace) -> int:
 
     print(stop(arguments.job, arguments.address))
     return 0
+
+
+def _count(text: str) -> int:
+    """An argument that is a number of things."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of units")
+    return int(text)
 
 
 def _open(place: str) -> Any:

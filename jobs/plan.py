@@ -1,69 +1,226 @@
-"""`granary plan`: what a spec would store, before anything is written."""
+"""`granary plan`: what a spec would store, what that takes and costs, before anything is written."""
 
-from pathlib import Path
+import math
+from dataclasses import asdict, dataclass
 
-from jobs.progress import ProgressLine, counted, size
+from jobs.economics import (
+    Work,
+    bill,
+    harvest_requests,
+    num_objects,
+    stored_bytes,
+    training_pass,
+)
+from jobs.progress import ProgressLine
+from jobs.run import cluster_for
 from jobs.spec import Spec
-from pipeline.models import describe_model
-from storage.arrays import DTYPES
-from storage.harvests import chunk_rows_for
+from jobs.tables import Prices, load_prices, storage_costs
+from pipeline.corpora.open import Corpus
+from pipeline.errors import InputError
+from pipeline.layout import Documents
+from pipeline.models import ModelInfo, describe_model
+from storage.arrays import RowArray
+from storage.commits import UNITS_PER_BLOCK, committed_units
+from storage.harvests import Harvest
+from storage.history import read_history
+from storage.objects import PART_BYTES
+from storage.places import open_place
 from storage.records import Record
-from storage.store import local_path
-from workers.harvesting import prepare_harvests
-from workers.planning import ensure_store, open_source, plan_rows
+from storage.store import Store, open_store
+from storage.unitsets import UnitRanges
+from workers.harvesting import HarvestJob, check_harvest, layout_of, prepare_harvests
+from workers.matching import growth_of
+from workers.measuring import Measured, measure, sample
+from workers.planning import Source, held_out_start, open_source, plan_rows
+from workers.settings import check_tokenizer, compile_layers
 
 
-def plan_record(spec: Spec) -> Record:
-    """Tokenise the corpus, count, and write nothing. Raises the errors that harvesting would."""
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a person gives besides the spec."""
+
+    measure_s: float | None = None
+    """Seconds to run the model for its rate; None does not load it."""
+    rows_per_second: float | None = None
+    """The rate of a worker, where it is known."""
+    prices: str | None = None
+    """A price table; the one that comes with Granary, if not given."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("--measure", self.measure_s), ("--rows-per-second", self.rows_per_second)):
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} takes a number above 0, not {value:g}")
+
+
+def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
+    """Tokenise the corpus, count and reckon, and write nothing. Raises the errors that harvesting would."""
+    options = options or PlanOptions()
+    prices = load_prices(options.prices)  # before anything that takes long
+    open_place(spec.store).names()  # raises where there is no such bucket
     info = describe_model(spec.model.id, spec.model.revision)
-    info.check_sites(spec.harvest.parsed_sites())
+    check_harvest(info, spec.model, spec.harvest)
     info.check_context(spec.corpus.context)
-    exists = (local_path(spec.store) / "zarr.json").exists()
-    if exists:  # then these only compare, and raise what contradicts it
-        store, _ = ensure_store(local_path(spec.store), spec.corpus, spec.model, lambda done, total: None)
-        prepare_harvests(store, spec.model, info, spec.harvest)
-    source = open_source(spec.corpus, spec.model)
-    with ProgressLine("planning", "rows") as line:
-        rows = plan_rows(source, info.vocabulary, line.update)
-    itemsize = DTYPES[spec.harvest.dtype].itemsize
-    per_unit = spec.corpus.unit_size(rows.num_rows)
-    units = -(-rows.num_rows // per_unit)
-    chunk_rows = chunk_rows_for(per_unit, info.d_model, itemsize)
-    chunks = -(-rows.num_rows // chunk_rows)
-    sites = len(spec.harvest.sites)
+    source = open_source(spec.corpus, spec.model, info.vocabulary)
+    store, jobs = _existing(spec, info, source)
+    measured = None
+    with ProgressLine("planning", "rows") as line, cluster_for(spec) as cluster:
+        tasks = source.tasks(cluster.connect)
+        table = plan_rows(source, line.update, tasks)
+        if options.measure_s is not None:
+            (documents,) = tasks.get([table.buckets[0].documents])
+            measured = _measured(spec, info, documents, table.sizes.rows, options.measure_s)
+    rows = table.sizes
+    per_unit = spec.corpus.unit_size(rows.rows) if store is None else store.info.rows_per_unit
+    arrays = _arrays(spec, info, rows.rows, per_unit)
+    done, to_run = _left(store, jobs, UnitRanges(rows.rows, per_unit))
+    rate, rate_from = _rate(options, measured, store, jobs)
+    work = Work(
+        rows=to_run,
+        training_rows=held_out_start(rows.rows, per_unit, spec.corpus.holdout),
+        rows_per_second=rate,
+        workers=spec.harvest.worker_range.maximum,
+        gpus_per_worker=spec.harvest.gpus_per_worker,
+        threads_per_worker=spec.harvest.threads_per_worker,
+    )
     return {
-        "store": str(local_path(spec.store)),
-        "exists": exists,
+        "store": str(open_place(spec.store)),
+        "exists": store is not None,
+        "rows_to_append": 0 if store is None else rows.rows - store.num_rows,
+        "units_done": done,
         "model": info.id,
         "layers_run": 1 + max(site.layer for site in spec.harvest.parsed_sites()),
         "layers_of_model": info.num_layers,
-        "files": [Path(f).name for f in source.files],
-        "documents": rows.documents.num_rows,
-        "left_out": rows.skipped.to_record(),
-        "contexts": len(rows.prefix),
-        "rows": rows.num_rows,
-        "units": units,
-        "sites": list(spec.harvest.sites),
+        "files": [file.name for corpus in source.corpora if isinstance(corpus, Corpus) for file in corpus.files],
+        "documents": rows.documents,
+        "left_out": table.skipped.to_record(),
+        "contexts": rows.contexts,
+        "rows": rows.rows,
+        "units": -(-rows.rows // per_unit),
         "d_model": info.d_model,
-        "stored_dtype": spec.harvest.dtype,
-        "bytes_per_site": rows.num_rows * info.d_model * itemsize,
-        "bytes": sites * chunks * chunk_rows * (info.d_model * itemsize + 4),
-        "files_to_write": 2 * sites * chunks + 2 * units,
+        "sites": _sites_record(spec, arrays, measured),
+        **_economics(spec, arrays, work, rate_from, prices, -(-rows.rows // per_unit)),
+        "prices_from": "the table that comes with Granary" if options.prices is None else options.prices,
+        "measured_rows": None if measured is None else measured.rows,
+        "reference": storage_costs().measured,
     }
 
 
-def plan_text(record: Record) -> str:
-    lines = [
-        f"store      {record['store']}{' (exists)' if record['exists'] else ''}",
-        f"model      {record['model']}, layers 0 to {record['layers_run'] - 1} of {record['layers_of_model']}",
-        f"corpus     {record['documents']:,} documents from {len(record['files'])} file(s)",
-        *(
-            f"           {counted(e['count'], 'document')} left out: {reason}"
-            for reason, e in record["left_out"].items()
-        ),
-        f"rows       {record['rows']:,} in {record['contexts']:,} contexts, {record['units']:,} units",
-        f"sites      {', '.join(record['sites'])}",
-        f"stored as  {record['stored_dtype']}, {record['d_model']} wide: {size(record['bytes_per_site'])} a site, "
-        f"{size(record['bytes'])} in all, {record['files_to_write']:,} files",
-    ]
-    return "\n".join(lines)
+def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None, list[HarvestJob]]:
+    """The spec's store, if it is there, and what is left to do in it as it is. Raises what contradicts it; a store that
+    has the beginning of the spec's rows does not."""
+    place = open_place(spec.store)
+    if not (place / "zarr.json").exists():
+        return None, []
+    store = open_store(place)
+    check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, spec.model.tokenizer or spec.model.id)
+    growth_of(store, source.identity)
+    return store, prepare_harvests(store, spec.model, info, spec.harvest)
+
+
+def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> tuple[int, int]:
+    """Units that are done and stay so when the store has all rows of `ranges`, and the rows that are left to run."""
+    if store is None:
+        return 0, ranges.num_rows
+    done = rows = 0
+    for job in jobs:
+        kept = job.units.complement()
+        if job.ranges != ranges and job.ranges.short is not None:
+            kept.mask[job.ranges.short] = False  # it will be longer
+        done += len(kept)
+        rows += ranges.num_rows - store.info.rows_in(kept)
+    return done, rows
+
+
+def _measured(spec: Spec, info: ModelInfo, documents: Documents, rows: int, seconds: float) -> Measured:
+    return measure(
+        info,
+        spec.model,
+        spec.harvest,
+        sample(documents),
+        spec.corpus.context,
+        compile_layers=compile_layers(spec.harvest, info, rows, info.num_layers),
+        seconds=seconds,
+    )
+
+
+def _rate(
+    options: PlanOptions, measured: Measured | None, store: Store | None, jobs: list[HarvestJob]
+) -> tuple[float | None, str]:
+    """Rows per second of a worker, and where that is from."""
+    if options.rows_per_second is not None:
+        return options.rows_per_second, "given"
+    if measured is not None:
+        return measured.rows_per_second, f"measured here on {measured.rows:,} rows"
+    if store is not None:
+        for job in jobs:
+            committed = committed_units(store.root, job.harvest.digest, store.info.units)
+            rate = read_history(store.root, job.harvest.digest, store.info.units, committed).rows_per_second_per_worker
+            if rate is not None:
+                return rate, "of the units in the store"
+    return None, "unknown"
+
+
+def _arrays(spec: Spec, info: ModelInfo, rows: int, per_unit: int) -> dict[str, list[RowArray]]:
+    """The arrays of each site as the harvest would make them."""
+    layouts = {site: layout_of(info.d_model, stored, per_unit) for site, stored in spec.harvest.stored_types().items()}
+    harvest = Harvest.of({"rows_per_unit": per_unit}, info.name, layouts, {})
+    place = open_place(spec.store)
+    return {site: list(harvest.arrays(place, rows, site).values()) for site in layouts}
+
+
+def _sites_record(spec: Spec, arrays: dict[str, list[RowArray]], measured: Measured | None) -> Record:
+    """Site -> its type and bytes, and what the types cost in precision."""
+    reference = storage_costs().types
+    return {
+        site: {
+            "dtype": stored,
+            "bytes": sum(stored_bytes(array) for array in arrays[site]),
+            "objects": sum(num_objects(array) for array in arrays[site]),
+            "relative_error": None if measured is None else measured.relative_errors[site],
+            "reference_relative_error": reference[stored].relative_error,
+            "reference_fvu_change": reference[stored].fvu_change,
+        }
+        for site, stored in spec.harvest.stored_types().items()
+    }
+
+
+def _economics(
+    spec: Spec, arrays: dict[str, list[RowArray]], work: Work, rate_from: str, prices: Prices, units: int
+) -> Record:
+    """Bytes, objects, requests, hours, money and break-even."""
+    every = [array for of_site in arrays.values() for array in of_site]
+    is_local = open_place(spec.store).backend.is_local
+    read_sites, passes = _training(spec, work.training_rows)
+    # Norms are not read in training: they are the second array of a site.
+    read = [array for site in read_sites for array in (arrays[site][0], *arrays[site][2:])]
+    requests = harvest_requests(every, units, PART_BYTES, UNITS_PER_BLOCK)
+    reading = training_pass(read, work.training_rows)
+    num_bytes = sum(map(stored_bytes, every))
+    costs = bill(work, num_bytes, requests, reading, prices, on_object_store=not is_local)
+    hours = work.worker_hours(work.rows)
+    months = costs.break_even_months(passes)
+    return {
+        "bytes": num_bytes,
+        "objects": sum(map(num_objects, every)) + 2 * units,
+        "is_local": is_local,
+        "requests": asdict(requests),
+        "requests_per_pass": asdict(reading.requests),
+        "rows_per_second_per_worker": work.rows_per_second,
+        "rate_from": rate_from,
+        "worker_hours": hours,
+        "workers": work.workers,
+        "hours": None if hours is None or work.workers is None else hours / work.workers,
+        "passes": passes,
+        "cost": asdict(costs),
+        "break_even_passes": costs.break_even_passes(months=1),
+        "break_even_months": None if months is not None and math.isinf(months) else months,
+        "prices": prices.model_dump(),
+    }
+
+
+def _training(spec: Spec, training_rows: int) -> tuple[list[str], float]:
+    """The sites that training reads, and how often it goes through the rows; all, and once, without such a section."""
+    if spec.train is None:
+        return list(spec.harvest.sites), 1.0
+    sites = dict.fromkeys(site for d in spec.train.dictionaries for site in (*d.input, *d.outputs))
+    return list(sites), (spec.train.rows or training_rows) / training_rows

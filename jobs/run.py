@@ -5,14 +5,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs.progress import ProgressLine, counted, duration, size
 from jobs.spec import Spec, SpecError
 from pipeline.models import describe_model
 from storage.errors import StorageError
+from storage.harvests import row_bytes
+from storage.places import Place, open_place
 from storage.records import Record
-from storage.store import Store, local_path, open_store
+from storage.store import Store, open_store
+from storage.unitsets import UnitSet
 
 STAGES = ("harvest", "anchors", "train", "evaluate")
 
@@ -28,7 +30,7 @@ class Cluster:
         from workers.cluster import connected
 
         harvest, train = self.spec.harvest, self.spec.train
-        workers = harvest.workers if isinstance(harvest.workers, int) else 1
+        workers = harvest.workers if isinstance(harvest.workers, int) else harvest.worker_range.minimum
         cpus = max(workers * harvest.threads_per_worker, train.threads if train else 1)
         self.stack.enter_context(connected(self.spec.cluster.address, cpus=cpus))
 
@@ -39,8 +41,10 @@ def cluster_for(spec: Spec) -> Iterator[Cluster]:
         yield Cluster(spec, stack)
 
 
-def run_stages(spec: Spec, stages: tuple[str, ...]) -> bool:
-    """Run the stages in order; return whether there was anything to do. Raises the errors of the stages."""
+def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bool:
+    """Run the stages in order; return whether there was anything to do. Raises the errors of the stages.
+
+    `grow`: append to the store what it lacks of the spec's rows."""
     missing = [s for s in stages if s in ("anchors", "train") and getattr(spec, s) is None]
     if "evaluate" in stages and spec.train is None:
         missing.append("train")
@@ -50,12 +54,14 @@ def run_stages(spec: Spec, stages: tuple[str, ...]) -> bool:
         raise SpecError(
             "corpus.holdout is 0, which leaves no rows to evaluate on: hold some out, or run the stages one by one"
         )
+    open_place(spec.store).backend.check_writable()  # before any model is read
+
     from workers.harvesting import name_in_store
 
     did = False
     with cluster_for(spec) as cluster:
         if "harvest" in stages:
-            store, did = _harvest(spec, cluster)
+            store, did = _harvest(spec, cluster, grow)
         else:
             store = _open_harvested(spec)
         store = store.for_model(name_in_store(store, describe_model(spec.model.id, spec.model.revision)))
@@ -79,7 +85,7 @@ def say(text: str) -> None:
 def _open_harvested(spec: Spec) -> Store:
     """Open the store of a spec whose harvest is done already. Raises StoreMismatch if it is not the spec's."""
     from workers.harvesting import require_harvested
-    from workers.planning import check_settings
+    from workers.matching import check_settings
 
     store = open_store(spec.store)
     check_settings(store, spec.corpus)
@@ -87,52 +93,70 @@ def _open_harvested(spec: Spec) -> Store:
     return store
 
 
-def _harvest(spec: Spec, cluster: Cluster) -> tuple[Store, bool]:
+def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     from workers import stages
     from workers.harvester import UnitResult
-    from workers.harvesting import prepare_harvests
+    from workers.harvesting import check_gpus, check_harvest, layout_of, prepare_harvests
     from workers.planning import ensure_store
 
     info = describe_model(spec.model.id, spec.model.revision)
-    info.check_sites(spec.harvest.parsed_sites())  # before the plan, so that a refused spec leaves nothing
-    layout = {"d": info.d_model, "dtype": spec.harvest.dtype}
+    check_harvest(info, spec.model, spec.harvest)  # before the plan, so that a refused spec leaves nothing
 
     def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
         per_unit = spec.corpus.unit_size(num_rows)
         units = -(-num_rows // per_unit)
-        sites = dict.fromkeys(spec.harvest.sites, layout)
-        _check_room(local_path(spec.store), units * unit_bytes(per_unit, sites))
+        sites = {
+            site: layout_of(info.d_model, stored, per_unit) for site, stored in spec.harvest.stored_types().items()
+        }
+        _check_room(open_place(spec.store), units * unit_bytes(per_unit, sites))
+        if spec.harvest.gpus_per_worker:
+            cluster.connect()
+            check_gpus(spec.model, spec.harvest)
 
     with ProgressLine("planning", "rows") as line:
-        store, made = ensure_store(local_path(spec.store), spec.corpus, spec.model, line.update, check)
+        store, made = ensure_store(spec.store, spec.corpus, spec.model, line.update, check, cluster.connect, grow)
     if made:
-        say(f"planned {summary_of_rows(store)} in {store.path}")
+        before = store.info.grown_from[-1]["num_rows"] if store.info.grown_from else 0
+        appended = f"appended {store.num_rows - before:,} rows, now " if before else "planned "
+        say(f"{appended}{summary_of_rows(store)} in {store.url}")
         for reason, entry in store.info.skipped.items():
             say(f"  {counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})")
     jobs = prepare_harvests(store, spec.model, info, spec.harvest)
     units = sum(len(job.units) for job in jobs)
     if units == 0:
         say(f"harvest: all {store.info.num_units} units of {', '.join(spec.harvest.sites)} are there")
+        stages.tidy(store, jobs)
         return store, made
     per_unit = store.info.rows_per_unit
-    _check_room(store.path, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
+    _check_room(store.root, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
     cluster.connect()
-    rows_to_do = sum(b - a for job in jobs for a, b in map(store.info.unit_rows, job.units))
+    if spec.harvest.gpus_per_worker and not made:
+        check_gpus(spec.model, spec.harvest)
+    rows_to_do = sum(store.info.rows_in(job.units) for job in jobs)
     with ProgressLine("harvesting", "rows", rows_to_do) as line:
-        rows_done = 0
+        rows_done = rows_elsewhere = positions_run = padding = 0
 
         def on_unit(result: UnitResult) -> None:
-            nonlocal rows_done
+            nonlocal rows_done, positions_run, padding
             rows_done += result.rows
-            line.update(rows_done)
+            positions_run += result.positions_run
+            padding += result.padding
+            line.update(rows_done + rows_elsewhere)
+
+        def on_elsewhere(units: UnitSet) -> None:
+            nonlocal rows_elsewhere
+            rows_elsewhere += store.info.rows_in(units)
+            line.update(rows_done + rows_elsewhere)
 
         line.update(0)
         started = time.monotonic()
-        stages.harvest(store, jobs, spec.harvest, on_unit)
+        stages.harvest(store, jobs, spec.harvest, spec.cluster, on_unit, on_elsewhere)
         seconds = time.monotonic() - started
+    others = f"; another driver did {rows_elsewhere:,} rows" if rows_elsewhere else ""
     say(
-        f"harvested {rows_to_do:,} rows of {', '.join(spec.harvest.sites)} in {duration(seconds)} "
-        f"({rows_to_do / seconds:,.0f} rows/s, start of the workers included)"
+        f"harvested {rows_done:,} rows of {', '.join(spec.harvest.sites)} in {duration(seconds)} "
+        f"({rows_done / seconds:,.0f} rows/s, start of the workers included; "
+        f"{100 * padding / max(1, positions_run):.1f} % of the positions run were padding{others})"
     )
     return store, True
 
@@ -209,12 +233,14 @@ def summary_of_rows(store: Store) -> str:
 
 
 def unit_bytes(rows: int, sites: dict[str, Record]) -> int:
-    """Bytes of one whole unit of so many rows: activations and norms."""
-    widths = {"bfloat16": 2, "float16": 2, "float32": 4}
-    return sum(rows * (layout["d"] * widths[layout["dtype"]] + 4) for layout in sites.values())
+    """Bytes of one whole unit of so many rows: activations, norms and scales."""
+    return sum(rows * row_bytes(layout) for layout in sites.values())
 
 
-def _check_room(path: Path, needed: int) -> None:
+def _check_room(place: Place, needed: int) -> None:
+    if not place.backend.is_local:
+        return
+    path = place.path
     existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -1,6 +1,7 @@
 """The spec: one YAML file that describes an experiment. Every mistake in it is reported at once."""
 
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from storage.errors import StorageError
+from storage.places import check_url
 from workers.settings import (
     NAME_PATTERN,
+    RANGE_PATTERN,
     AnchorSettings,
     ClusterSettings,
     CorpusSettings,
@@ -41,6 +45,12 @@ class Spec(Settings):
     def problems(self) -> list[str]:
         """What is wrong between sections, each valid on its own."""
         problems = []
+        paths = [("corpus.path", path) for path in self.corpus.path]
+        for key, url in (("store", self.store), *paths, ("model.id", self.model.id)):
+            try:
+                check_url(url)
+            except StorageError as error:
+                problems.append(f"{key}: {error}")
         labels = set(self.corpus.labels)
         if self.anchors is not None:
             problems += [
@@ -120,13 +130,24 @@ def _resolve_paths(spec: Spec, folder: Path) -> Spec:
         for key, value in (("id", model.id), ("tokenizer", model.tokenizer))
         if value is not None and (value.startswith((".", "~", "/")) or (folder / value).is_dir())
     }
+    harvest = spec.harvest
+    if harvest.offload is not None:
+        there = harvest.offload.model_copy(update={"folder": resolve(harvest.offload.folder)})
+        harvest = harvest.model_copy(update={"offload": there})
     return spec.model_copy(
         update={
+            "harvest": harvest,
             "store": resolve(spec.store),
-            "corpus": spec.corpus.model_copy(update={"path": resolve(spec.corpus.path)}),
+            "corpus": spec.corpus.model_copy(update={"path": _resolve_corpus(spec.corpus, resolve)}),
             "model": model.model_copy(update=changed),
         }
     )
+
+
+def _resolve_corpus(corpus: CorpusSettings, resolve: Callable[[str], str]) -> tuple[str, ...]:
+    """The name of a dataset is no path, unless there is such a folder."""
+    resolved = [(path, resolve(path)) for path in corpus.path]
+    return tuple(there if corpus.format != "datasets" or Path(there).exists() else path for path, there in resolved)
 
 
 def _explain_yaml(error: yaml.YAMLError) -> str:
@@ -183,6 +204,7 @@ _WORDS = {
     "a valid string": "text",
     "a valid boolean": "true or false",
     f"String should match pattern '{NAME_PATTERN}'": "letters, digits and _ . - after a first letter or digit",
+    f"String should match pattern '{RANGE_PATTERN}'": "a range like 2-16",
 }
 """What pydantic says in Python's terms, in YAML's."""
 

@@ -1,31 +1,20 @@
-"""`granary status`: what a store holds, from the store alone."""
+"""`granary status`: what a store holds and how far its harvests are, from the store alone."""
 
-from jobs.progress import counted, size
+from jobs.progress import counted, duration, size
+from jobs.tables import storage_costs
 from storage.anchors import anchor_names, read_anchors
-from storage.harvests import committed_units
+from storage.harvests import Harvest, row_bytes
+from storage.history import read_history
+from storage.progress import harvest_progress
 from storage.records import Record
 from storage.runs import list_runs
 from storage.store import Store
 
 
 def status_record(store: Store) -> Record:
-    """Rows, harvests with their committed units, anchors, and runs."""
+    """Rows, harvests with their units, anchors, and runs. Takes some seconds more where drivers seem to be at work."""
     info = store.info
-    harvests = []
-    for harvest in store.harvests:
-        first = store.array(f"{harvest.model}/{next(iter(harvest.sites))}")
-        harvests.append(
-            {
-                "harvest": harvest.digest,
-                "model": harvest.model,
-                "sites": list(harvest.sites),
-                "dtype": first.dtype,
-                "d_model": first.shape[1],
-                "bytes": info.num_rows * (first.row_bytes + 4) * len(harvest.sites),
-                "units_committed": len(committed_units(store.path, harvest.digest)),
-                "units": info.num_units,
-            }
-        )
+    harvests = [_harvest_record(store, harvest) for harvest in store.harvests]
     runs = []
     for run in list_runs(store):
         curve, evaluation = run.curve(), run.evaluation()
@@ -40,7 +29,7 @@ def status_record(store: Store) -> Record:
             }
         )
     return {
-        "store": str(store.path),
+        "store": store.url,
         "rows": info.num_rows,
         "contexts": info.num_contexts,
         "documents": info.num_documents,
@@ -48,9 +37,47 @@ def status_record(store: Store) -> Record:
         "left_out": info.skipped,
         "units": info.num_units,
         "held_out_rows": info.num_rows - info.held_out_start,
+        "segments": info.segments,
+        "grown_from": [table["num_rows"] for table in info.grown_from],
         "harvests": harvests,
         "anchors": {name: len(read_anchors(store, name).values) for name in anchor_names(store)},
         "runs": runs,
+    }
+
+
+def _harvest_record(store: Store, harvest: Harvest) -> Record:
+    """One harvest: its units, who is at work on it, and what its commits tell."""
+    info = store.info
+    progress = harvest_progress(store.root, harvest.digest, info.units)
+    history = read_history(store.root, harvest.digest, info.units, progress.committed)
+    rows_left = sum(b - a for a, b in map(info.unit_rows, progress.committed.complement()))
+    rate = progress.rows_per_second or history.rows_per_second
+    layouts = harvest.sites
+    return {
+        "harvest": harvest.digest,
+        "model": harvest.model,
+        "sites": list(layouts),
+        "dtype": ", ".join(dict.fromkeys(layout["dtype"] for layout in layouts.values())),
+        "d_model": store.array(f"{harvest.model}/{next(iter(layouts))}").shape[1],  # raises if it is damaged
+        "bytes": info.num_rows * sum(row_bytes(layout) for layout in layouts.values()),
+        "units": info.num_units,
+        "units_committed": len(progress.committed),
+        "units_in_progress": sorted(progress.in_flight),
+        "units_failed": [{"unit": f.unit, "errors": list(f.errors)} for f in progress.failed],
+        "drivers": [driver.id for driver in progress.drivers],
+        "drivers_silent": progress.silent,
+        "rows_per_second": rate,
+        "seconds_left": rows_left / rate if rate and rows_left else None,
+        "commits_read": history.commits,
+        "padding_share": history.padding_share,
+        "rounding": {
+            site: {
+                "dtype": layout["dtype"],
+                "relative_error": history.relative_errors.get(site),
+                "reference_fvu_change": storage_costs().types[layout["dtype"]].fvu_change,
+            }
+            for site, layout in layouts.items()
+        },
     }
 
 
@@ -61,11 +88,15 @@ def status_text(record: Record) -> str:
         f"{record['units']} units; {record['held_out_rows']:,} rows held out",
         f"labels    {', '.join(record['labels']) or 'none'}",
     ]
+    if len(record["segments"]) > 1:
+        lines += [
+            f"segment   {s['rows']:,} rows of {s['documents']:,} documents: {s['of']}" for s in record["segments"]
+        ]
+    if record["grown_from"]:
+        lines.append(f"grown     from {', then '.join(f'{rows:,}' for rows in record['grown_from'])} rows")
     lines += [f"left out  {counted(e['count'], 'document')}: {reason}" for reason, e in record["left_out"].items()]
     for h in record["harvests"]:
-        done = "complete" if h["units_committed"] == h["units"] else f"{h['units_committed']} of {h['units']} units"
-        what = f"{', '.join(h['sites'])} of {h['model']}, {h['dtype']} x {h['d_model']}"
-        lines.append(f"harvest   {what}, {size(h['bytes'])}: {done}")
+        lines += _harvest_lines(h)
     lines += [f"anchors   {name}: {count} directions" for name, count in record["anchors"].items()]
     for run in record["runs"]:
         state = "trained" if run["finished"] else f"step {run['step']:,} of {run['steps']:,}"
@@ -75,3 +106,48 @@ def status_text(record: Record) -> str:
             state += f"; FVU {e['fvu']:.3f}, L0 {e['l0']:.1f}, {recovered:.1f} % of the loss recovered"
         lines.append(f"run       {run['run']}: {state}")
     return "\n".join(lines)
+
+
+def _harvest_lines(h: Record) -> list[str]:
+    complete = h["units_committed"] == h["units"]
+    done = "complete" if complete else f"{h['units_committed']:,} of {h['units']:,} units"
+    wasted = "" if h["padding_share"] is None else f"; {100 * h['padding_share']:.1f} % padding"
+    what = f"{', '.join(h['sites'])} of {h['model']}, {h['dtype']} x {h['d_model']}"
+    lines = [f"harvest   {what}, {size(h['bytes'])}: {done}{wasted}"]
+    if not complete:
+        lines.append(_indented(_work(h)))
+    lines += [
+        _indented(f"unit {failed['unit']} failed {len(failed['errors'])} times: {failed['errors'][-1]}")
+        for failed in h["units_failed"]
+    ]
+    errors: dict[str, list[str]] = {}
+    for site, rounding in h["rounding"].items():
+        if rounding["relative_error"] is not None:
+            errors.setdefault(_cost(rounding), []).append(site)
+    for cost, sites in errors.items():
+        lines.append(_indented(cost + (f" ({', '.join(sites)})" if len(errors) > 1 else "")))
+    return lines
+
+
+def _cost(rounding: Record) -> str:
+    """What storing a site as it is stored has cost."""
+    error = rounding["relative_error"]
+    if error == 0:
+        return f"{rounding['dtype']} holds exactly what the model computed"
+    change = rounding["reference_fvu_change"]
+    return f"{rounding['dtype']} is off by {error:.1e} of ||x||^2; the FVU of a reference autoencoder by {change:+.0e}"
+
+
+def _work(h: Record) -> str:
+    """Who is at work on the rest, and when it will be done."""
+    rate = f"{h['rows_per_second']:,.0f} rows/s" if h["rows_per_second"] else "it has no rate yet"
+    left = "" if h["seconds_left"] is None else f", {duration(h['seconds_left'])} left"
+    if h["drivers"]:
+        return f"{len(h['units_in_progress'])} in progress by {counted(len(h['drivers']), 'driver')}; {rate}{left}"
+    gone = f"; {len(h['drivers_silent'])} was killed or stands still" if h["drivers_silent"] else ""
+    past = f"it went at {rate}{left} when it goes on" if h["rows_per_second"] else rate
+    return f"no driver at work{gone}; {past}: `granary harvest SPEC`"
+
+
+def _indented(text: str) -> str:
+    return f"          {text}"

@@ -47,8 +47,10 @@ class ClusterError(ValueError):
     """The cluster cannot be reached, or does not have or allow what was asked of it."""
 
 
-def submit(spec: "Spec", *, stage: str, job_id: str | None, address: str | None) -> str:
+def submit(spec: "Spec", *, stage: str, job_id: str | None, address: str | None, grow: bool = False) -> str:
     """Submit one stage of a spec (or `run`, all of them) and return the job's id. Raises ClusterError."""
+    if grow and stage not in ("harvest", "run"):
+        raise ClusterError(f"--grow belongs to the stages harvest and run, not to {stage}")
     job = job_id or _new_id(spec.store)
     if not JOB_ID.fullmatch(job):
         raise ClusterError(f"a job's id is made of letters, digits and _.- after a first letter or digit, not {job!r}")
@@ -56,7 +58,7 @@ def submit(spec: "Spec", *, stage: str, job_id: str | None, address: str | None)
         _write_working_dir(Path(folder), spec)
         try:
             client.submit_job(
-                entrypoint=f"python -m jobs.cli {stage} spec.yaml",
+                entrypoint=f"python -m jobs.cli {stage} spec.yaml{' --grow' if grow else ''}",
                 submission_id=job,
                 runtime_env={"working_dir": folder},
                 metadata={"granary": versions()["granary-activations"], "stage": stage, "store": spec.store},

@@ -12,25 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.families import FAMILIES, Family
 from pipeline.sites import Site
 
 Replace = Callable[[Tensor], Tensor]
 
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers of a base or causal model. Raises InputError if it has no Llama-shaped layers."""
+    """The decoder layers of a base or causal model. Raises InputError if its family is not known or not as expected."""
+    family = family_of(model)
     base: Any = getattr(model, "model", model)
     layers = getattr(base, "layers", None)
-    parts = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    parts = sorted({family.resid_mid, family.mlp_in, family.mlp_out, family.attn_out})
     if layers is None or not all(hasattr(layer, part) for layer in layers for part in parts):
-        raise InputError(f"{type(model).__name__} is not Llama-shaped: expected .layers with {', '.join(parts)}")
+        raise InputError(f"{type(model).__name__} is not as expected: it should have .layers with {', '.join(parts)}")
     return list(layers)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Raises InputError for a model of no known family."""
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise InputError(f"{type(model).__name__} ({kind}) is of no family that is known: {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
 
 
 @contextmanager
 def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[Site, Tensor]]:
     """Within the block, each forward pass of `model` fills the mapping: site -> [batch, position, d_model]."""
-    layers = decoder_layers(model)
+    family, layers = family_of(model), decoder_layers(model)
     taken: dict[Site, Tensor] = {}
 
     with ExitStack() as stack:
@@ -39,16 +49,16 @@ def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[Site, T
             def take(acts: Tensor, site: Site = site) -> None:
                 taken[site] = acts
 
-            stack.enter_context(_tap(layers[site.layer], site.kind, take))
+            stack.enter_context(_tap(layers[site.layer], family, site.kind, take))
         yield taken
 
 
 @contextmanager
 def splice(model: nn.Module, site: Site, replace: Replace) -> Iterator[None]:
     """Within the block, each forward pass goes on with replace(activations) at `site`, [batch, position, d_model]."""
-    layer = decoder_layers(model)[site.layer]
+    family, layer = family_of(model), decoder_layers(model)[site.layer]
     if site.kind != "resid_mid":
-        with _tap(layer, site.kind, replace):
+        with _tap(layer, family, site.kind, replace):
             yield
         return
     # resid_mid is a sum inside the layer that no module returns: attn_out is set to what makes the sum right.
@@ -58,19 +68,19 @@ def splice(model: nn.Module, site: Site, replace: Replace) -> Iterator[None]:
         resid_pre[:] = [acts]
 
     def complete(attn_out: Tensor) -> Tensor:
-        return replace(resid_pre[0] + attn_out) - resid_pre[0]
+        before = resid_pre[0].to(attn_out.device)  # accelerate may move it there only within the layer
+        return replace(before + attn_out) - before
 
-    with _tap(layer, "resid_pre", remember), _tap(layer, "attn_out", complete):
+    with _tap(layer, family, "resid_pre", remember), _tap(layer, family, "attn_out", complete):
         yield
 
 
 @contextmanager
-def _tap(layer: Any, kind: str, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def _tap(layer: Any, family: Family, kind: str, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `visit` with the activations of a site; what it returns, if anything, takes their place."""
-
-    inputs = {"resid_pre": layer, "resid_mid": layer.post_attention_layernorm, "mlp_in": layer.mlp}
-    outputs = {"resid_post": layer, "mlp_out": layer.mlp, "attn_out": layer.self_attn}
-    module = (inputs | outputs)[kind]
+    module = layer if kind in ("resid_pre", "resid_post") else getattr(layer, getattr(family, kind))
+    is_added = kind in ("mlp_out", "attn_out")
+    factor = getattr(layer, family.multiplier) if is_added and family.multiplier else None
     forward = module.forward
 
     def visiting_input(*args: Any, **kwargs: Any) -> Any:
@@ -82,14 +92,16 @@ def _tap(layer: Any, kind: str, visit: Callable[[Tensor], Tensor | None]) -> Ite
 
     def visiting_output(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        new = visit(output[0] if isinstance(output, tuple) else output)
+        acts = output[0] if isinstance(output, tuple) else output
+        new = visit(acts) if factor is None else _visit_scaled(visit, acts, factor)
         if new is None:
             return output
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
-    # Not torch's hooks: inside a compiled layer they are dropped without a word (torch 2.13).
+    # Not torch's hooks: inside a compiled layer they are dropped without a word (torch 2.13). accelerate's hooks wrap
+    # `forward` too, before us: its own part, which brings weights and inputs together, is then inside ours.
     wrapped_before = vars(module).get("forward")
-    module.forward = visiting_input if kind in inputs else visiting_output
+    module.forward = visiting_input if kind in ("resid_pre", "resid_mid", "mlp_in") else visiting_output
     try:
         yield
     finally:
@@ -97,6 +109,14 @@ def _tap(layer: Any, kind: str, visit: Callable[[Tensor], Tensor | None]) -> Ite
             del module.forward
         else:
             module.forward = wrapped_before
+
+
+def _visit_scaled(visit: Callable[[Tensor], Tensor | None], output: Tensor, factor: float) -> Tensor | None:
+    """Visit what is added to the residual stream, output * factor, where the layer itself multiplies afterwards."""
+    acts = output * factor
+    new = visit(acts)
+    # Where nothing changes, the output itself: dividing again would not give the same bits.
+    return None if new is None else torch.where(new == acts, output, new / factor)
 
 
 def run_base(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
@@ -125,11 +125,20 @@ def save_dictionary(dictionary: Dictionary, about: dict[str, Any]) -> dict[str, 
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
-    """Load a dictionary from the folder it was saved in (`<store>/runs/<name>`). Raises InputError."""
-    folder = Path(folder).expanduser()
+    """Load a dictionary from the folder or URL it was saved in (`<store>/runs/<name>`). Raises InputError."""
+
+    def read(name: str) -> bytes:
+        if "://" not in str(folder):
+            return (Path(folder).expanduser() / name).read_bytes()
+        import fsspec  # not on every machine that only computes
+
+        with fsspec.open(f"{folder}/{name}", "rb") as file:
+            content: bytes = file.read()
+        return content
+
     try:
-        record = json.loads((folder / "dictionary.json").read_text())
-        weights = load_file(folder / "dictionary.safetensors")
+        record = json.loads(read("dictionary.json"))
+        weights = load(read("dictionary.safetensors"))
         found = (record["format"], record["activation"])
         if found != (FORMAT, ACTIVATION):
             raise InputError(f"the dictionary in {folder} is {found}; this version reads {(FORMAT, ACTIVATION)}")
@@ -137,7 +146,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
         dictionary = Dictionary(DictionaryConfig(**fields))
         dictionary.load_state_dict(weights)
     except FileNotFoundError as error:
-        raise InputError(f"no dictionary in {folder}: {error.filename} is not there; train it first") from None
+        raise InputError(f"no dictionary in {folder}: {error.filename or error} is not there; train it first") from None
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:

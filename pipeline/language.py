@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline.batches import batches_of
 from pipeline.capture import Replace, capture, splice
 from pipeline.errors import InputError
-from pipeline.rows import ContextRows, batches_of
+from pipeline.rows import ContextRows
 from pipeline.sites import Site
 
 
@@ -51,23 +52,25 @@ def loss_recovered(
     `reconstruct` maps float32 [n, d_in] to [n, d_out]. Only rows are replaced: positions that are no rows (BOS) keep
     their activations, as no dictionary is trained on them. Raises InputError when nothing is predicted.
     """
-    device = next(model.parameters()).device
+    # Of a model that accelerate placed some weights are on "meta"; it moves what is put in to where it is needed.
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     totals = torch.zeros(4, dtype=torch.float64)
     predictions = 0
     longest = max((len(c.tokens) for c in contexts), default=1)
     for batch in batches_of(contexts, batch_tokens, longest):
         tokens = torch.from_numpy(batch.tokens()).to(device)
-        is_row = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
+        is_row = torch.zeros(tokens.shape, dtype=torch.bool)
+        scored = torch.zeros(tokens.shape, dtype=torch.bool)  # rows whose next token is in the context
         for line, context in enumerate(batch.contexts):
-            is_row[line, context.first_position : len(context.tokens)] = True
-        scored = is_row & is_row.roll(-1, dims=1)  # rows whose next token is in the context
-        scored[:, -1] = False
+            is_row[line, context.positions] = True
+            scored[line, context.positions[context.positions < len(context.tokens) - 1]] = True
+        is_row, scored = is_row.to(device), scored.to(device)
         with capture(model, [input_site]) as taken:
 
             def spliced(acts: Tensor, taken: object = taken) -> Tensor:
                 x = taken[input_site]  # type: ignore[index]
                 y: Tensor = reconstruct(x.reshape(-1, x.shape[-1]).float())
-                return y.reshape(*acts.shape[:-1], -1)
+                return y.to(acts.device).reshape(*acts.shape[:-1], -1)
 
             interventions: list[Replace | None] = [
                 None,
@@ -89,7 +92,7 @@ def _summed_loss(
 ) -> float:
     def on_rows(acts: Tensor) -> Tensor:
         assert intervention is not None
-        return torch.where(is_row.unsqueeze(-1), intervention(acts).to(acts.dtype), acts)
+        return torch.where(is_row.to(acts.device).unsqueeze(-1), intervention(acts).to(acts.dtype), acts)
 
     with nullcontext() if intervention is None else splice(model, site, on_rows):
         logits = model(input_ids=tokens, use_cache=False).logits

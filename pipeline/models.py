@@ -6,6 +6,7 @@ Everything that can be wrong with a model is found from its config, before weigh
 import hashlib
 import json
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.errors import InputError
+from pipeline.families import FAMILIES, TEXT_PART_WEIGHTS, TEXT_PARTS
+from pipeline.placement import Placement, check_dtype
 from pipeline.sites import Site
+from pipeline.weights import hash_weights
 
-PLAIN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-"""model_type of the families whose decoder layer is residual + attention, then residual + MLP, and nothing else."""
+ON_CPU = Placement()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_SAMPLED_BLOCKS = 256
-_BLOCK_BYTES = 64 * 1024
-_HEAD_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,25 @@ class ModelInfo:
     vocabulary: int
     max_context: int | None
     """Positions the model was made for, if its config says."""
+    max_context_key: str
+    """The key of the config that says so."""
+    caps_attention: bool
+    """Whether attention logits are capped (Gemma 2), which not every attention implementation does."""
 
     def check_context(self, context: int) -> None:
         """Raise InputError for contexts longer than the model's positions: beyond them its activations mean nothing."""
         if self.max_context is not None and context > self.max_context:
             raise InputError(
                 f"corpus.context: {context} tokens are more than the {self.max_context} positions of {self.id} "
-                "(max_position_embeddings); give at most that"
+                f"({self.max_context_key}); give at most that"
+            )
+
+    def check_attention(self, attention: str) -> None:
+        """Raise InputError for an attention implementation that would leave out a part of the model."""
+        if self.caps_attention and attention == "sdpa":
+            raise InputError(
+                f"harvest.attention: {self.id} caps its attention logits, which sdpa cannot do; set harvest.attention: "
+                "eager (or flash_attention_2 on a GPU)"
             )
 
     def check_sites(self, sites: list[Site]) -> None:
@@ -64,22 +75,17 @@ class ModelInfo:
 def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
     """Read a model's config, local folder or hub id. Raises InputError when it cannot be used."""
     config = _config(model_id, revision)
-    kind = getattr(config, "model_type", "?")
-    if kind not in PLAIN_FAMILIES:
-        raise InputError(
-            f"model.id: {model_id} is a {kind!r} model; supported are the Llama-shaped families "
-            f"{', '.join(PLAIN_FAMILIES)}"
-        )
     sha = hashlib.sha256()
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         # The file itself, not the loaded config, which has the defaults of whatever transformers is installed.
         written = json.loads((folder / "config.json").read_text())
         sha.update(json.dumps({k: v for k, v in written.items() if k not in _CONFIG_NOISE}, sort_keys=True).encode())
-        _hash_weights(folder, sha)
+        hash_weights(folder, sha)
     else:
         sha.update(str(getattr(config, "_commit_hash", None) or revision).encode())
     fingerprint = sha.hexdigest()[:16]
+    max_context, max_context_key = _max_context(config)
     return ModelInfo(
         id=model_id,
         revision=revision,
@@ -88,8 +94,21 @@ def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         vocabulary=config.vocab_size,
-        max_context=getattr(config, "max_position_embeddings", None),
+        max_context=max_context,
+        max_context_key=max_context_key,
+        caps_attention=getattr(config, "attn_logit_softcapping", None) is not None,
     )
+
+
+def _max_context(config: Any) -> tuple[int | None, str]:
+    """The most positions of a context, and the config's key for it."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length of the longest context all angles of the batch are others (Phi-3): a row would depend on
+        # the contexts that happen to run beside it.
+        return rope["original_max_position_embeddings"], "original_max_position_embeddings of its longrope"
+    return positions, "max_position_embeddings"
 
 
 _CONFIG_NOISE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -97,19 +116,22 @@ _CONFIG_NOISE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"
 
 
 def load_base_model(
-    info: ModelInfo, *, layers: int, dtype: str, attention: str = "sdpa", device: str = "cpu"
+    info: ModelInfo, *, layers: int, dtype: str, attention: str = "sdpa", placement: Placement = ON_CPU
 ) -> nn.Module:
     """Load the first `layers` decoder layers of the base model (no lm_head), ready to run."""
     config = _config(info.id, info.revision)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    return _load(transformers.AutoModel, info, config, dtype, attention, device)
+    return _load(transformers.AutoModel, info, config, dtype, attention, placement)
 
 
-def load_causal_model(info: ModelInfo, *, dtype: str, attention: str = "sdpa", device: str = "cpu") -> nn.Module:
+def load_causal_model(
+    info: ModelInfo, *, dtype: str, attention: str = "sdpa", placement: Placement = ON_CPU
+) -> nn.Module:
     """Load the whole language model, for measuring its loss."""
-    return _load(transformers.AutoModelForCausalLM, info, _config(info.id, info.revision), dtype, attention, device)
+    config = _config(info.id, info.revision)
+    return _load(transformers.AutoModelForCausalLM, info, config, dtype, attention, placement)
 
 
 def load_tokenizer(model_id: str, revision: str = "main") -> Any:
@@ -146,28 +168,53 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _config(model_id: str, revision: str) -> Any:
+    """The config of a model's language part. Raises InputError for a model that cannot be used."""
     folder = Path(model_id).expanduser()
-    if (folder.is_absolute() or model_id.startswith((".", "~"))) and not folder.is_dir():
-        raise InputError(f"model.id: there is no folder {folder}")
+    if not folder.is_dir() and _is_path(model_id):
+        near = get_close_matches(folder.name, _folders_in(folder.parent), n=1)
+        raise InputError(f"model.id: there is no folder {folder}" + (f"; did you mean {near[0]}?" if near else ""))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"model.id: the folder {folder} has no config.json: it is not a Hugging Face model")
     try:
-        return transformers.AutoConfig.from_pretrained(model_id, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(model_id, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model.id: {model_id} cannot be loaded: {_first_line(error)}") from None
+    kind = getattr(config, "model_type", "?")
+    if kind in TEXT_PARTS:
+        commit, config = getattr(config, "_commit_hash", None), config.text_config
+        config._commit_hash = commit
+    elif kind not in FAMILIES:
+        raise InputError(
+            f"model.id: {model_id} is a {kind!r} model; supported are the Llama-shaped families "
+            f"{', '.join([*FAMILIES, *TEXT_PARTS])}"
+        )
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+        raise InputError(f"model.id: {model_id} attends to later tokens too: it is no causal language model")
+    return config
 
 
-def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, device: str) -> nn.Module:
-    placement: dict[str, Any] = {} if device == "cpu" else {"device_map": "auto" if device == "auto" else {"": device}}
+def _is_path(model_id: str) -> bool:
+    """Whether an id means a folder, there or not: a hub id is a name, or an owner and a name."""
+    folder = Path(model_id)
+    return folder.is_absolute() or model_id.startswith((".", "~")) or len(folder.parts) > 2 or model_id.endswith("/")
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, placement: Placement) -> nn.Module:
+    check_dtype(DTYPES[dtype], placement.input_device)
+    renamed = {"key_mapping": TEXT_PART_WEIGHTS} if config.model_type in TEXT_PARTS.values() else {}
     try:
-        model, loaded = loader.from_pretrained(
+        model, loaded = placement.load(
+            loader,
             info.id,
-            output_loading_info=True,
             revision=info.revision,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
-            **placement,
+            **renamed,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {_first_line(error)}") from None
@@ -178,21 +225,6 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
         )
     ready: nn.Module = model.eval().requires_grad_(False)
     return ready
-
-
-def _hash_weights(folder: Path, sha: Any) -> None:
-    """Hash each weight file's size, head and evenly spaced blocks: any further training changes all of them."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    if not files:
-        raise InputError(f"model.id: no weights (*.safetensors) in {folder}")
-    for file in files:
-        size = file.stat().st_size
-        sha.update(f"{file.name} {size}".encode())
-        with file.open("rb") as handle:
-            sha.update(handle.read(_HEAD_BYTES))
-            for block in range(_SAMPLED_BLOCKS):
-                handle.seek(size * block // _SAMPLED_BLOCKS)
-                sha.update(handle.read(_BLOCK_BYTES))
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,14 +8,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch._inductor.config
+import torch._dynamo.config
 from torch import Tensor, nn
 
+from pipeline.attention import attend_in_blocks
+from pipeline.batches import Batch, batch_size, batches_of
 from pipeline.capture import capture, decoder_layers, run_base
 from pipeline.errors import InputError
-from pipeline.models import DTYPES
-from pipeline.rows import Batch, ContextRows, batch_size, batches_of
+from pipeline.overlap import ForwardClock, RowCopies, upload
+from pipeline.rounding import TORCH_TYPES, Rounded, is_exact, round_rows, square_error
+from pipeline.rows import ContextRows
 from pipeline.sites import Site
 
 SUMMED_AT_ONCE = 1024
@@ -33,14 +37,20 @@ class RawMoments:
 
 @dataclass(frozen=True)
 class Activations:
-    """The rows of a unit at each site, [rows, d_model] in the stored dtype; how many positions were run for them."""
+    """The rows of a unit at each site as they are stored, and what was run for them."""
 
-    sites: dict[Site, Tensor]
+    sites: dict[Site, Rounded]
+    square_errors: dict[Site, float]
+    """The sum over the rows of ||x - stored(x)||^2, with x as the model computed it."""
     positions_run: int
-    rows_kept: int
+    """Positions of the forward passes."""
+    padding: int
+    """Those of them that belong to no context."""
+    idle_share: float | None
+    """Share of the time that a GPU spent outside forward passes since it ended the unit before; None on CPU."""
 
 
-Buffers = dict[Site, Tensor]
+Buffers = dict[Site, Rounded]
 
 
 class UnitRunner:
@@ -49,84 +59,108 @@ class UnitRunner:
     def __init__(
         self,
         model: nn.Module,
-        sites: Sequence[Site],
+        sites: Mapping[Site, str],
         *,
-        dtype: str,
         d_model: int,
         batch_tokens: int,
         context: int,
         device: str,
         compile_layers: bool = False,
     ):
-        """`context`: most tokens of a context. `compile_layers`: compile the layers for full batches of contexts of
-        this length. Only for those, as each shape costs the compiler half a minute; other shapes run eagerly."""
+        """`sites`: the sites to take, with what each is stored as. `context`: most tokens of a context.
+        `compile_layers`: compile the layers for full batches of contexts of this length. Only for those, as each shape
+        costs the compiler some seconds for each layer with sites; other shapes run eagerly."""
         self.model = model
-        self.sites = list(sites)
-        self.dtype = DTYPES[dtype]
+        self.sites = dict(sites)
         self.d_model = d_model
         self.batch_tokens = batch_tokens
         self.context = context
         self.device = torch.device(device)
         # The taps stay for good: a compiled layer would be compiled anew when they change.
         self._taps = ExitStack()
-        self._taken = self._taps.enter_context(capture(model, self.sites))
+        self._taken = self._taps.enter_context(capture(model, list(self.sites)))
+        self._copies = RowCopies()
+        self._clock = ForwardClock(self.device)
         self._compiled_shape: tuple[int, int] | None = None
         if compile_layers:
-            # Packs the weights once for the CPU's matrix library: a tenth faster, for a second copy of the weights.
-            torch._inductor.config.freezing = self.device.type == "cpu"
+            if self.device.type == "cpu":
+                attend_in_blocks(model)
             self._compiled_shape = (batch_size(batch_tokens, context), context)
-            for layer in decoder_layers(model):
+            layers = decoder_layers(model)
+            # Layers with other taps are other code to the compiler, which by default gives up, and runs the rest
+            # eagerly, after eight.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + len(layers))
+            for layer in layers:
                 layer.compile(dynamic=False)
 
     def buffers(self, rows: int) -> Buffers:
-        """Memory on the CPU for the activations of a unit of at most `rows` rows."""
-        return {site: torch.empty(rows, self.d_model, dtype=self.dtype) for site in self.sites}
+        """Memory on the CPU for the activations of a unit of at most `rows` rows; pinned for a GPU's copies."""
+        pinned = self.device.type == "cuda"
+        return {
+            site: Rounded(
+                torch.empty(rows, self.d_model, dtype=TORCH_TYPES[stored], pin_memory=pinned),
+                torch.empty(rows, pin_memory=pinned) if stored == "int8" else None,
+            )
+            for site, stored in self.sites.items()
+        }
 
     @torch.inference_mode()
     def run(self, contexts: Sequence[ContextRows], num_rows: int, into: Buffers | None = None) -> Activations:
-        """Return the activations of a unit's rows, on the CPU, rounded to the stored dtype (nearest, ties to even).
+        """Return the activations of a unit's rows, on the CPU, rounded to what is stored (see pipeline.rounding).
 
         They lie in `into` (made by `buffers`), if given.
         """
         kept = {site: acts[:num_rows] for site, acts in (into or self.buffers(num_rows)).items()}
-        filled = positions = 0
+        errors: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        filled = positions = padding = 0
         for batch in batches_of(contexts, self.batch_tokens, self.context):
             tokens = torch.from_numpy(batch.tokens())
-            source, target = _row_index(batch)
-            self._forward(tokens)
-            for site in self.sites:
+            source, parts = _rows_of(batch)
+            with self._clock.forward():
+                self._forward(tokens)
+            for site, stored in self.sites.items():
                 acts = self._taken[site].reshape(-1, self.d_model)
-                rows = acts.index_select(0, source.to(acts.device)).to(self.dtype)  # layers may be on several devices
-                kept[site].index_copy_(0, target, rows.cpu())
-            filled += len(target)
-            positions += tokens.numel()
+                # Gathered where they are (layers may be on several devices), into memory that no later batch reuses.
+                rows = acts.index_select(0, upload(source, acts.device))
+                rounded = round_rows(rows, stored)
+                if not is_exact(rows.dtype, stored):
+                    errors[site].append(square_error(rows, rounded))
+                targets = [kept[site][part].tensors for part in parts]
+                for tensor, its_targets in zip(rounded.tensors, zip(*targets, strict=True), strict=True):
+                    self._copies.put(tensor, its_targets)
+            self._copies.end_batch()
+            filled += len(source)
+            positions += batch.positions
+            padding += batch.padding
+        self._copies.finish()
         assert filled == num_rows, f"{filled} rows filled of {num_rows}"
-        return Activations(kept, positions, num_rows)
+        square_errors = {site: sum(error.item() for error in parts) for site, parts in errors.items()}
+        return Activations(kept, square_errors, positions, padding, self._clock.idle_share())
 
     def _forward(self, tokens: Tensor) -> None:
         eager = self._compiled_shape is not None and tuple(tokens.shape) != self._compiled_shape
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            run_base(self.model, tokens.to(self.device))
+            run_base(self.model, upload(tokens, self.device))
 
 
-def _row_index(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Where a batch's rows are: flat positions in [contexts * length], and row numbers within the unit."""
-    starts = [(i * batch.length, context) for i, context in enumerate(batch.contexts)]
-    source = [torch.arange(start + c.first_position, start + len(c.tokens)) for start, c in starts]
-    target = [torch.arange(c.first_row, c.first_row + c.num_rows) for c in batch.contexts]
-    return torch.cat(source), torch.cat(target)
+def _rows_of(batch: Batch) -> tuple[Tensor, list[slice]]:
+    """Where a batch's rows are: flat positions in [lines * length], and for each context its rows of the unit."""
+    source = [context.positions + line * batch.length for line, context in enumerate(batch.contexts)]
+    rows = [slice(c.first_row, c.first_row + c.num_rows) for c in batch.contexts]
+    return torch.from_numpy(np.concatenate(source)), rows
 
 
 @torch.inference_mode()
-def summarise(acts: Tensor, segments: Sequence[tuple[int, int]]) -> tuple[Tensor, list[RawMoments]]:
+def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tensor, list[RawMoments]]:
     """Return the L2 norm of each row, float32 [rows], and the moments of each segment [start, stop).
 
-    `acts` is [rows, d_model] as stored; segments follow one another and cover all rows (one per document).
+    `acts` is [rows, d_model], taken as a reader gets it; segments follow one another and cover all rows (one per
+    document).
     """
     norms = torch.empty(len(acts))
     moments = []
     for start, stop in segments:
-        total = torch.zeros(2, acts.shape[1], dtype=torch.float64)
+        total = torch.zeros(2, acts.values.shape[1], dtype=torch.float64)
         for first in range(start, stop, SUMMED_AT_ONCE):
             last = min(first + SUMMED_AT_ONCE, stop)
             values = acts[first:last].float()
@@ -137,7 +171,7 @@ def summarise(acts: Tensor, segments: Sequence[tuple[int, int]]) -> tuple[Tensor
     if not bool(norms.isfinite().all()):
         row = int(norms.isfinite().logical_not().nonzero()[0])
         raise InputError(
-            f"row {row} of the unit has an activation that is not a finite {acts.dtype}: the model overflows, or the "
+            f"row {row} of the unit has an activation that is not a finite {acts.type}: the model overflows, or the "
             "stored type is too narrow; compute and store in bfloat16 or float32"
         )
     return norms, moments

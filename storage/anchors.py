@@ -1,16 +1,13 @@
 """Anchors: named sets of directions, one per subpopulation, kept with the counts they were made from."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from storage.arrays import RowArray
+from storage.arrays import RowArray, checksum, write_group
 from storage.errors import StorageError, StoreMismatch
-from storage.files import create_file, write_file
 from storage.records import Record, differences, encode, read_record
 from storage.store import Store
 
@@ -39,7 +36,7 @@ def write_anchors(store: Store, anchors: AnchorSet) -> None:
 
     Raises StoreMismatch if another kind has the name.
     """
-    folder = store.path / "anchors" / anchors.name
+    folder = store.root / "anchors" / anchors.name
     known: dict[str, npt.NDArray[np.float32]] = {}
     if (folder / "anchors.json").exists():
         found = read_anchors(store, anchors.name)
@@ -47,42 +44,51 @@ def write_anchors(store: Store, anchors: AnchorSet) -> None:
             found.identity["harvests"].get(site, digest) != digest
             for site, digest in anchors.identity["harvests"].items()
         ):
+            since = store.info.since(found.identity)
+            otherwise = (
+                f"of {since}" if since else f"otherwise: {'; '.join(differences(found.identity, anchors.identity))}"
+            )
             raise StoreMismatch(
-                f"anchors {anchors.name!r} are in the store, made otherwise: "
-                f"{'; '.join(differences(found.identity, anchors.identity))}. Give the new ones another name"
+                f"anchors {anchors.name!r} are in the store, made {otherwise}. Give the new ones another name"
             )
         known = dict(found.vectors)
         anchors = replace(
             anchors, identity=found.identity | {"harvests": found.identity["harvests"] | anchors.identity["harvests"]}
         )
-    for parent in (folder.parent, folder):
-        create_file(parent / "zarr.json", encode({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+    for group in (store.root / "anchors", folder):
+        write_group(group, {})
     for site in anchors.vectors.keys() - known.keys():
         vectors, path = anchors.vectors[site], folder / site
-        shutil.rmtree(path, ignore_errors=True)  # left by an attempt that did not reach its record
+        path.remove()  # left by an attempt that did not reach its record
         array = RowArray(path, vectors.shape, "float32", len(vectors), ("anchor", "d_model"), {"site": site})
         array.create()
         array.write(0, vectors)
     record = {name: getattr(anchors, name) for name in ("name", "labels", "values", "counts", "identity")}
-    write_file(folder / "anchors.json", [encode({**record, "sites": sorted(known.keys() | anchors.vectors.keys())})])
+    vectors_of = {**anchors.vectors, **known}
+    (folder / "anchors.json").write(
+        encode({**record, "sites": {site: {"crc32c": checksum(vectors_of[site])} for site in sorted(vectors_of)}})
+    )
 
 
 def read_anchors(store: Store, name: str) -> AnchorSet:
     """Read anchors/<name>. Raises StorageError when there are none."""
-    folder = store.path / "anchors" / name
+    folder = store.root / "anchors" / name
     if not (folder / "anchors.json").exists():
         raise StorageError(
-            f"no anchors named {name!r} in {store.path}; it has {', '.join(anchor_names(store)) or 'none'}. "
+            f"no anchors named {name!r} in {store.url}; it has {', '.join(anchor_names(store)) or 'none'}. "
             "`granary anchors SPEC` makes those of a spec"
         )
     record = read_record(folder / "anchors.json")
     vectors = {}
-    for site in record.pop("sites"):
+    for site, written in record.pop("sites").items():
         array = RowArray.open(folder / site)
         vectors[site] = array.read(0, array.shape[0])
+        if checksum(vectors[site]) != written["crc32c"]:
+            raise StorageError(f"the anchors {array.path} are not those of their record {folder / 'anchors.json'}")
     return AnchorSet(**record, vectors=vectors)
 
 
 def anchor_names(store: Store) -> list[str]:
     """The names under anchors/."""
-    return sorted(path.parent.name for path in Path(store.path / "anchors").glob("*/anchors.json"))
+    folder = store.root / "anchors"
+    return [name for name in folder.names() if (folder / name / "anchors.json").exists()]

@@ -5,13 +5,15 @@ and `crc32c` define, so that zarr, zarrs, TensorStore and xarray open the same f
 through one of those, is what makes a chunk atomic and durable, names the chunk that is damaged, never takes a missing
 chunk for zeros, and writes bfloat16 under its own name (docs/decisions/0001-chunk-io.md has the measurements).
 
+On local disks every chunk is a file. On object stores, where a request costs more than a megabyte, the chunks of a
+unit are one object: Zarr's sharding codec, the chunks in order and an index after them, so that any run of chunks is
+one request.
+
 Not here: which rows may be read at all (`storage.store`), and who may write which rows (`storage.units`).
 """
 
-import json
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import google_crc32c
@@ -20,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import CorruptChunk, NotAStore
-from storage.files import Staged, create_file, discard, in_threads, publish, stage
+from storage.files import in_threads
+from storage.places import Place, Staged
+from storage.records import decode, encode_zarr, read_record
 
 Array = npt.NDArray[Any]
 
@@ -28,12 +32,21 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
     "int32": np.dtype("<i4"),
     "int64": np.dtype("<i8"),
 }
 """Zarr data type name -> numpy dtype."""
 
 CRC_BYTES = 4
+REQUEST_BYTES = 16 * 2**20
+"""Most bytes of a shard that are asked for at once."""
+NO_CHUNK = 2**64 - 1
+"""Offset and size of a chunk that a shard does not have, in its index."""
+_BYTES_AND_CRC: tuple[dict[str, Any], ...] = (
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+)
 
 
 @dataclass(frozen=True)
@@ -48,17 +61,21 @@ class StagedRows:
 class RowArray:
     """One array of the store. `shape` is (rows,) or (rows, width); a chunk is `chunk_rows` rows, whole width."""
 
-    path: Path
+    path: Place
     shape: tuple[int, ...]
     dtype: str
     chunk_rows: int
     dimension_names: tuple[str, ...]
     attributes: dict[str, Any]
+    shard_rows: int | None = None
+    """Rows of an object, a multiple of `chunk_rows`; None where every chunk is a file of its own."""
+    expected: Mapping[int, int] = field(default_factory=dict, compare=False, repr=False)
+    """The crc32c that some chunks must have, by number; the others need only agree with their own."""
 
     @property
     def name(self) -> str:
         """The last parts of the path, as messages name the array."""
-        return "/".join(self.path.parts[-3:])
+        return "/".join(str(self.path).split("/")[-3:])
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -72,36 +89,54 @@ class RowArray:
     def num_chunks(self) -> int:
         return -(-self.shape[0] // self.chunk_rows)
 
-    def chunk_path(self, chunk: int) -> Path:
-        """The file of a chunk: Zarr's default key encoding, `c/<row chunk>` or `c/<row chunk>/0`."""
-        return self.path.joinpath("c", str(chunk), *("0" for _ in self.shape[1:]))
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a stored chunk, its checksum included."""
+        return self.chunk_rows * self.row_bytes + CRC_BYTES
+
+    @property
+    def chunks_per_object(self) -> int:
+        return (self.shard_rows or self.chunk_rows) // self.chunk_rows
+
+    def object_place(self, number: int) -> Place:
+        """Where a chunk or shard is: Zarr's default key encoding, `c/<number>` or `c/<number>/0`."""
+        return self.path.joinpath("c", str(number), *("0" for _ in self.shape[1:]))
 
     def create(self) -> None:
-        """Write the array's metadata, unless the same is there. Raises NotAStore if another array is."""
-        if not create_file(self.path / "zarr.json", self._metadata()):
+        """Write the array's metadata, unless the same is there. Raises NotAStore if another array is.
+
+        That of the same array with fewer rows is replaced, as the store has grown; that with more is left as it is."""
+        if not (self.path / "zarr.json").create(self.metadata()):
             found = RowArray.open(self.path)
-            if found != self:
+            if replace(found, shape=self.shape) != self or found.shape[1:] != self.shape[1:]:
                 raise NotAStore(f"array {self.name} exists already and differs: expected {self}, found {found}")
+            if found.shape[0] < self.shape[0]:
+                (self.path / "zarr.json").write(self.metadata())
 
     @classmethod
-    def open(cls, path: Path) -> "RowArray":
+    def open(cls, path: Place) -> "RowArray":
         """Read the metadata at `path`. Raises NotAStore when it is absent or not an array of format 1."""
         try:
-            metadata = json.loads((path / "zarr.json").read_bytes())
+            metadata = read_record(path / "zarr.json")
         except (FileNotFoundError, NotADirectoryError):
-            raise NotAStore(f"no Zarr array at {path}") from None
-        except ValueError as error:
-            raise NotAStore(f"{path / 'zarr.json'} is not JSON: {error}") from None
+            raise NotAStore(
+                f"no Zarr array at {path}: its metadata is missing; if a run was killed as it began, the same "
+                "`granary harvest` writes it"
+            ) from None
         try:
+            grid_rows = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+            codec = metadata["codecs"][0]
+            sharded = codec["name"] == "sharding_indexed"
             array = cls(
                 path=path,
                 shape=tuple(metadata["shape"]),
                 dtype=metadata["data_type"],
-                chunk_rows=metadata["chunk_grid"]["configuration"]["chunk_shape"][0],
+                chunk_rows=codec["configuration"]["chunk_shape"][0] if sharded else grid_rows,
                 dimension_names=tuple(metadata["dimension_names"]),
                 attributes=metadata["attributes"],
+                shard_rows=grid_rows if sharded else None,
             )
-            expected = json.loads(array._metadata()) if array.dtype in tuple(DTYPES) else {"data_type": tuple(DTYPES)}
+            expected = decode(array.metadata()) if array.dtype in tuple(DTYPES) else {"data_type": tuple(DTYPES)}
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise NotAStore(f"{path / 'zarr.json'} is not the metadata of a format 1 array: {error!r}") from None
         if metadata != expected:
@@ -110,41 +145,47 @@ class RowArray:
         return array
 
     def stage(self, start: int, values: Array) -> "StagedRows":
-        """Write rows [start, start + len(values)) under temporary names; `publish` makes them durable and visible.
+        """Write rows [start, start + len(values)) without promise; `publish` makes them durable and visible.
 
-        `start` is the first row of a chunk, and the values end at a chunk's end or at the array's last row: no chunk
-        is ever written in two parts. On an error nothing is left.
+        `start` is the first row of a chunk (or shard), and the values end at a chunk's (or shard's) end or at the
+        array's last row: no object is ever written in two parts. On an error nothing is left on a local disk.
         """
-        stop = start + len(values)
-        assert start % self.chunk_rows == 0
-        assert stop % self.chunk_rows == 0 or stop == self.shape[0], (start, stop, self)
+        stop, object_rows = start + len(values), self.shard_rows or self.chunk_rows
+        assert start % object_rows == 0
+        assert stop % object_rows == 0 or stop == self.shape[0], (start, stop, self)
         assert values.dtype == self.numpy_dtype, (values.dtype, self.dtype)
         assert values.shape[1:] == self.shape[1:]
+        backend = self.path.backend
         staged: list[Staged] = []
 
-        def stage_chunk(first: int) -> int:
-            rows = values[first - start : first - start + self.chunk_rows]
-            if len(rows) < self.chunk_rows:  # the array's last chunk is stored whole, as Zarr asks
-                padded = np.zeros((self.chunk_rows, *self.shape[1:]), dtype=self.numpy_dtype)
-                padded[: len(rows)] = rows
-                rows = padded
-            rows = np.ascontiguousarray(rows)
-            crc = checksum(rows)
-            path = self.chunk_path(first // self.chunk_rows)
-            staged.append(stage(path, [rows.reshape(-1).view(np.uint8), crc.to_bytes(CRC_BYTES, "little")]))
-            return crc
+        def stage_object(first: int) -> list[int]:
+            rows = values[first - start : first - start + object_rows]
+            chunks = [self._whole_chunk(rows[at : at + self.chunk_rows]) for at in range(0, len(rows), self.chunk_rows)]
+            checksums = [checksum(chunk) for chunk in chunks]
+            buffers: list[Any] = []
+            for chunk, crc in zip(chunks, checksums, strict=True):
+                buffers += [chunk.reshape(-1).view(np.uint8), crc.to_bytes(CRC_BYTES, "little")]
+            if self.shard_rows is not None:
+                buffers.append(self.shard_index(len(chunks)))
+            staged.append(backend.stage(self.object_place(first // object_rows).key, buffers))
+            return checksums
 
         try:
-            checksums = in_threads(stage_chunk, range(start, stop, self.chunk_rows))
+            checksums = in_threads(stage_object, range(start, stop, object_rows), backend.threads)
         except BaseException:
-            discard(staged)
+            backend.discard(staged)
             raise
-        return StagedRows(checksums, staged)
+        return StagedRows([crc for of_object in checksums for crc in of_object], staged)
+
+    def checksums_of(self, values: Array) -> list[int]:
+        """The crc32c that each chunk of `values`, which begin at a chunk, has when it is stored."""
+        starts = range(0, len(values), self.chunk_rows)
+        return [checksum(self._whole_chunk(values[at : at + self.chunk_rows])) for at in starts]
 
     def write(self, start: int, values: Array) -> list[int]:
         """Stage and publish; return the crc32c of each chunk."""
         staged = self.stage(start, values)
-        publish(staged.files)
+        self.path.backend.publish(staged.files)
         return staged.checksums
 
     def read(self, start: int, stop: int) -> Array:
@@ -157,49 +198,86 @@ class RowArray:
         if start == stop:
             return out
 
-        def read_chunk(chunk: int) -> None:
-            first, last = chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows
-            if start <= first and last <= stop:
-                self._read_chunk_into(chunk, out[first - start : last - start])
-            else:
-                whole = np.empty((self.chunk_rows, *self.shape[1:]), dtype=self.numpy_dtype)
-                self._read_chunk_into(chunk, whole)
-                a, b = max(first, start), min(last, stop)
-                out[a - start : b - start] = whole[a - first : b - first]
+        def read_run(chunks: range) -> None:
+            parts = []
+            for chunk in chunks:
+                first, last = chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows
+                inside = start <= first and last <= stop
+                parts.append(out[first - start : last - start] if inside else self._empty_chunk())
+            self._read_chunks_into(chunks, parts)
+            for chunk, part in zip(chunks, parts, strict=True):
+                first, last = chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows
+                if first < start or stop < last:
+                    a, b = max(first, start), min(last, stop)
+                    out[a - start : b - start] = part[a - first : b - first]
 
-        in_threads(read_chunk, range(start // self.chunk_rows, -(-stop // self.chunk_rows)))
+        first, after = start // self.chunk_rows, -(-stop // self.chunk_rows)
+        in_threads(read_run, self.runs(first, after), self.path.backend.threads)
         return out
 
     def read_checksum(self, chunk: int) -> int:
         """Read one chunk, check it, and return its crc32c."""
-        return self._read_chunk_into(chunk, np.empty((self.chunk_rows, *self.shape[1:]), dtype=self.numpy_dtype))
+        return self._read_chunks_into(range(chunk, chunk + 1), [self._empty_chunk()])[0]
 
-    def _read_chunk_into(self, chunk: int, out: Array) -> int:
-        path = self.chunk_path(chunk)
-        where = f"chunk {chunk} of {self.name} ({path})"
-        again = self._again(chunk)
-        body, stored = out.reshape(-1).view(np.uint8).data, bytearray(CRC_BYTES)
+    def shard_index(self, chunks: int) -> bytes:
+        """The end of a shard that holds its first `chunks` chunks: offset and size of each, and their crc32c."""
+        entries = np.full((self.chunks_per_object, 2), NO_CHUNK, dtype="<u8")
+        entries[:chunks, 0] = np.arange(chunks) * self.chunk_bytes
+        entries[:chunks, 1] = self.chunk_bytes
+        return entries.tobytes() + checksum(entries).to_bytes(CRC_BYTES, "little")
+
+    def object_bytes(self, number: int) -> int:
+        """The size of a chunk's file, or of a shard."""
+        if self.shard_rows is None:
+            return self.chunk_bytes
+        chunks = min(self.chunks_per_object, self.num_chunks - number * self.chunks_per_object)
+        return chunks * self.chunk_bytes + len(self.shard_index(chunks))
+
+    def runs(self, first: int, after: int) -> list[range]:
+        """Chunks first ... after - 1 in runs that are one request each: within an object and `REQUEST_BYTES`."""
+        most = max(1, REQUEST_BYTES // self.chunk_bytes)
+        runs = []
+        while first < after:
+            end_of_object = (first // self.chunks_per_object + 1) * self.chunks_per_object
+            last = min(after, first + most, end_of_object)
+            runs.append(range(first, last))
+            first = last
+        return runs
+
+    def _empty_chunk(self) -> Array:
+        return np.empty((self.chunk_rows, *self.shape[1:]), dtype=self.numpy_dtype)
+
+    def _whole_chunk(self, rows: Array) -> Array:
+        """A chunk's rows in C order; the array's last chunk is stored whole, as Zarr asks."""
+        if len(rows) == self.chunk_rows:
+            return np.ascontiguousarray(rows)
+        padded = np.zeros((self.chunk_rows, *self.shape[1:]), dtype=self.numpy_dtype)
+        padded[: len(rows)] = rows
+        return padded
+
+    def _read_chunks_into(self, chunks: range, parts: Sequence[Array]) -> list[int]:
+        """Read chunks of one object in one request, check them, and return their crc32c."""
+        number, within = divmod(chunks[0], self.chunks_per_object)
+        place = self.object_place(number)
+        again = self._again(chunks[0])
+        stored = [bytearray(CRC_BYTES) for _ in chunks]
+        buffers: list[memoryview] = []
+        for part, crc in zip(parts, stored, strict=True):
+            buffers += [part.reshape(-1).view(np.uint8).data, memoryview(crc)]
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            size = place.backend.read_into(place.key, within * self.chunk_bytes, buffers)
         except FileNotFoundError:
-            raise CorruptChunk(f"{where} is missing; {again}") from None
-        try:
-            size, expected = os.fstat(descriptor).st_size, body.nbytes + CRC_BYTES
-            if size != expected:
-                raise CorruptChunk(f"{where} has {size} bytes, not {expected}; {again}")
-            got = 0
-            while got < body.nbytes:  # one read call moves at most 2 GiB
-                moved = os.preadv(descriptor, [body[got:]], got)
-                if moved == 0:
-                    raise CorruptChunk(f"{where} was cut while it was read; {again}")
-                got += moved
-            os.preadv(descriptor, [stored], body.nbytes)
-        finally:
-            os.close(descriptor)
-        crc = checksum(out)
-        if crc != int.from_bytes(stored, "little"):
-            raise CorruptChunk(f"{where} does not match its crc32c; {again}")
-        return crc
+            raise CorruptChunk(f"chunk {chunks[0]} of {self.name} ({place}) is missing; {again}") from None
+        if size != (expected := self.object_bytes(number)):
+            raise CorruptChunk(f"chunk {chunks[0]} of {self.name} ({place}) has {size} bytes, not {expected}; {again}")
+        checksums = []
+        for chunk, part, crc in zip(chunks, parts, stored, strict=True):
+            checksums.append(checksum(part))
+            if checksums[-1] != int.from_bytes(crc, "little"):
+                raise CorruptChunk(f"chunk {chunk} of {self.name} ({place}) does not match its crc32c; {again}")
+            if checksums[-1] != self.expected.get(chunk, checksums[-1]):
+                raise CorruptChunk(f"chunk {chunk} of {self.name} ({place}) is not the one that was committed; {again}")
+        return checksums
 
     def _again(self, chunk: int) -> str:
         """What to do about a damaged chunk."""
@@ -207,29 +285,44 @@ class RowArray:
         if "harvest" not in about:
             return "restore it from a copy, or make the store again"
         unit = chunk * self.chunk_rows // about["rows_per_unit"]
-        return f"to make it again remove commits/{about['harvest']}/{unit:08d}.json and run `granary harvest`"
+        return f"`granary verify STORE --repair` makes unit {unit} of harvest {about['harvest']} again"
 
-    def _metadata(self) -> bytes:
+    def metadata(self) -> bytes:
+        """The array's zarr.json."""
         chunk_shape = [self.chunk_rows, *self.shape[1:]]
+        grid_shape = [self.shard_rows or self.chunk_rows, *self.shape[1:]]
+        codecs: list[dict[str, Any]] = list(_BYTES_AND_CRC)
+        if self.shard_rows is not None:
+            sharding = {
+                "chunk_shape": chunk_shape,
+                "codecs": list(_BYTES_AND_CRC),
+                "index_codecs": list(_BYTES_AND_CRC),
+                "index_location": "end",
+            }
+            codecs = [{"name": "sharding_indexed", "configuration": sharding}]
         metadata = {
             "zarr_format": 3,
             "node_type": "array",
             "shape": list(self.shape),
             "data_type": self.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid_shape}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": 0 if self.dtype.startswith("int") else 0.0,
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "codecs": codecs,
             "dimension_names": list(self.dimension_names),
             "attributes": self.attributes,
         }
-        return json.dumps(metadata, indent=2).encode()
+        return encode_zarr(metadata)
 
 
-def write_group(path: Path, attributes: dict[str, Any]) -> bool:
+def group_metadata(attributes: dict[str, Any]) -> bytes:
+    """The zarr.json of a Zarr group."""
+    return encode_zarr({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def write_group(path: Place, attributes: dict[str, Any]) -> bool:
     """Write the metadata of a Zarr group, create-only. Return whether this call made it."""
-    metadata = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return create_file(path / "zarr.json", json.dumps(metadata, indent=2).encode())
+    return (path / "zarr.json").create(group_metadata(attributes))
 
 
 def checksum(values: Array) -> int:

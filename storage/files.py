@@ -1,4 +1,4 @@
-"""Durable files on a local file system.
+"""Durable files on a local file system, and the backend of places that are made of them.
 
 Invariant: a file under its final name is whole and on the device. Bytes go to a temporary name in the same folder, are
 flushed to the device, and only then take their name, so neither SIGKILL nor a power cut leaves a cut file behind. For
@@ -10,14 +10,17 @@ process left.
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import BinaryIO, TypeVar
 
-Buffer = Any  # bytes, or a C-contiguous array (anything with the buffer protocol)
-Staged = tuple[Path, Path]
+from storage.places import Buffer
+
+StagedFile = tuple[Path, Path]
 """A temporary file and the name it is to take."""
 
 T = TypeVar("T")
@@ -43,7 +46,7 @@ def create_file(path: Path, content: bytes) -> bool:
     return True
 
 
-def stage(path: Path, buffers: Sequence[Buffer]) -> Staged:
+def stage(path: Path, buffers: Sequence[Buffer]) -> StagedFile:
     """Write the buffers under a temporary name beside `path`. Not durable yet; on an error nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -61,10 +64,10 @@ def stage(path: Path, buffers: Sequence[Buffer]) -> Staged:
     return temporary, path
 
 
-def publish(staged: Sequence[Staged]) -> None:
+def publish(staged: Sequence[StagedFile]) -> None:
     """Flush staged files to the device, give them their names, and make the names durable."""
 
-    def settle(item: Staged) -> None:
+    def settle(item: StagedFile) -> None:
         _flush(item[0])
         item[0].replace(item[1])
 
@@ -76,7 +79,7 @@ def publish(staged: Sequence[Staged]) -> None:
     in_threads(_flush, sorted(_folders(final for _, final in staged)))
 
 
-def discard(staged: Iterable[Staged]) -> None:
+def discard(staged: Iterable[StagedFile]) -> None:
     """Remove what was staged and will not be published."""
     for temporary, _ in staged:
         temporary.unlink(missing_ok=True)
@@ -88,11 +91,11 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int = 4) -> list[R]:
     """Map in the I/O threads; every call has ended when this returns or raises the first error."""
     if len(items) == 1:
         return [function(items[0])]
-    futures = [_pool().submit(function, item) for item in items]
+    futures = [_pool(threads).submit(function, item) for item in items]
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:
         raise errors[0]
@@ -100,9 +103,91 @@ def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    # System calls and checksums release the GIL; more threads than this gained nothing (docs/decisions/0001).
-    return ThreadPoolExecutor(4, thread_name_prefix="granary-io")
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="granary-io")
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The backend of a folder of this machine, or of a file system that all workers mount."""
+
+    root: Path
+
+    is_local = True
+    threads = 4
+    """System calls and checksums release the GIL; more threads than this gained nothing (docs/decisions/0001)."""
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def read(self, key: str) -> bytes:
+        return self._path(key).read_bytes()
+
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> int:
+        descriptor = os.open(self._path(key), os.O_RDONLY)
+        try:
+            size, at = os.fstat(descriptor).st_size, start
+            for buffer in buffers:
+                filled = 0
+                while filled < buffer.nbytes:  # one read call moves at most 2 GiB
+                    moved = os.preadv(descriptor, [buffer[filled:]], at)
+                    if moved == 0:
+                        return min(size, at)  # also if it was cut since its size was asked for
+                    filled += moved
+                    at += moved
+            return size
+        finally:
+            os.close(descriptor)
+
+    def open(self, key: str) -> BinaryIO:
+        return self._path(key).open("rb")
+
+    def stage(self, key: str, buffers: Sequence[Buffer]) -> StagedFile:
+        return stage(self._path(key), buffers)
+
+    def publish(self, staged: Sequence[StagedFile]) -> None:
+        publish(staged)
+
+    def discard(self, staged: Sequence[StagedFile]) -> None:
+        discard(staged)
+
+    def create(self, key: str, content: bytes) -> bool:
+        return create_file(self._path(key), content)
+
+    def check_writable(self) -> None:
+        """Nothing is asked before it is needed: a local disk tells at once."""
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def names(self, key: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._path(key)) if not name.startswith("."))  # noqa: PTH208
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def walk(self, key: str) -> Iterator[str]:
+        try:
+            with os.scandir(self._path(key)) as entries:
+                for entry in entries:
+                    below = f"{key}/{entry.name}" if key else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        yield from self.walk(below)
+                    else:
+                        yield below
+        except FileNotFoundError:
+            return  # removed since its name was listed
+
+    def remove(self, key: str) -> None:
+        path = self._path(key)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.root / key
 
 
 def _folders(files: Iterable[Path]) -> set[Path]:

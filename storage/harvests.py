@@ -1,26 +1,26 @@
-"""Harvests and their commits: which bytes belong together, and which units of them may be read.
+"""Harvests: which bytes belong together, and what determines them.
 
 A harvest is named by the digest of everything that determines its bytes, never of paths, worker counts or times.
-Its record is written create-only before its first unit; a unit's commit is written create-only after its last byte is
-durable. What happens between any two steps is in docs/decisions/0002-units-and-commits.md.
+Its record is written create-only before anything else of it.
+What happens between any two steps is in docs/decisions/0007-commits-and-supervision.md.
 """
 
 import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from storage.arrays import RowArray
+from storage.arrays import DTYPES, RowArray, write_group
 from storage.errors import StorageError, StoreMismatch
-from storage.files import create_file, remove_temporaries
+from storage.files import remove_temporaries
+from storage.places import Place
 from storage.records import Record, differences, digest, encode, read_record
 
-COMMIT_DIGITS = 8
-"""Digits of a unit in its commit's file name, so that names sort as numbers."""
+CHECKSUMS = {"activations": "crc32c", "norms": "norms_crc32c", "scales": "scales_crc32c"}
+"""Kind of array, which is the name of its group -> the key of its chunks' checksums in a commit."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Harvest:
     def of(cls, identity: Record, model: str, sites: dict[str, Record], made_with: Record) -> "Harvest":
         return cls(digest(identity)[:16], model, sites, identity, made_with)
 
-    def arrays(self, store: Path, num_rows: int, site: str) -> tuple[RowArray, RowArray]:
-        """The activation array and the norm array of a site."""
+    def arrays(self, store: Place, num_rows: int, site: str) -> dict[str, RowArray]:
+        """The arrays of a site by kind: activations, norms, and for int8 the scales of its rows."""
         layout = self.sites[site]
         rows_per_unit = self.identity["rows_per_unit"]
         about = {"harvest": self.digest, "model": self.model, "site": site, "rows_per_unit": rows_per_unit}
@@ -54,16 +54,31 @@ class Harvest:
             chunk_rows=layout["chunk_rows"],
             dimension_names=("row", "d_model"),
             attributes=attributes,
+            shard_rows=None if store.backend.is_local else rows_per_unit,
         )
-        norms = RowArray(
-            path=store / "norms" / self.model / site,
-            shape=(num_rows,),
-            dtype="float32",
-            chunk_rows=layout["chunk_rows"],
-            dimension_names=("row",),
-            attributes=attributes,
-        )
-        return activations, norms
+        of_rows = {
+            kind: RowArray(
+                path=store / kind / self.model / site,
+                shape=(num_rows,),
+                dtype="float32",
+                chunk_rows=rows_per_unit,
+                dimension_names=("row",),
+                attributes=attributes,
+            )
+            for kind in kinds_of(layout)[1:]
+        }
+        return {"activations": activations, **of_rows}
+
+
+def kinds_of(layout: Record) -> list[str]:
+    """The kinds of arrays that a site of this layout has."""
+    return ["activations", "norms", *(["scales"] if layout["dtype"] == "int8" else [])]
+
+
+def row_bytes(layout: Record) -> int:
+    """Bytes that a row of a site of this layout takes in all its arrays."""
+    width: int = layout["d"] * DTYPES[layout["dtype"]].itemsize
+    return width + 4 * len(kinds_of(layout)[1:])
 
 
 def chunk_rows_for(rows_per_unit: int, width: int, itemsize: int, target_bytes: int = 4 * 2**20) -> int:
@@ -74,24 +89,32 @@ def chunk_rows_for(rows_per_unit: int, width: int, itemsize: int, target_bytes: 
     return rows
 
 
-def read_harvests(store: Path) -> list[Harvest]:
+def read_harvests(store: Place) -> list[Harvest]:
     """Every harvest of a store, oldest first."""
-    fields = Harvest.__dataclass_fields__
-    records = []
-    for path in (store / "commits").glob("*/harvest.json"):
-        record = read_record(path)
-        if lacking := [name for name in ("created", *fields) if name not in record]:
-            raise StorageError(f"the record {path} is damaged: it lacks {', '.join(lacking)}")
-        records.append(record)
-    records.sort(key=lambda record: (record["created"], record["digest"]))
-    return [Harvest(**{name: record[name] for name in fields}) for record in records]
+    found = []
+    for name in (store / "commits").names():
+        with suppress(FileNotFoundError):
+            found.append(read_harvest(store, name))
+    return [harvest for _, harvest in sorted(found, key=lambda of: (of[0], of[1].digest))]
 
 
-def match_harvests(store: Path, identity: Record, model: str, sites: Sequence[str]) -> tuple[list[Harvest], list[str]]:
-    """Find which of `sites` the store has, or is getting: return their harvests, and the sites no harvest holds.
+def read_harvest(store: Place, name: str) -> tuple[float, Harvest]:
+    """When a harvest was declared, and the harvest. Raises FileNotFoundError, or StorageError for a damaged record."""
+    path = store / "commits" / name / "harvest.json"
+    record, fields = read_record(path), Harvest.__dataclass_fields__
+    if lacking := [name for name in ("created", *fields) if name not in record]:
+        raise StorageError(f"the record {path} is damaged: it lacks {', '.join(lacking)}")
+    return record["created"], Harvest(**{name: record[name] for name in fields})
+
+
+def match_harvests(
+    store: Place, identity: Record, model: str, sites: Mapping[str, str]
+) -> tuple[list[Harvest], list[str]]:
+    """Find which of `sites` (with the types to store them as) the store has, or is getting: return their harvests, and
+    the sites no harvest holds.
 
     `identity` is a harvest's without its sites. Raises StoreMismatch, showing both values, when a site of the same
-    model is stored under another identity.
+    model is stored under another identity, or as another type.
     """
     matching: list[Harvest] = []
     missing = list(sites)
@@ -99,72 +122,55 @@ def match_harvests(store: Path, identity: Record, model: str, sites: Sequence[st
         shared = [s for s in sites if s in harvest.sites]
         if harvest.model != model or not shared:
             continue
-        stored = {k: v for k, v in harvest.identity.items() if k != "sites"}
-        if stored != identity:
+        otherwise = differences({k: v for k, v in harvest.identity.items() if k != "sites"}, identity)
+        types = {site: (harvest.sites[site]["dtype"], sites[site]) for site in shared}
+        if other_types := dict.fromkeys((a, b) for a, b in types.values() if a != b):
+            otherwise += [f"harvest.dtype: {a!r} in the store, {b!r} in the spec" for a, b in other_types]
+        if otherwise:
+            second = next((f"{site}@{wanted}" for site, (had, wanted) in types.items() if had != wanted), None)
             raise StoreMismatch(
                 f"{', '.join(shared)} of {model} {'is' if len(shared) == 1 else 'are'} stored already, harvested "
-                f"otherwise: {'; '.join(differences(stored, identity))}. "
-                "Give the spec the stored values, or harvest into another store"
+                f"otherwise: {'; '.join(otherwise)}. Give the spec the stored values, or harvest into another store"
+                + (f"; a site is stored a second time, as another type, under a name like {second}" if second else "")
             )
         matching.append(harvest)
         missing = [s for s in missing if s not in shared]
     return matching, missing
 
 
-def declare_harvest(store: Path, num_rows: int, harvest: Harvest) -> None:
-    """Write the metadata of the harvest's arrays, then its record. Every step is create-only, so it may be repeated."""
-    for kind in ("activations", "norms"):
-        group_attributes = {k: v for k, v in harvest.identity.items() if k in ("model", "tokenizer_digest")}
-        _create_group(store / kind, {})
-        _create_group(store / kind / harvest.model, {"granary": {**group_attributes, "made_with": harvest.made_with}})
-    for site in harvest.sites:
-        for array in harvest.arrays(store, num_rows, site):
-            array.create()
+def declare_harvest(store: Place, num_rows: int, harvest: Harvest) -> None:
+    """Write the harvest's record, then the metadata of its arrays. Every step is create-only, so it may be repeated."""
     record = {name: getattr(harvest, name) for name in Harvest.__dataclass_fields__}
-    create_file(store / "commits" / harvest.digest / "harvest.json", encode({**record, "created": time.time()}))
+    (store / "commits" / harvest.digest / "harvest.json").create(encode({**record, "created": time.time()}))
+    for kind in dict.fromkeys(kind for layout in harvest.sites.values() for kind in kinds_of(layout)):
+        write_group(store / kind, {})
+        write_group(store / kind / harvest.model, model_attributes(harvest))
+    for site in harvest.sites:
+        for array in harvest.arrays(store, num_rows, site).values():
+            array.create()
 
 
-def _create_group(path: Path, attributes: dict[str, Any]) -> None:
-    create_file(path / "zarr.json", encode({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
+def model_attributes(harvest: Harvest) -> Record:
+    """The attributes of a model's groups, as the model's first harvest writes them."""
+    about = {k: v for k, v in harvest.identity.items() if k in ("model", "tokenizer_digest")}
+    return {"granary": {**about, "made_with": harvest.made_with}}
 
 
-def sweep(store: Path, harvest: Harvest) -> None:
+def sweep(store: Place, harvest: Harvest) -> None:
     """Remove what killed writers left behind, once every unit is committed. A writer that still lives then fails to
-    publish a unit that is committed already, and loses nothing."""
-    for kind in ("activations", "norms"):
-        for site in harvest.sites:
-            remove_temporaries(store / kind / harvest.model / site)
-    remove_temporaries(store / "moments" / harvest.digest)
-    remove_temporaries(store / "commits" / harvest.digest)
+    publish a unit that is committed already, and loses nothing. Object stores have no temporary names."""
+    if not store.backend.is_local:
+        return
+    for site, layout in harvest.sites.items():
+        for kind in kinds_of(layout):
+            remove_temporaries((store / kind / harvest.model / site).path)
+    remove_temporaries((store / "moments" / harvest.digest).path)
+    remove_temporaries((store / "commits" / harvest.digest).path)
 
 
-def commit_path(store: Path, harvest: str, unit: int) -> Path:
-    return store / "commits" / harvest / f"{unit:0{COMMIT_DIGITS}d}.json"
-
-
-def moments_path(store: Path, harvest: str, unit: int) -> Path:
-    return store / "moments" / harvest / f"{unit:0{COMMIT_DIGITS}d}.parquet"
-
-
-def committed_units(store: Path, harvest: str) -> frozenset[int]:
-    """The units whose commit is there."""
-    folder = store / "commits" / harvest
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except FileNotFoundError:
-        return frozenset()
-    return frozenset(int(n[:COMMIT_DIGITS]) for n in names if len(n) == COMMIT_DIGITS + 5 and n[0].isdigit())
-
-
-def read_commit(store: Path, harvest: str, unit: int) -> Record:
-    """Read a unit's commit. Raises StorageError when there is none or it is damaged."""
-    try:
-        record = read_record(commit_path(store, harvest, unit))
-    except FileNotFoundError:
-        raise StorageError(f"unit {unit} of harvest {harvest} has no commit") from None
-    if record.get("unit") != unit or record.get("harvest") != harvest:
-        raise StorageError(f"the commit {commit_path(store, harvest, unit)} is of another unit or harvest")
-    return record
+def moments_path(store: Place, harvest: str, name: str) -> Place:
+    """`name`: the unit's, which `UnitRanges.name` gives."""
+    return store / "moments" / harvest / f"{name}.parquet"
 
 
 def writer_id() -> str:

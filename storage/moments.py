@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.commits import read_commit
 from storage.errors import StorageError
-from storage.harvests import commit_path, moments_path, read_commit
+from storage.harvests import moments_path
 from storage.store import Store
 
 Float64 = npt.NDArray[np.float64]
@@ -83,14 +84,15 @@ def encode_moments(moments: Mapping[MomentKey, Moments]) -> bytes:
 
 def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, Moments]:
     """Read a committed unit's moments. Raises StorageError when the file is not the one that was committed."""
-    path = moments_path(store.path, harvest, unit)
-    committed = read_commit(store.path, harvest, unit).get("moments_sha256")
+    name = store.info.units.name(unit)
+    path = moments_path(store.root, harvest, name)
+    committed = read_commit(store.root, harvest, name).get("moments_sha256")
     try:
-        content = path.read_bytes()
+        content = path.read()
         if hashlib.sha256(content).hexdigest() != committed:
             raise StorageError(
-                f"the moments of unit {unit}, {path}, cannot be read: they do not match their commit; to make them "
-                f"again remove {commit_path(store.path, harvest, unit)} and run `granary harvest`"
+                f"the moments of unit {unit}, {path}, cannot be read: they do not match their commit; "
+                "`granary verify STORE --repair` makes them again"
             )
         table = pq.ParquetFile(pa.BufferReader(content)).read()
     except (pa.ArrowException, OSError) as error:
@@ -101,6 +103,16 @@ def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, 
         )
         for r in table.to_pylist()
     }
+
+
+def same_moments(some: Mapping[MomentKey, Moments], others: Mapping[MomentKey, Moments]) -> bool:
+    """Whether two sets of moments are equal to the last bit."""
+    return some.keys() == others.keys() and all(
+        m.count == others[key].count
+        and np.array_equal(m.sum, others[key].sum)
+        and np.array_equal(m.sum_squares, others[key].sum_squares)
+        for key, m in some.items()
+    )
 
 
 def merged_moments(store: Store, site: str, units: Iterable[int]) -> dict[MomentKey, Moments]:

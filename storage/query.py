@@ -1,9 +1,11 @@
 """SQL over a store, through DuckDB.
 
-Tables: `documents`, `rows` (row, token, position, document, context), `tokens` (token, piece), `units` (one line a
-unit and harvest) and `sites`. A table is loaded when the query names it: `rows` takes 24 bytes a row of memory.
+Tables: `documents`, `rows` (row, token, position, document, context, and role where the corpus is chat), `tokens`
+(token, piece), `units` (one line a unit and harvest) and `sites`. A table is loaded when the query names it: `rows`
+takes 24 bytes a row of memory.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.arrays import Array
+from storage.commits import committed_units, read_commit
 from storage.errors import StorageError
 from storage.files import write_file
-from storage.harvests import committed_units, read_commit
-from storage.records import read_record
 from storage.store import Store, as_float32
 
 QUERIES = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
@@ -59,8 +60,9 @@ def sql(store: Store, query: str) -> duckdb.DuckDBPyRelation:
 def fetch(store: Store, table: pa.Table, site: str, out: Path) -> tuple[int, ...]:
     """Write the activations of the rows in `table` (it has an integer column `row`) to `out`; return their shape.
 
-    .npy holds float32 [n, d_model]; .safetensors holds "activations" in the stored dtype and "row"; .parquet holds the
-    table with a column `activation` of float32 lists. Rows keep the query's order. Raises StorageError.
+    .npy holds float32 [n, d_model]; .safetensors holds "activations" in the stored dtype (int8 as float32) and "row";
+    .parquet holds the table with a column `activation` of float32 lists. Rows keep the query's order. Raises
+    StorageError.
     """
     check_output(out)
     if table.column_names.count("row") != 1:
@@ -110,15 +112,17 @@ def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> A
 
 
 def _rows(store: Store) -> pa.Table:
-    columns = store.columns(0, store.num_rows)
+    columns: dict[str, Any] = dict(store.columns(0, store.num_rows))
+    if store.info.roles:
+        columns["role"] = pa.DictionaryArray.from_arrays(columns["role"], store.info.roles)
     return pa.table({"row": np.arange(store.num_rows), **columns})
 
 
 def _tokens(store: Store) -> pa.Table:
     path = store.tokenizer_path / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise StorageError(f"the table `tokens` needs {path}, which this store's tokenizer does not have")
-    tokenizer = read_record(path)
+    tokenizer = json.loads(store.corpus_file("tokenizer/tokenizer.json"))
     vocabulary = tokenizer["model"]["vocab"]
     pieces = dict(vocabulary.items() if isinstance(vocabulary, dict) else ((p[0], i) for i, p in enumerate(vocabulary)))
     pieces |= {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
@@ -128,10 +132,10 @@ def _tokens(store: Store) -> pa.Table:
 def _units(store: Store) -> pa.Table:
     lines = []
     for harvest in store.harvests:
-        committed = committed_units(store.path, harvest.digest)
+        committed = committed_units(store.root, harvest.digest, store.info.units)
         for unit in range(store.info.num_units):
             start, stop = store.info.unit_rows(unit)
-            commit = read_commit(store.path, harvest.digest, unit) if unit in committed else {}
+            commit = read_commit(store.root, harvest.digest, store.info.units.name(unit)) if unit in committed else {}
             lines.append(
                 {
                     "harvest": harvest.digest,
@@ -152,7 +156,7 @@ def _units(store: Store) -> pa.Table:
 def _sites(store: Store) -> pa.Table:
     lines = []
     for harvest in store.harvests:
-        done = len(committed_units(store.path, harvest.digest))
+        done = len(committed_units(store.root, harvest.digest, store.info.units))
         for site, layout in harvest.sites.items():
             line = {"site": site, "model": harvest.model, "harvest": harvest.digest}
             line |= {"d_model": layout["d"], "dtype": layout["dtype"]}

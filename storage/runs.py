@@ -7,21 +7,25 @@ dictionary.safetensors   the result; dictionary.json is written after it, and ma
 evaluation.json          measurements of the finished dictionary
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from storage.errors import StorageError, StoreMismatch
-from storage.files import create_file, write_file
+from storage.places import Place
 from storage.records import Record, differences, encode, read_record
 from storage.store import Store
+
+RUN, CURVE, DICTIONARY, EVALUATION = "run.json", "curve.json", "dictionary.json", "evaluation.json"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
 class Run:
     """One run's folder."""
 
-    folder: Path
+    folder: Place
 
     @property
     def name(self) -> str:
@@ -29,18 +33,18 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return (self.folder / "dictionary.json").exists()
+        return (self.folder / DICTIONARY).exists()
 
     def begin(self, identity: Record, about: Record) -> None:
         """Claim the name. Raises StoreMismatch, showing both values, when a run of another identity has it."""
         record = {"identity": identity, **about}
-        if create_file(self.folder / "run.json", encode(record)):
+        if (self.folder / RUN).create(encode(record)):
             return
         self.check(identity)
 
     def check(self, identity: Record) -> None:
         """Raise StoreMismatch if the run is there and of another identity."""
-        if not (self.folder / "run.json").exists():
+        if not (self.folder / RUN).exists():
             return
         found = self.record()["identity"]
         if found != identity:
@@ -51,52 +55,72 @@ class Run:
 
     def record(self) -> Record:
         """run.json: {"identity": ..., "anchors": ..., "made_with": ...}."""
-        return read_record(self.folder / "run.json")
+        return read_record(self.folder / RUN)
 
     def save_checkpoint(self, curve: list[Record], checkpoint: bytes) -> None:
-        """Write the curve, then the checkpoint. A curve that is ahead of its checkpoint is cut when it is read."""
-        write_file(self.folder / "curve.json", [encode({"points": curve})])
-        write_file(self.folder / "checkpoint.safetensors", [checkpoint])
+        """Write the curve, then the checkpoint. A curve that is ahead of its checkpoint is cut when it is read.
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The checkpoint, if there is one."""
-        path = self.folder / "checkpoint.safetensors"
-        return path if path.exists() else None
+        The curve's record names the new checkpoint and the one before: either may be there if the process dies."""
+        before = self.checkpoint_digests()[-1:]
+        digests = [*before, hashlib.sha256(checkpoint).hexdigest()]
+        (self.folder / CURVE).write(encode({"points": curve, "checkpoint_sha256": digests}))
+        (self.folder / CHECKPOINT).write(checkpoint)
+
+    def read_checkpoint(self) -> bytes | None:
+        """The checkpoint, if there is one. Raises StorageError when it is not what was written."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        content = path.read()
+        if hashlib.sha256(content).hexdigest() not in self.checkpoint_digests():
+            raise StorageError(f"the checkpoint {path} is damaged; remove it, and `granary train` begins the run anew")
+        return content
+
+    def checkpoint_digests(self) -> list[str]:
+        """The sha256 of each checkpoint that may be there."""
+        if not (self.folder / CURVE).exists():
+            return []
+        digests: list[str] = read_record(self.folder / CURVE)["checkpoint_sha256"]
+        return digests
 
     def curve(self, up_to_step: int | None = None) -> list[Record]:
         """The points of the training curve, in order of steps."""
-        if not (self.folder / "curve.json").exists():
+        if not (self.folder / CURVE).exists():
             return []
-        points: list[Record] = read_record(self.folder / "curve.json")["points"]
+        points: list[Record] = read_record(self.folder / CURVE)["points"]
         return [p for p in points if up_to_step is None or p["step"] < up_to_step]
 
     def finish(self, curve: list[Record], files: Mapping[str, bytes]) -> None:
-        """Write the result, dictionary.json last, and drop the checkpoint."""
-        write_file(self.folder / "curve.json", [encode({"points": curve})])
-        for name, content in sorted(files.items(), key=lambda item: item[0] == "dictionary.json"):
-            write_file(self.folder / name, [content])
-        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        """Write the result, dictionary.json last with the sha256 of the other files, and drop the checkpoint."""
+        curve_record = {"points": curve, "checkpoint_sha256": self.checkpoint_digests()}
+        (self.folder / CURVE).write(encode(curve_record))
+        others = {name: content for name, content in files.items() if name != DICTIONARY}
+        for name, content in others.items():
+            (self.folder / name).write(content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in others.items()}
+        (self.folder / DICTIONARY).write(encode({**json.loads(files[DICTIONARY]), "files": digests}))
+        (self.folder / CHECKPOINT).remove()
 
     def write_evaluation(self, record: Record) -> None:
-        write_file(self.folder / "evaluation.json", [encode(record)])
+        (self.folder / EVALUATION).write(encode(record))
 
     def evaluation(self) -> Record | None:
         """evaluation.json, if the run was evaluated."""
-        path = self.folder / "evaluation.json"
+        path = self.folder / EVALUATION
         return read_record(path) if path.exists() else None
 
     def dictionary_record(self) -> Record:
         """dictionary.json. Raises StorageError when the run is not finished."""
         if not self.is_finished:
             raise StorageError(f"the run {self.name!r} is not finished; `granary train` goes on with it")
-        return read_record(self.folder / "dictionary.json")
+        return read_record(self.folder / DICTIONARY)
 
 
 def open_run(store: Store, name: str) -> Run:
-    return Run(store.path / "runs" / name)
+    return Run(store.root / "runs" / name)
 
 
 def list_runs(store: Store) -> list[Run]:
     """Every run that was begun, by name."""
-    return [Run(path.parent) for path in sorted((store.path / "runs").glob("*/run.json"))]
+    runs = [open_run(store, name) for name in (store.root / "runs").names()]
+    return [run for run in runs if (run.folder / RUN).exists()]

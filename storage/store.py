@@ -4,28 +4,30 @@ Invariant: a row is given out only when its unit is committed, and only from chu
 is missing or damaged is an error that names it, never a row of zeros.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.arrays import Array, RowArray
-from storage.errors import NotAStore, StorageError, UncommittedRows
-from storage.harvests import Harvest, committed_units, read_harvests
-from storage.records import Record, read_record
+from storage.commits import committed_units, read_commit
+from storage.errors import CorruptChunk, NotAStore, StorageError, StoreGrown, UncommittedRows
+from storage.harvests import CHECKSUMS, Harvest, kinds_of, read_harvests
+from storage.patience import Waiting
+from storage.places import Place, open_place
+from storage.root import CorpusInfo, read_root
+from storage.scaled import SiteRows
+from storage.unitsets import UnitSet, shown
 
 if TYPE_CHECKING:
     import duckdb
-
-FORMAT = 1
-ROW_COLUMNS = {"token": "int32", "position": "int32", "document": "int64", "context": "int64"}
-"""The row columns under corpus/ and their data types."""
 
 DOCUMENTS_PER_FILE = 1_000_000
 DOCUMENTS_PER_GROUP = 10_000
@@ -34,82 +36,42 @@ DOCUMENTS_PER_GROUP = 10_000
 RowIndex = slice | Sequence[int] | Array
 
 
-@dataclass(frozen=True)
-class CorpusInfo:
-    """What the root group says of the table of rows: its size and everything that determined it."""
+def open_store(url: str | Path | Place, *, waiting: Waiting | None = None) -> "Store":
+    """Open the store at a path or URL. Raises NotAStore when there is none, or it is of another format version.
 
-    num_rows: int
-    num_contexts: int
-    num_documents: int
-    rows_per_unit: int
-    context: int
-    """Tokens a context has at most, BOS included."""
-    skip_first: int
-    """Positions dropped at the start of every context; their tokens are in corpus/prefix."""
-    held_out_start: int
-    """Rows from here on (whole units) are never trained on; equals num_rows when nothing is held out."""
-    labels: list[str]
-    corpus_digest: str
-    tokenizer_digest: str
-    plan: Record
-    """What determines the table: columns, context policy, seed, source fingerprints."""
-    skipped: Record
-    """Source records that gave no rows, counted by reason, with the keys of the first few."""
-    made_with: Record
-
-    @property
-    def num_units(self) -> int:
-        return -(-self.num_rows // self.rows_per_unit)
-
-    def unit_rows(self, unit: int) -> tuple[int, int]:
-        """The half-open row range of a unit."""
-        return unit * self.rows_per_unit, min((unit + 1) * self.rows_per_unit, self.num_rows)
-
-    def to_record(self) -> Record:
-        return {"format": FORMAT, **asdict(self)}
-
-
-def local_path(url: str | Path) -> Path:
-    """Resolve a store's place. Raises StorageError for a URL that is not a local path: format 1 is local so far."""
-    scheme = urlsplit(str(url)).scheme
-    if scheme == "file":
-        return Path(urlsplit(str(url)).path)
-    if scheme and len(scheme) > 1:
-        raise StorageError(f"stores on {scheme}:// are not supported yet; use a path on a disk that all workers share")
-    return Path(url).expanduser().absolute()
-
-
-def open_store(url: str | Path) -> "Store":
-    """Open the store at a local path. Raises NotAStore when there is none, or it is of another format version."""
-    path = local_path(url)
-    if not (path / "zarr.json").is_file():
-        raise NotAStore(f"no store at {path}: `granary harvest SPEC` makes one")
-    attributes = read_record(path / "zarr.json").get("attributes", {}).get("granary")
-    if not isinstance(attributes, dict) or "format" not in attributes:
-        raise NotAStore(f"{path} is a Zarr group but not a Granary store")
-    if attributes["format"] != FORMAT:
-        raise NotAStore(
-            f"the store at {path} has format {attributes['format']!r}; this version of Granary reads format {FORMAT}"
-        )
-    fields = {name: value for name, value in attributes.items() if name != "format"}
-    try:
-        return Store(path, CorpusInfo(**fields))
-    except TypeError as error:
-        raise NotAStore(f"the root record of {path} is damaged: {error}") from None
+    `waiting`: who is told of pauses, for a process that was started for this store; see `open_place`.
+    """
+    path = open_place(url, waiting=waiting)
+    return Store(path, read_root(path))
 
 
 class Store:
     """A store that is open for reading. Cheap to make; holds no file open; safe to use from several threads."""
 
-    def __init__(self, path: Path, info: CorpusInfo, model: str | None = None):
+    def __init__(self, root: Place, info: CorpusInfo, model: str | None = None):
         """`model`: the model whose sites bare names mean, for a store that holds several (see `for_model`)."""
-        self.path = path
+        self.root = root
         self.info = info
         self.model = model
+        self._found: dict[str, tuple[Harvest, str]] = {}
+        self._arrays: dict[Place, RowArray] = {}
+        self._committed: dict[str, UnitSet] = {}  # by harvest, as of when it was last asked for
+        self._expected: dict[Place, dict[int, int]] = {}  # of an array's chunks, the crc32c that a commit says
+        self._compared: set[tuple[str, str, int]] = set()  # harvest, site and unit whose chunks are in there
 
     def for_model(self, model: str) -> "Store":
         """The same store, with bare site names meaning those of `model` (its name under activations/)."""
-        return Store(self.path, self.info, model)
+        return Store(self.root, self.info, model)
+
+    @property
+    def url(self) -> str:
+        """Where the store is, as another process opens it."""
+        return str(self.root)
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local store."""
+        return self.root.path
 
     @property
     def num_rows(self) -> int:
@@ -128,36 +90,55 @@ class Store:
                 max(first - part * DOCUMENTS_PER_FILE, 0),
                 min(last - part * DOCUMENTS_PER_FILE, DOCUMENTS_PER_FILE),
             )
-            path = self.path / "corpus" / "documents" / f"part-{part:05d}.parquet"
+            path = self.table / "documents" / f"part-{part:05d}.parquet"
             try:
-                file = pq.ParquetFile(path)
-                groups = range(low // DOCUMENTS_PER_GROUP, min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups))
-                tables.append(file.read_row_groups(list(groups)))
+                with self.as_opened((OSError,)), closing(path.open()) as opened:
+                    file = pq.ParquetFile(opened, page_checksum_verification=True)
+                    after = min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups)
+                    tables.append(file.read_row_groups(list(range(low // DOCUMENTS_PER_GROUP, after))))
             except (pa.ArrowException, OSError) as error:
                 raise StorageError(f"the documents in {path} cannot be read: {error}") from None
         table = pa.concat_tables(tables)
         return table.slice(first - table.column("document")[0].as_py(), last - first + 1)
 
     @property
-    def tokenizer_path(self) -> Path:
-        return self.path / "corpus" / "tokenizer"
+    def table(self) -> Place:
+        """The folder of the table of rows."""
+        return self.root / self.info.folder
 
-    def columns(self, start: int, stop: int, names: Sequence[str] = tuple(ROW_COLUMNS)) -> dict[str, Array]:
-        """Read row columns (token, position, document, context) of rows [start, stop), each a [stop - start] array."""
-        return {name: RowArray.open(self.path / "corpus" / name).read(start, stop) for name in names}
+    @property
+    def tokenizer_path(self) -> Place:
+        return self.table / "tokenizer"
 
-    def prefix(self, start: int, stop: int) -> Array:
-        """Read the dropped leading tokens of contexts [start, stop): int32 [stop - start, skip_first]."""
-        if self.info.skip_first == 0:
-            return np.zeros((stop - start, 0), dtype=np.int32)
-        return RowArray.open(self.path / "corpus" / "prefix").read(start, stop)
+    def corpus_file(self, name: str) -> bytes:
+        """Read a whole file of the table and compare it with the root record. Raises StorageError."""
+        path = self.table / name
+        with self.as_opened((FileNotFoundError,)):
+            content = path.read()
+        if hashlib.sha256(content).hexdigest() != self.info.files.get(name):
+            raise StorageError(f"{path} is not the file that the store was made with: its sha256 is another")
+        return content
+
+    def columns(self, start: int, stop: int, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Read row columns (all of `info.row_columns`, if not named) of rows [start, stop), each [stop - start]."""
+        names = tuple(self.info.row_columns) if names is None else names
+        with self.as_opened():
+            return {name: self._open_array(self.table / name).read(start, stop) for name in names}
+
+    def context_tokens(self, first: int, last: int) -> list[Array]:
+        """Read the tokens of contexts first ... last, both included: an int32 array each, from position 0 to the
+        context's last row, positions that are no rows included."""
+        with self.as_opened():
+            starts = self._open_array(self.table / "context_start").read(first, last + 2)
+            tokens = self._open_array(self.table / "context_token").read(int(starts[0]), int(starts[-1]))
+        return np.split(tokens, starts[1:-1] - starts[0])
 
     # ---- activations
 
     @property
     def harvests(self) -> list[Harvest]:
         """Every harvest that was begun on this store, oldest first."""
-        return read_harvests(self.path)
+        return read_harvests(self.root)
 
     @property
     def sites(self) -> list[str]:
@@ -168,6 +149,8 @@ class Store:
 
     def find(self, site: str) -> tuple[Harvest, str]:
         """Return the harvest that holds `site` ("resid_post.8" or "<model>/resid_post.8") and the bare site name."""
+        if site in self._found:  # a harvest's record never changes
+            return self._found[site]
         model, _, name = site.rpartition("/")
         model = model or self.model or ""
         found = [h for h in self.harvests if name in h.sites and model in ("", h.model)]
@@ -176,47 +159,106 @@ class Store:
         if len({h.model for h in found}) > 1:
             choices = ", ".join(f"{h.model}/{name}" for h in found)
             raise StorageError(f"{site} is stored for several models; name one of {choices}")
-        return found[0], name
+        self._found[site] = found[0], name
+        return self._found[site]
 
-    def committed(self, site: str) -> frozenset[int]:
-        """The units of `site` that may be read."""
+    def committed(self, site: str) -> UnitSet:
+        """The units of `site` that may be read, as of now."""
         harvest, _ = self.find(site)
-        return committed_units(self.path, harvest.digest)
+        self._committed[harvest.digest] = committed_units(self.root, harvest.digest, self.info.units)
+        return self._committed[harvest.digest]
 
-    def array(self, site: str) -> RowArray:
-        """The Zarr array of a site, without any check of commits."""
+    def array(self, site: str, kind: str = "activations") -> RowArray:
+        """The Zarr array of a site as it is stored, without any check of commits. `kind`: activations, norms (float32),
+        or for int8 the scales (float32) of its rows."""
         harvest, name = self.find(site)
-        return RowArray.open(self.path / "activations" / harvest.model / name)
+        if kind not in kinds_of(harvest.sites[name]):
+            raise StorageError(f"{site} has no {kind}: it is stored as {harvest.sites[name]['dtype']}")
+        place = self.root / kind / harvest.model / name
+        if place not in self._arrays:
+            array = RowArray.open(place)
+            shape = (self.num_rows, *array.shape[1:])  # the metadata may be of fewer rows until a driver looks at it
+            self._arrays[place] = replace(array, shape=shape, expected=self._expected.setdefault(place, {}))
+        return self._arrays[place]
 
-    def norm_array(self, site: str) -> RowArray:
-        """The array of a site's row norms (float32), without any check of commits."""
-        harvest, name = self.find(site)
-        return RowArray.open(self.path / "norms" / harvest.model / name)
+    def site_rows(self, site: str) -> SiteRows:
+        """The rows of a site as `read` gives them, without any check of commits."""
+        values = self.array(site)
+        return SiteRows(values, self.array(site, "scales") if values.dtype == "int8" else None)
 
     def read(self, site: str, rows: RowIndex | None = None) -> Array:
-        """Read activations [rows, d_model] in the stored dtype (bfloat16 as ml_dtypes.bfloat16).
+        """Read activations [rows, d_model] in the stored dtype (bfloat16 as ml_dtypes.bfloat16), int8 as float32.
 
         `rows`: a slice, a boolean mask over all rows, or integers in any order; repeated rows are given twice.
         Raises UncommittedRows, IndexError, or CorruptChunk.
         """
-        return self._gather(site, self.array(site), rows)
+        return self._gather(site, self.site_rows(site), rows)
+
+    def read_stored(self, site: str, rows: RowIndex | None = None) -> tuple[Array, Array | None]:
+        """Read activations as they are stored, with the float32 scales [rows] of int8 rows; else as `read`."""
+        values = self._gather(site, self.array(site), rows)
+        return values, self._gather(site, self.array(site, "scales"), rows) if values.dtype == np.int8 else None
 
     def norms(self, site: str, rows: RowIndex | None = None) -> Array:
         """Read the L2 norms (float32 [rows]) of a site's stored rows; same `rows` and errors as `read`."""
-        return self._gather(site, self.norm_array(site), rows)
+        return self._gather(site, self.array(site, "norms"), rows)
 
     def require_committed(self, site: str, units: Sequence[int]) -> None:
         """Raise UncommittedRows, naming the units, unless every one of `units` is committed for `site`."""
-        committed = self.committed(site)
+        harvest, name = self.find(site)
+        committed = self._committed.get(harvest.digest, ())
+        if not all(u in committed for u in units):  # a commit is never removed: only what is missing is asked for again
+            committed = self.committed(site)
         missing = [u for u in units if u not in committed]
         if missing:
             raise UncommittedRows(
                 f"{len(missing)} of the {len(units)} units asked for are not harvested for {site}: "
-                f"{_ranges(missing)} (units are {self.info.rows_per_unit} rows); run `granary harvest` first"
+                f"{shown(missing)} (units are {self.info.rows_per_unit} rows); run `granary harvest` first"
+            )
+        for seam in self.info.seams.intersection(units):
+            self._expect_committed(harvest, name, seam)
+
+    def _expect_committed(self, harvest: Harvest, site: str, seam: int) -> None:
+        """From now on compare the chunks of a unit with its commit, not only with their own checksums: a writer from
+        before the store grew may have put its own in their place, which are sound and have zeros at their end."""
+        if (harvest.digest, site, seam) in self._compared:
+            return
+        commit = read_commit(self.root, harvest.digest, self.info.units.name(seam))
+        for kind in kinds_of(harvest.sites[site]):
+            array = self.array(f"{harvest.model}/{site}", kind)
+            first = self.info.unit_rows(seam)[0] // array.chunk_rows
+            self._expected[array.path].update(enumerate(commit["sites"][site][CHECKSUMS[kind]], first))
+        self._compared.add((harvest.digest, site, seam))
+
+    @contextmanager
+    def as_opened(self, errors: tuple[type[Exception], ...] = (CorruptChunk, NotAStore)) -> Iterator[None]:
+        """Within the block `errors`, which look like damage, are told from a store that has grown since it was opened:
+        then raises StoreGrown."""
+        try:
+            yield
+        except errors as error:
+            try:
+                self.require_newest()
+            except StoreGrown as grown:
+                raise grown from error
+            except (StorageError, OSError):
+                pass  # then what was found first is what to say
+            raise
+
+    def require_newest(self) -> None:
+        """Raise StoreGrown if the store has grown since it was opened."""
+        now = read_root(self.root)
+        if now.generation > self.info.generation:
+            raise StoreGrown(
+                f"the store at {self.url} has grown since it was opened, from {self.num_rows:,} to {now.num_rows:,} "
+                "rows: open it again, or run the command again"
             )
 
-    def _gather(self, site: str, array: RowArray, rows: RowIndex | None) -> Array:
-        index = self._row_numbers(rows)
+    def _gather(self, site: str, array: RowArray | SiteRows, rows: RowIndex | None) -> Array:
+        with self.as_opened():
+            return self._gathered(site, array, self._row_numbers(rows))
+
+    def _gathered(self, site: str, array: RowArray | SiteRows, index: range | Array) -> Array:
         if isinstance(index, range):
             if len(index) == 0:
                 return array.read(0, 0)
@@ -232,6 +274,11 @@ class Store:
             chunk = array.read(first, min(first + array.chunk_rows, array.shape[0]))
             out[members] = chunk[index[members] - first]
         return out
+
+    def _open_array(self, place: Place) -> RowArray:
+        if place not in self._arrays:
+            self._arrays[place] = RowArray.open(place)
+        return self._arrays[place]
 
     def _row_numbers(self, rows: RowIndex | None) -> range | Array:
         if rows is None:
@@ -258,12 +305,32 @@ class Store:
     # ---- ways through the rows that live in their own modules
 
     def stream(
-        self, sites: Sequence[str], *, batch_rows: int, seed: int = 0, start_step: int = 0, steps: int | None = None
+        self,
+        sites: Sequence[str],
+        *,
+        batch_rows: int,
+        seed: int = 0,
+        start_step: int = 0,
+        steps: int | None = None,
+        max_norm: float | None = None,
+        norm_site: str | None = None,
     ) -> Iterator[dict[str, Array]]:
-        """Yield shuffled batches {site: [batch_rows, d_model]} of rows that are not held out; see storage.stream."""
+        """Yield shuffled batches {site: [batch_rows, d_model]} of rows that are not held out; see storage.stream.
+
+        `max_norm`: leave out rows whose norm is above so many times the median; 10, say, leaves out attention sinks.
+        """
         from storage.stream import stream
 
-        return stream(self, sites, batch_rows=batch_rows, seed=seed, start_step=start_step, steps=steps)
+        return stream(
+            self,
+            sites,
+            batch_rows=batch_rows,
+            seed=seed,
+            start_step=start_step,
+            steps=steps,
+            max_norm=max_norm,
+            norm_site=norm_site,
+        )
 
     def sql(self, query: str) -> "duckdb.DuckDBPyRelation":
         """Run SQL over the tables documents, rows, units and sites; see storage.query."""
@@ -272,19 +339,7 @@ class Store:
         return sql(self, query)
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}, rows={self.num_rows}, sites={self.sites})"
-
-
-def _ranges(units: Sequence[int]) -> str:
-    """'0-3, 7' for [0, 1, 2, 3, 7], cut after eight ranges."""
-    ranges: list[list[int]] = []
-    for unit in sorted(units):
-        if ranges and ranges[-1][1] == unit - 1:
-            ranges[-1][1] = unit
-        else:
-            ranges.append([unit, unit])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges[:8])
-    return text + (" ..." if len(ranges) > 8 else "")
+        return f"Store({self.url!r}, rows={self.num_rows}, sites={self.sites})"
 
 
 def as_float32(values: Array) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -1,16 +1,21 @@
-"""Writing one unit: activations, norms, moments, and last of all the commit that makes them readable."""
+"""Writing one unit: activations, norms, moments, and last of all the commit that makes them readable.
+
+Whoever computes a unit computes the same bytes, so it may be written any number of times by anybody; who finds that it
+is committed compares. docs/decisions/0007-commits-and-supervision.md goes through every step.
+"""
 
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from storage.arrays import Array
-from storage.errors import StorageError
-from storage.files import Staged, create_file, discard, publish, stage
-from storage.harvests import Harvest, commit_path, moments_path
+from storage.commits import commit_path, commit_unit, read_commit, require_same
+from storage.errors import CannotWrite, StorageError, UnitConflict
+from storage.harvests import CHECKSUMS, Harvest, moments_path
 from storage.moments import MomentKey, Moments, encode_moments
+from storage.places import Staged
 from storage.records import Record, encode
 from storage.store import Store
 
@@ -22,55 +27,143 @@ class UnitBlock:
     activations: Mapping[str, Array]
     norms: Mapping[str, Array]
     moments: Mapping[MomentKey, Moments]
+    scales: Mapping[str, Array] = field(default_factory=dict)
+    """Of the sites that are stored as int8."""
+
+    def of(self, kind: str) -> Mapping[str, Array]:
+        """The arrays of a kind (see storage.harvests.kinds_of)."""
+        return {"activations": self.activations, "norms": self.norms, "scales": self.scales}[kind]
+
+
+def _no_step() -> None:
+    return None
 
 
 def write_unit(
-    store: Store, harvest: Harvest, unit: int, block: UnitBlock, *, writer: str, about: Mapping[str, Any]
+    store: Store,
+    harvest: Harvest,
+    unit: int,
+    block: UnitBlock,
+    *,
+    writer: str,
+    about: Mapping[str, Any],
+    on_step: Callable[[], None] = _no_step,
 ) -> bool:
     """Write a unit's arrays and moments durably, then its commit. Return whether this call made the commit.
 
-    Whoever computes a unit computes the same bytes, so losing the race for the commit loses nothing. `about` goes into
-    the commit as it is (device, seconds). Raises StorageError, without a commit, when a byte cannot be written.
+    `about` goes into the commit as it is (device, seconds); `on_step` is called after every few writes. Raises
+    CannotWrite, without a commit, when a byte cannot be written, UnitConflict when the unit is committed with other
+    bytes, and StoreGrown when it is short and has become longer since the store was opened.
     """
-    start, stop = store.info.unit_rows(unit)
-    if commit_path(store.path, harvest.digest, unit).exists():
-        return False  # another worker was faster: its bytes are not touched
-    sites: dict[str, Record] = {}
-    staged: list[Staged] = []
+    if unit == store.info.units.short:  # the longer unit has chunks of the same names
+        store.require_newest()
+    moments = encode_moments(block.moments)
+    name = store.info.units.name(unit)
+    if commit_path(store.root, harvest.digest, name).exists():  # another was faster: its bytes are not touched
+        mine = _commit(store, harvest, unit, _checksums(store, harvest, block), moments, writer)
+        require_same(read_commit(store.root, harvest.digest, name), mine)
+        return False
     try:
-        for site in harvest.sites:
-            checksums = []
-            arrays = harvest.arrays(store.path, store.num_rows, site)
-            for array, values in zip(arrays, (block.activations[site], block.norms[site]), strict=True):
-                assert len(values) == stop - start
-                rows = array.stage(start, values)
-                staged += rows.files
-                checksums.append(rows.checksums)
-            sites[site] = {"crc32c": checksums[0], "norms_crc32c": checksums[1]}
-        moments = encode_moments(block.moments)
-        staged.append(stage(moments_path(store.path, harvest.digest, unit), [moments]))
-        publish(staged)
-        commit: Record = {
-            "harvest": harvest.digest,
-            "unit": unit,
-            "row_start": start,
-            "row_stop": stop,
-            "writer": writer,
-            "sites": sites,
-            "moments_sha256": hashlib.sha256(moments).hexdigest(),
-            **about,
-            "committed_at": time.time(),
-        }
-        return create_file(commit_path(store.path, harvest.digest, unit), encode(commit))
+        sites = _write(store, harvest, unit, block, moments, on_step)
+        commit = {**_commit(store, harvest, unit, sites, moments, writer), **about, "committed_at": time.time()}
+        return commit_unit(store.root, name, commit)
     except FileNotFoundError:
         # A run that found all units committed swept our temporary files away: ours was one of those units.
-        if commit_path(store.path, harvest.digest, unit).exists():
+        if commit_path(store.root, harvest.digest, name).exists():
             return False
         raise
     except OSError as error:
-        raise StorageError(
-            f"unit {unit} cannot be written to {store.path}: {error.strerror or error}; committed units are safe, "
-            "start again when there is room"
-        ) from error
+        raise _cannot_write(store, unit, error) from error
+
+
+def rewrite_unit(
+    store: Store,
+    harvest: Harvest,
+    unit: int,
+    block: UnitBlock,
+    *,
+    writer: str,
+    about: Mapping[str, Any],
+    instead: bool = False,
+) -> None:
+    """Repair a committed unit: write the bytes again that its commit names. The commit is never removed; it is replaced
+    only if it is damaged itself, or if `block` is known to be right `instead` of it.
+
+    Raises UnitConflict, before anything is written, when `block` is not what the commit names; CannotWrite.
+    """
+    moments, name = encode_moments(block.moments), store.info.units.name(unit)
+    sites = _checksums(store, harvest, block)
+    mine = {**_commit(store, harvest, unit, sites, moments, writer), **about, "committed_at": time.time()}
+    try:
+        require_same(read_commit(store.root, harvest.digest, name), mine)
+        is_sound = True
+    except UnitConflict:
+        if not instead:
+            raise
+        is_sound = False
+    except StorageError:  # damaged, or not there
+        is_sound = False
+    try:
+        _write(store, harvest, unit, block, moments, _no_step)
+        if not is_sound:
+            commit_path(store.root, harvest.digest, name).write(encode(mine))
+    except OSError as error:
+        raise _cannot_write(store, unit, error) from error
+
+
+def _checksums(store: Store, harvest: Harvest, block: UnitBlock) -> dict[str, Record]:
+    """What `_write` would give."""
+    sites = {}
+    for site in harvest.sites:
+        arrays = harvest.arrays(store.root, store.num_rows, site)
+        sites[site] = {CHECKSUMS[kind]: arrays[kind].checksums_of(block.of(kind)[site]) for kind in arrays}
+    return sites
+
+
+def _commit(store: Store, harvest: Harvest, unit: int, sites: dict[str, Record], moments: bytes, writer: str) -> Record:
+    start, stop = store.info.unit_rows(unit)
+    return {
+        "harvest": harvest.digest,
+        "unit": unit,
+        "row_start": start,
+        "row_stop": stop,
+        "writer": writer,
+        "sites": sites,
+        "moments_sha256": hashlib.sha256(moments).hexdigest(),
+    }
+
+
+def _write(
+    store: Store, harvest: Harvest, unit: int, block: UnitBlock, moments: bytes, on_step: Callable[[], None]
+) -> dict[str, Record]:
+    """Stage all objects of a unit, then publish them: durable when this returns; nothing is left staged. Return the
+    checksums of each site's chunks."""
+    start, stop = store.info.unit_rows(unit)
+    backend = store.root.backend
+    staged: list[Staged] = []
+    sites: dict[str, Record] = {}
+    try:
+        for site in harvest.sites:
+            sites[site] = {}
+            for kind, array in harvest.arrays(store.root, store.num_rows, site).items():
+                values = block.of(kind)[site]
+                assert len(values) == stop - start
+                rows = array.stage(start, values)
+                staged += rows.files
+                sites[site][CHECKSUMS[kind]] = rows.checksums
+                on_step()
+        staged.append(
+            backend.stage(moments_path(store.root, harvest.digest, store.info.units.name(unit)).key, [moments])
+        )
+        backend.publish(staged)
+        on_step()
     finally:
-        discard(staged)  # nothing is left of them after `publish`
+        backend.discard(staged)  # nothing is left of them after `publish`
+    return sites
+
+
+def _cannot_write(store: Store, unit: int, error: OSError) -> CannotWrite:
+    return CannotWrite(
+        f"unit {unit} cannot be written to {store.url}: {error.strerror or error}; committed units are safe, "
+        "start again when there is room"
+    )

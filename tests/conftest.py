@@ -23,14 +23,15 @@ from storage.arrays import DTYPES
 from storage.create import Table, create_store
 from storage.harvests import Harvest, declare_harvest
 from storage.moments import MomentKey, Moments
-from storage.store import CorpusInfo, Store
+from storage.root import CorpusInfo
+from storage.store import Store
 from storage.units import UnitBlock, write_unit
 from workers.harvester import Harvester, UnitResult
 from workers.harvesting import HarvestJob, declare, prepare_harvests
 from workers.planning import ensure_store
 from workers.settings import CorpusSettings, HarvestSettings, ModelSettings
 
-pytest_plugins = ("lab",)
+pytest_plugins = ("lab", "whole", "s3")
 
 torch.set_num_threads(1)
 settings.register_profile("granary", deadline=None, max_examples=60, derandomize=True)
@@ -185,17 +186,20 @@ class Harvesting:
         ]
 
 
-def start_harvest(path: Path, model: Path, corpus: Path, sites: Sequence[str], **options: Any) -> Harvesting:
+def start_harvest(
+    path: Path, model: Path, corpus: Path | Sequence[Path], sites: Sequence[str], *, grow: bool = False, **options: Any
+) -> Harvesting:
     """Plan and declare as the command line does, and load the model, without Ray. `options` of the sections mix freely;
     `dtype` is what is stored, `model_dtype` what the model computes in."""
     options = {"labels": ("language", "year"), "context": 64, "rows_per_unit": 1024, "holdout": 0.0, **options}
     corpus_options = {k: v for k, v in options.items() if k in CorpusSettings.model_fields}
     harvest_options = {k: v for k, v in options.items() if k in HarvestSettings.model_fields}
     assert options.keys() <= {*corpus_options, *harvest_options, "model_dtype"}
-    corpus_settings = CorpusSettings(path=str(corpus), **corpus_options)
+    paths = tuple(map(str, [corpus] if isinstance(corpus, Path) else corpus))
+    corpus_settings = CorpusSettings(path=paths, **corpus_options)
     model_settings = ModelSettings(id=str(model), dtype=options.get("model_dtype", "float32"))
     harvest_settings = HarvestSettings(sites=tuple(sites), threads_per_worker=1, workers=1, **harvest_options)
-    store, _ = ensure_store(path, corpus_settings, model_settings, lambda done, total: None)
+    store, _ = ensure_store(path, corpus_settings, model_settings, lambda done, total: None, grow=grow)
     info = describe_model(model_settings.id)
     jobs = prepare_harvests(store, model_settings, info, harvest_settings)
     for job in jobs:
@@ -203,7 +207,7 @@ def start_harvest(path: Path, model: Path, corpus: Path, sites: Sequence[str], *
     return Harvesting(store, info, jobs, [Harvester(job.setup) for job in jobs])
 
 
-def harvest(path: Path, model: Path, corpus: Path, sites: Sequence[str], **options: Any) -> Store:
+def harvest(path: Path, model: Path, corpus: Path | Sequence[Path], sites: Sequence[str], **options: Any) -> Store:
     """Harvest every unit and return the store."""
     harvesting = start_harvest(path, model, corpus, sites, **options)
     harvesting.run()
@@ -223,14 +227,16 @@ def plan_table(num_rows: int, num_documents: int, seed: int = 0) -> Table:
     cuts = np.sort(rng.choice(np.arange(1, num_rows), num_documents - 1, replace=False))
     starts, stops = np.concatenate([[0], cuts]), np.concatenate([cuts, [num_rows]])
     document = np.repeat(np.arange(num_documents), stops - starts).astype(np.int64)
+    token = rng.integers(3, VOCABULARY, num_rows).astype(np.int32)
     return Table(
         columns={
-            "token": rng.integers(3, VOCABULARY, num_rows).astype(np.int32),
+            "token": token,
             "position": (1 + np.arange(num_rows) - starts[document]).astype(np.int32),
             "document": document,
             "context": document,
         },
-        prefix=np.zeros((num_documents, 1), dtype=np.int32),
+        context_token=np.insert(token, starts, 0),
+        context_start=np.concatenate([starts, [num_rows]]) + np.arange(num_documents + 1),
         documents=pa.table(
             {
                 "document": np.arange(num_documents),
@@ -246,14 +252,16 @@ def plan_table(num_rows: int, num_documents: int, seed: int = 0) -> Table:
 def corpus_info(table: Table, rows_per_unit: int, held_out_start: int | None = None) -> Callable[[str], CorpusInfo]:
     def info(digest: str) -> CorpusInfo:
         return CorpusInfo(
-            num_rows=table.num_rows,
-            num_contexts=len(table.prefix),
+            num_rows=table.sizes.num_rows,
+            num_contexts=table.sizes.num_contexts,
+            num_context_tokens=table.sizes.num_context_tokens,
             num_documents=table.documents.num_rows,
             rows_per_unit=rows_per_unit,
             context=64,
             skip_first=1,
-            held_out_start=table.num_rows if held_out_start is None else held_out_start,
+            held_out_start=table.sizes.num_rows if held_out_start is None else held_out_start,
             labels=["language"],
+            roles=[],
             corpus_digest=digest,
             tokenizer_digest="none",
             plan={},
@@ -270,7 +278,7 @@ def save_no_tokenizer(folder: Path) -> None:
 
 
 def write_store(
-    path: Path,
+    path: Path | str,
     *,
     num_rows: int = 203,
     rows_per_unit: int = 32,
@@ -288,7 +296,7 @@ def write_store(
     layout = {"d": width, "dtype": dtype, "chunk_rows": chunk_rows}
     identity = {"sites": sorted(sites), "rows_per_unit": rows_per_unit, "model": {"fingerprint": "made-up"}}
     made = Harvest.of(identity, "made-up", {site: dict(layout) for site in sites}, {})
-    declare_harvest(store.path, num_rows, made)
+    declare_harvest(store.root, num_rows, made)
     for unit in range(store.info.num_units) if units is None else units:
         start, stop = store.info.unit_rows(unit)
         rng = np.random.default_rng(unit)
@@ -306,5 +314,5 @@ def write_store(
 def stored_rows(store: Store, site: str) -> np.ndarray:
     """All rows of a site, taken from the chunk files by hand."""
     array = store.array(site)
-    chunks = [array.chunk_path(chunk).read_bytes()[:-4] for chunk in range(array.num_chunks)]
+    chunks = [array.object_place(chunk).path.read_bytes()[:-4] for chunk in range(array.num_chunks)]
     return np.frombuffer(b"".join(chunks), dtype=DTYPES[array.dtype]).reshape(-1, *array.shape[1:])[: array.shape[0]]

@@ -4,6 +4,7 @@ Files and folders are compared whole, before and after a refusal: the store, the
 """
 
 import copy
+import gzip
 import hashlib
 import json
 import shutil
@@ -62,7 +63,7 @@ def changed(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         for section in sections:
             inner = inner.setdefault(section, {})
         if value is GONE:
-            del inner[last]
+            inner.pop(last, None)
         else:
             inner[last] = value
     return spec
@@ -153,6 +154,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, llama: Path, texts: list[st
     sound = write_corpus(folder / "cut.parquet", texts).read_bytes()
     (folder / "cut.parquet").write_bytes(sound[:-100])
     (folder / "damaged.parquet").write_bytes(sound[:50] + bytes(500) + sound[550:])
+    (folder / "lines.csv").write_text("text\na\n")
+    (folder / "mixed").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), folder / "mixed" / "a.parquet")
+    (folder / "mixed" / "b.jsonl").write_text('{"text": "b"}\n')
+    (folder / "broken.jsonl").write_text('{"text": \n' * 3)
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b c"}\n' * 100)[:-20])
+    (folder / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    pq.write_table(pa.table({"ids": [[5, 6], [7, 5000]]}), folder / "foreign.parquet")
     (folder / "folder").mkdir()
     (folder / "file").write_text("mine")
     (folder / "taken").mkdir()

@@ -36,6 +36,8 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         except (OSError, ValueError) as error:
             raise InputError(f"cluster.address: no Ray cluster at {address!r}: {error}") from None
+    # Of errors that several workers raise one is told, in a sentence; Ray would print the others with their traces.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         ray.init(**options)
     except ConnectionError as error:

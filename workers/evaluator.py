@@ -5,7 +5,6 @@ Everything is measured on documents that begin after the training rows end, so t
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import ray
@@ -15,7 +14,8 @@ from torch import Tensor
 from pipeline.dictionary import Dictionary, load_dictionary
 from pipeline.language import loss_recovered
 from pipeline.metrics import auroc, measure_code
-from pipeline.models import ModelInfo, load_causal_model
+from pipeline.models import ON_CPU, ModelInfo, load_causal_model
+from pipeline.placement import Placement
 from pipeline.sites import parse_site
 from storage.anchors import read_anchors
 from storage.errors import StorageError
@@ -38,7 +38,7 @@ READ_ROWS = 8192
 class EvaluationPlan:
     """What the evaluator needs to begin."""
 
-    store: Path
+    store: str
     run: str
     anchors: str | None
     """The anchor set whose subpopulations are scored; the dictionary need not be anchored to it."""
@@ -48,8 +48,13 @@ class EvaluationPlan:
     batch_tokens: int
     settings: EvaluateSettings
     threads: int
-    device: str = "cpu"
-    """cpu or cuda."""
+    gpus: int = 0
+    placement: Placement = ON_CPU
+
+    @property
+    def device(self) -> str:
+        """Where the dictionary is, and the model's input."""
+        return self.placement.input_device
 
 
 def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
@@ -58,6 +63,7 @@ def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
     sites = run.record()["identity"]["dictionary"]["output"]
     return {
         "run": digest(run.record()["identity"]),
+        "corpus_digest": store.info.corpus_digest,
         "anchors": None if plan.anchors is None else digest(read_anchors(store, plan.anchors).identity_at(sites)),
         "settings": plan.settings.model_dump(),
         "model": {"dtype": plan.model_dtype, "attention": plan.attention},
@@ -81,7 +87,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
     store = store.for_model(name_in_store(store, plan.model))
     run = open_run(store, plan.run)
     run.dictionary_record()
-    dictionary = load_dictionary(run.folder).to(plan.device)
+    dictionary = load_dictionary(str(run.folder)).to(plan.device)
     start = first_held_out_row(store)
     stop = min(store.num_rows, start + plan.settings.rows)
     stop_codes = min(stop, start + max(1, MAX_CODE_ENTRIES // dictionary.config.latents))
@@ -156,7 +162,7 @@ def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, st
     )
     areas = auroc(codes, torch.from_numpy(member))
     is_anchored = run.record()["anchors"] == anchors
-    dictionary = load_dictionary(run.folder)
+    dictionary = load_dictionary(str(run.folder))
     groups = []
     for i, (label, value) in enumerate(zip(anchor_set.labels, anchor_set.values, strict=True)):
         column = areas[:, i]
@@ -184,10 +190,10 @@ def _loss(store: Store, dictionary: Dictionary, plan: EvaluationPlan, start: int
     (source,), (target,) = dictionary.config.input, dictionary.config.output
     _, name = store.find(target)
     mean = merged_moments(store, target, training_units(store))[MomentKey(name)].mean
-    model = load_causal_model(plan.model, dtype=plan.model_dtype, attention=plan.attention, device=plan.device)
+    model = load_causal_model(plan.model, dtype=plan.model_dtype, attention=plan.attention, placement=plan.placement)
     found = loss_recovered(
         model,
-        dictionary,
+        lambda x: dictionary(x.to(plan.device)),  # a site of a large model may be on another GPU
         parse_site(source.rpartition("/")[2]),
         parse_site(name),
         torch.from_numpy(mean),

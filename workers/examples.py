@@ -49,8 +49,8 @@ class TopContexts:
     def __init__(self, store: Store, start: int, stop: int):
         self.store = store
         self.start = start
-        self.columns = store.columns(start, stop, ["token", "context", "document"])
-        self.tokenizer = Tokenizer.from_file(str(store.tokenizer_path / "tokenizer.json"))
+        self.columns = store.columns(start, stop, ["position", "context", "document"])
+        self.tokenizer = Tokenizer.from_buffer(store.corpus_file("tokenizer/tokenizer.json"))
 
     def of(self, activations: Tensor) -> list[Record]:
         """The contexts with a latent's strongest activations (`activations` [stop - start]), strongest first.
@@ -66,8 +66,12 @@ class TopContexts:
             if context in seen:
                 continue
             seen.add(context)
-            window = np.arange(max(0, offset - TOKENS_BEFORE), min(len(activations), offset + TOKENS_AFTER + 1))
-            window = window[self.columns["context"][window] == context]
+            rows = np.flatnonzero(self.columns["context"] == context)
+            positions = self.columns["position"][rows]
+            peak = int(self.columns["position"][offset])
+            tokens = self.store.context_tokens(context, context)[0][: peak + TOKENS_AFTER + 1]
+            first = max(self.store.info.skip_first, peak - TOKENS_BEFORE)
+            fires = dict(zip(positions.tolist(), activations[rows].tolist(), strict=True))
             document = int(self.columns["document"][offset])
             about = self.store.documents_between(document, document).to_pylist()[0]
             found.append(
@@ -76,8 +80,9 @@ class TopContexts:
                     "document": document,
                     "source": about["source"],
                     "labels": {label: str(about[label]) for label in self.store.info.labels},
-                    "tokens": [self._piece(int(token)) for token in self.columns["token"][window]],
-                    "activations": [round(float(activations[w]), 4) for w in window],
+                    "tokens": [self._piece(int(token)) for token in tokens[first:]],
+                    # positions that are no rows have none, and are shown as text around the others
+                    "activations": [round(fires.get(p, 0.0), 4) for p in range(first, len(tokens))],
                 }
             )
         return found

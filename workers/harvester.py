@@ -1,41 +1,45 @@
-"""The harvester: an actor that holds the model and computes, writes and commits one unit after another.
+"""The harvester: it holds the model and computes, writes and commits one unit after another.
 
-Two units are in flight in one actor: while one is computed (by a single thread, whose torch settings are fixed), the
-one before is written by the thread of its own call. Each has one of two buffers, made once: the memory of an actor is
-the model and two units, whatever the corpus.
+Two units are in flight at once: while one is computed (by a single thread, whose torch settings are fixed), the
+one before is written by the thread of its own call. Each has one of two buffers, made once: the memory of a harvester
+is the model and two units, whatever the corpus.
 """
 
 import shutil
 import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from queue import SimpleQueue
 
-import ray
 import torch
 
 from pipeline.errors import InputError
 from pipeline.models import ModelInfo, load_base_model
+from pipeline.placement import Placement
+from pipeline.rounding import Rounded
 from pipeline.rows import ContextRows, contexts_of_rows
 from pipeline.sites import parse_site
-from pipeline.unit import Buffers, UnitRunner, group_moments, summarise
+from pipeline.unit import Activations, Buffers, UnitRunner, group_moments, summarise
 from storage.arrays import Array
 from storage.harvests import Harvest, writer_id
 from storage.moments import MomentKey, Moments
+from storage.patience import Waiting
+from storage.places import open_place
+from storage.records import Record
 from storage.store import Store, open_store
 from storage.units import UnitBlock, write_unit
+from workers.schedule import UNITS_IN_FLIGHT
 from workers.tensors import to_numpy
-
-UNITS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
 class HarvesterSetup:
     """What an actor needs to begin. Small: it is sent to every actor."""
 
-    store: Path
+    store: str
     harvest: Harvest
     model: ModelInfo
     layers: int
@@ -45,8 +49,17 @@ class HarvesterSetup:
     compile: bool
     batch_tokens: int
     threads: int
-    device: str
-    """cpu, cuda, or auto for a model that accelerate spreads over the actor's GPUs."""
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class ComputedUnit:
+    """A unit before it is written."""
+
+    activations: Activations
+    block: UnitBlock
+    about: Record
+    """What its commit says of how it was computed."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +69,37 @@ class UnitResult:
     unit: int
     rows: int
     positions_run: int
-    """Positions of the forward passes, padding and positions that are no rows included."""
+    """Positions of the forward passes: padding and positions that are no rows included."""
+    padding: int
+    """Those of them that belong to no context."""
     seconds: float
     committed: bool
     """False when another worker's commit was first."""
+    idle_share: float | None = None
+    """Share of the time that the worker's GPU spent outside forward passes; None on CPU."""
+
+
+def _no_step() -> None:
+    return None
 
 
 class Harvester:
-    """Plain class, so that benchmarks and tests can run it without Ray; `HarvesterActor` is the actor."""
+    """Plain class, so that benchmarks and tests can run it without Ray; workers.actor has the actor."""
 
-    def __init__(self, setup: HarvesterSetup):
+    def __init__(self, setup: HarvesterSetup, on_step: Callable[[], None] = _no_step, waiting: Waiting | None = None):
+        """`on_step` is called after each batch and each few writes; `waiting` is told when the store stops answering,
+        and when it does again."""
         self.setup = setup
-        self.store = open_store(setup.store)
+        self.on_step = on_step
+        self.store = open_store(open_place(setup.store, waiting=waiting))
         self.writer = writer_id()
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        # A GPU runs the next unit meanwhile. On CPU that would be two computations on the same cores, each slower.
+        self._summaries: ThreadPoolExecutor | None = None
+        if setup.placement.device != "cpu":
+            self._summaries = ThreadPoolExecutor(
+                1, thread_name_prefix="summaries", initializer=torch.set_num_threads, initargs=(setup.threads,)
+            )
         self._runner = self._compute.submit(self._load).result()
         self._free: SimpleQueue[Buffers] = SimpleQueue()
         for _ in range(UNITS_IN_FLIGHT):
@@ -77,75 +107,143 @@ class Harvester:
 
     def harvest_unit(self, unit: int) -> UnitResult:
         """Compute, write and commit one unit. May be called from two threads at once; they take turns to compute."""
+        with self.computing(unit) as computed:
+            committed = write_unit(
+                self.store,
+                self.setup.harvest,
+                unit,
+                computed.block,
+                writer=self.writer,
+                about=computed.about,
+                on_step=self.on_step,
+            )
+        start, stop = self.store.info.unit_rows(unit)
+        return UnitResult(
+            unit=unit,
+            rows=stop - start,
+            positions_run=computed.activations.positions_run,
+            padding=computed.activations.padding,
+            seconds=time.time() - computed.about["started_at"],
+            committed=committed,
+            idle_share=computed.activations.idle_share,
+        )
+
+    @contextmanager
+    def computing(self, unit: int) -> Iterator["ComputedUnit"]:
+        """Compute one unit. Its arrays are buffers that belong to the caller within the block only."""
         started = time.time()
         buffers = self._free.get()
         try:
-            block, positions = self._compute.submit(self._compute_unit, unit, buffers).result()
-            about = {"device": self._device_name(), "started_at": started, "seconds": time.time() - started}
-            committed = write_unit(self.store, self.setup.harvest, unit, block, writer=self.writer, about=about)
+            activations, block = self._compute_unit(unit, buffers)
+            about = {
+                "positions_run": activations.positions_run,
+                "padding": activations.padding,
+                "rounding": rounding_of(activations, block),
+                "device": self.device_name,
+                "started_at": started,
+                "seconds": time.time() - started,
+                "idle_share": activations.idle_share,
+            }
+            yield ComputedUnit(activations, block, about)
         finally:
             self._free.put(buffers)
-        start, stop = self.store.info.unit_rows(unit)
-        return UnitResult(unit, stop - start, positions, time.time() - started, committed)
+
+    @property
+    def device_name(self) -> str:
+        """What computes, as commits name it."""
+        on_gpu = self.setup.placement.device != "cpu"
+        return torch.cuda.get_device_name() if on_gpu else f"cpu, {self.setup.threads} threads"
 
     def _load(self) -> UnitRunner:
         setup = self.setup
-        if setup.compile and setup.device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        if setup.compile and setup.placement.device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
             raise InputError(
                 "compiling the layers on CPU needs a C++ compiler (g++): install one, or set harvest.compile: false"
             )
         torch.set_num_threads(setup.threads)  # of this thread's computations: OpenMP counts threads per caller
         model = load_base_model(
-            setup.model, layers=setup.layers, dtype=setup.model_dtype, attention=setup.attention, device=setup.device
+            setup.model,
+            layers=setup.layers,
+            dtype=setup.model_dtype,
+            attention=setup.attention,
+            placement=setup.placement,
         )
-        sites = [parse_site(site) for site in setup.harvest.sites]
-        layout = next(iter(setup.harvest.sites.values()))
+        layouts = setup.harvest.sites
+        model.register_forward_hook(lambda *_: self.on_step())
         return UnitRunner(
             model,
-            sites,
-            dtype=layout["dtype"],
-            d_model=layout["d"],
+            {parse_site(site): layout["dtype"] for site, layout in layouts.items()},
+            d_model=next(iter(layouts.values()))["d"],
             batch_tokens=setup.batch_tokens,
-            device="cuda" if setup.device == "auto" else setup.device,
+            device=setup.placement.input_device,
             context=self.store.info.context,
             compile_layers=setup.compile,
         )
 
-    def _compute_unit(self, unit: int, buffers: Buffers) -> tuple[UnitBlock, int]:
+    def _compute_unit(self, unit: int, buffers: Buffers) -> tuple[Activations, UnitBlock]:
         start, stop = self.store.info.unit_rows(unit)
         contexts, document = read_contexts(self.store, start, stop)
-        computed = self._runner.run(contexts, stop - start, into=buffers)
-        first_document, last_document = int(document[0]), int(document[-1])
-        documents = self.store.documents_between(first_document, last_document)
-        bounds = [0, *(1 + (document[1:] != document[:-1]).nonzero()[0]).tolist(), stop - start]
-        segments = list(pairwise(bounds))
-        groups = {
-            label: [str(value) for value in documents.column(label).to_pylist()] for label in self.store.info.labels
+
+        def run() -> Activations:
+            return self._runner.run(contexts, stop - start, into=buffers)
+
+        if self._summaries is not None:
+            computed = self._compute.submit(run).result()
+            return computed, self._summaries.submit(self._summarise, document, computed).result()
+
+        def run_and_summarise() -> tuple[Activations, UnitBlock]:
+            computed = run()
+            return computed, self._summarise(document, computed)
+
+        return self._compute.submit(run_and_summarise).result()
+
+    def _summarise(self, document: Array, computed: Activations) -> UnitBlock:
+        sites = {str(site): acts for site, acts in computed.sites.items()}
+        return unit_block(self.store, document, sites, self.on_step)
+
+
+def rounding_of(run: Activations, block: UnitBlock) -> Record:
+    """Site -> what storing it cost: the sums over the rows of ||x - stored(x)||^2 and of ||stored(x)||^2."""
+    return {
+        str(site): {
+            "square_error": error,
+            "square_norm": float(block.moments[MomentKey(str(site))].sum_squares.sum()),
         }
-        activations: dict[str, Array] = {}
-        norms: dict[str, Array] = {}
-        moments: dict[MomentKey, Moments] = {}
-        for site, acts in computed.sites.items():
-            name = str(site)
-            row_norms, per_document = summarise(acts, segments)
-            activations[name] = to_numpy(acts)
-            norms[name] = row_norms.numpy()
-            for (label, value), raw in group_moments(per_document, groups).items():
-                moments[MomentKey(name, label, value)] = Moments(raw.count, raw.sum.numpy(), raw.sum_squares.numpy())
-        return UnitBlock(activations, norms, moments), computed.positions_run
-
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name() if self.setup.device != "cpu" else f"cpu, {self.setup.threads} threads"
+        for site, error in run.square_errors.items()
+    }
 
 
-# Methods run in threads: one call computes while the other writes.
-HarvesterActor = ray.remote(max_restarts=0, max_concurrency=UNITS_IN_FLIGHT)(Harvester)
+def unit_block(
+    store: Store, document: Array, sites: Mapping[str, Rounded], on_step: Callable[[], None] = _no_step
+) -> UnitBlock:
+    """A unit as it is stored: its rows with their norms, and the moments of all rows and of each subpopulation.
+
+    `document` [rows] is each row's; `sites` has the rows of each site as they are stored, [rows, d_model]; `on_step` is
+    called after each site.
+    """
+    documents = store.documents_between(int(document[0]), int(document[-1]))
+    bounds = [0, *(1 + (document[1:] != document[:-1]).nonzero()[0]).tolist(), len(document)]
+    segments = list(pairwise(bounds))
+    groups = {label: [str(value) for value in documents.column(label).to_pylist()] for label in store.info.labels}
+    activations: dict[str, Array] = {}
+    scales: dict[str, Array] = {}
+    norms: dict[str, Array] = {}
+    moments: dict[MomentKey, Moments] = {}
+    for site, acts in sites.items():
+        row_norms, per_document = summarise(acts, segments)
+        activations[site] = to_numpy(acts.values)
+        if acts.scales is not None:
+            scales[site] = acts.scales.numpy()
+        norms[site] = row_norms.numpy()
+        on_step()
+        for (label, value), raw in group_moments(per_document, groups).items():
+            moments[MomentKey(site, label, value)] = Moments(raw.count, raw.sum.numpy(), raw.sum_squares.numpy())
+    return UnitBlock(activations, norms, moments, scales)
 
 
 def read_contexts(store: Store, start: int, stop: int) -> tuple[list[ContextRows], Array]:
     """Read what is needed to compute rows [start, stop): their contexts, and the document of each row."""
-    lead = max(0, start - store.info.context)  # a context that touches row `start` begins at most this much earlier
-    columns = store.columns(lead, stop, ["token", "context", "document"])
-    prefix = store.prefix(int(columns["context"][0]), int(columns["context"][-1]) + 1)
-    contexts = contexts_of_rows(columns["token"], columns["context"], prefix, start - lead)
-    return contexts, columns["document"][start - lead :]
+    columns = store.columns(start, stop, ["position", "context", "document"])
+    context = columns["context"]
+    tokens = store.context_tokens(int(context[0]), int(context[-1]))
+    return contexts_of_rows(columns["position"], context, tokens), columns["document"]

@@ -2,25 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+import ray
+from ray.exceptions import GetTimeoutError, RayTaskError
+
+from pipeline.models import DTYPES as TORCH_DTYPES
 from pipeline.models import ModelInfo
+from pipeline.placement import check_dtype
+from pipeline.sites import parse_site
 from storage.arrays import DTYPES
+from storage.commits import committed_units
 from storage.errors import StorageError
 from storage.harvests import (
     Harvest,
     chunk_rows_for,
-    committed_units,
     declare_harvest,
     match_harvests,
 )
 from storage.records import Record
 from storage.store import Store
-from workers.cluster import require_gpus, room_for
+from storage.unitsets import UnitRanges, UnitSet
+from workers.cluster import require_gpus
 from workers.harvester import HarvesterSetup, UnitResult
-from workers.settings import HarvestSettings, ModelSettings, compile_layers
-from workers.supervisor import Supervisor
+from workers.settings import ClusterSettings, HarvestSettings, ModelSettings, compile_layers
+from workers.supervisor import RunResult, Supervisor
 from workers.versions import versions
+
+GPU_TRIAL_S = 60
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,9 @@ class HarvestJob:
 
     harvest: Harvest
     setup: HarvesterSetup
-    units: list[int]
+    ranges: UnitRanges
+    units: UnitSet
+    """Those that are not committed."""
 
 
 def prepare_harvests(
@@ -40,21 +50,48 @@ def prepare_harvests(
     Sites that the store has already, or is getting, belong to their own harvest; the others become a new one. Raises
     InputError for a site the model lacks and StoreMismatch when a site is stored under other settings.
     """
-    sites = settings.parsed_sites()
-    info.check_sites(sites)
+    check_harvest(info, model, settings)
     identity = _identity(store, model, info, settings)
     name = name_in_store(store, info)
-    matching, missing = match_harvests(store.path, identity, name, list(settings.sites))
+    types = settings.stored_types()
+    matching, missing = match_harvests(store.root, identity, name, types)
     if missing:
-        layout = {
-            "d": info.d_model,
-            "dtype": settings.dtype,
-            "chunk_rows": chunk_rows_for(store.info.rows_per_unit, info.d_model, DTYPES[settings.dtype].itemsize),
-        }
-        layouts = {site: dict(layout) for site in missing}
-        made_with = {"model": info.id, **versions()}
-        matching.append(Harvest.of({**identity, "sites": sorted(missing)}, name, layouts, made_with))
+        layouts = {site: layout_of(info.d_model, types[site], store.info.rows_per_unit) for site in missing}
+        made_with = {"model": info.id, "revision": info.revision, **versions()}
+        matching.append(
+            Harvest.of({**identity, "sites": {site: types[site] for site in missing}}, name, layouts, made_with)
+        )
     return [_job(store, model, info, settings, harvest, identity) for harvest in matching]
+
+
+def check_harvest(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:
+    """Raise InputError for what a model, or this machine where it is to run on CPU, cannot do. Touches no store."""
+    info.check_sites(settings.parsed_sites())
+    info.check_attention(settings.attention)
+    if settings.gpus_per_worker == 0:
+        check_dtype(TORCH_DTYPES[model.dtype], "cpu")
+
+
+def check_gpus(model: ModelSettings, settings: HarvestSettings) -> None:
+    """Raise InputError unless the workers' GPUs are there and compute in model.dtype. Ray must be up.
+
+    Tried on one GPU of the cluster, to refuse before anything is written; every worker tries its own again. Where none
+    is free within a minute this says nothing: the harvest will wait for one, and say so.
+    """
+    require_gpus(settings.gpus_per_worker, "harvest.gpus_per_worker")
+    trial = ray.remote(num_cpus=0, num_gpus=1)(check_dtype).remote(TORCH_DTYPES[model.dtype], "cuda")
+    try:
+        ray.get(trial, timeout=GPU_TRIAL_S)
+    except GetTimeoutError:
+        ray.cancel(trial)
+    except RayTaskError as error:
+        raise error.cause from None
+
+
+def layout_of(d_model: int, stored: str, rows_per_unit: int) -> Record:
+    """How the arrays of a site are laid out: see Harvest.sites."""
+    chunk_rows = chunk_rows_for(rows_per_unit, d_model, DTYPES[stored].itemsize)
+    return {"d": d_model, "dtype": stored, "chunk_rows": chunk_rows}
 
 
 def name_in_store(store: Store, info: ModelInfo) -> str:
@@ -70,41 +107,48 @@ def require_harvested(store: Store, model: ModelSettings, info: ModelInfo, setti
         if job.harvest.digest not in known:
             raise StorageError(
                 f"{', '.join(job.harvest.sites)} of {info.id} {'is' if len(job.harvest.sites) == 1 else 'are'} not in "
-                f"the store at {store.path}; run `granary harvest` first"
+                f"the store at {store.url}; run `granary harvest` first"
             )
 
 
 def declare(store: Store, job: HarvestJob) -> None:
     """Write the harvest's record and array metadata, create-only."""
-    declare_harvest(store.path, store.num_rows, job.harvest)
+    declare_harvest(store.root, store.num_rows, job.harvest)
 
 
-def run_harvest(job: HarvestJob, settings: HarvestSettings, on_unit: Callable[[UnitResult], None]) -> None:
-    """Harvest what is left. Ray must be up. Raises HarvestFailed, StorageError or InputError."""
+def run_harvest(
+    job: HarvestJob,
+    settings: HarvestSettings,
+    cluster: ClusterSettings,
+    on_unit: Callable[[UnitResult], None],
+    on_elsewhere: Callable[[UnitSet], None],
+) -> RunResult:
+    """Harvest what is left. Ray must be up. Raises HarvestFailed, HarvestStopped, StorageError or InputError."""
     require_gpus(settings.gpus_per_worker, "harvest.gpus_per_worker")
-    workers = settings.workers
-    if workers == "auto":
-        workers = room_for(settings.threads_per_worker, settings.gpus_per_worker)
-    supervisor = Supervisor(job.setup, job.units, workers=workers, gpus_per_worker=settings.gpus_per_worker)
-    try:
-        supervisor.run(on_unit)
-    finally:
-        supervisor.close()
+    supervisor = Supervisor(
+        job.setup,
+        job.units,
+        job.ranges,
+        workers=settings.worker_range,
+        gpus_per_worker=settings.gpus_per_worker,
+        cluster=cluster,
+    )
+    return supervisor.run(on_unit, on_elsewhere)
 
 
 def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings) -> Record:
-    """Everything but the sites that determines the bytes of a harvest."""
-    layers = info.num_layers
+    """Everything but the sites that determines the bytes of a harvest. Of the table it is what the store was made with,
+    as a store that has grown keeps what it has."""
+    layers, first = info.num_layers, store.info.first_table
     return {
-        "corpus_digest": store.info.corpus_digest,
+        "corpus_digest": first["corpus_digest"],
         "tokenizer_digest": store.info.tokenizer_digest,
         "model": {"fingerprint": info.fingerprint, "dtype": model.dtype},
         "rows_per_unit": store.info.rows_per_unit,
         "harvest": {
-            "dtype": settings.dtype,
             "batch_tokens": settings.batch_tokens,
             "attention": settings.attention,
-            "compile": compile_layers(settings, info, store.num_rows, layers),
+            "compile": compile_layers(settings, info, first["num_rows"], layers),
             "device": "cuda" if settings.gpus_per_worker else "cpu",
             "threads_per_worker": None if settings.gpus_per_worker else settings.threads_per_worker,
         },
@@ -114,20 +158,17 @@ def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: Har
 def _job(
     store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings, harvest: Harvest, identity: Record
 ) -> HarvestJob:
-    committed = committed_units(store.path, harvest.digest)
-    device: Any = "cpu"
-    if settings.gpus_per_worker:
-        device = "cuda" if settings.gpus_per_worker == 1 else "auto"
+    committed = committed_units(store.root, harvest.digest, store.info.units)
     setup = HarvesterSetup(
-        store=store.path,
+        store=store.url,
         harvest=harvest,
         model=info,
-        layers=1 + max(int(site.rpartition(".")[2]) for site in harvest.sites),
+        layers=1 + max(parse_site(site).layer for site in harvest.sites),
         model_dtype=model.dtype,
         attention=settings.attention,
         compile=identity["harvest"]["compile"],
         batch_tokens=settings.batch_tokens,
         threads=settings.threads_per_worker,
-        device=device,
+        placement=settings.placement,
     )
-    return HarvestJob(harvest, setup, [u for u in range(store.info.num_units) if u not in committed])
+    return HarvestJob(harvest, setup, store.info.units, committed.complement())

@@ -3,12 +3,14 @@
 `jobs.spec` puts these together into the spec file; the stages in this package take the sections they need.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.errors import InputError
 from pipeline.models import ModelInfo
+from pipeline.placement import Offload, Placement
 from pipeline.sites import Site, expand_sites, parse_site
 
 
@@ -32,6 +34,8 @@ Sites = Annotated[tuple[str, ...], BeforeValidator(_as_sites)]
 Count = Annotated[int, Field(gt=0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+RANGE_PATTERN = r"^[0-9]+-[0-9]+$"
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class ModelSettings(Settings):
@@ -46,10 +50,24 @@ class ModelSettings(Settings):
 
 
 class CorpusSettings(Settings):
-    path: str
-    """A Parquet file, a folder of them, or a glob pattern."""
-    text: str = "text"
-    """The column that holds the text."""
+    path: Annotated[Names, Field(min_length=1)]
+    """A file, a folder of files, a glob pattern, an fsspec URL; with format `datasets`, a dataset's name. Of several,
+    each is shuffled by itself, and its rows come after those of the ones before it."""
+    format: Literal["auto", "parquet", "jsonl", "text", "saved", "datasets"] = "auto"
+    """What the files are; auto tells it from their endings. `saved`: a Hugging Face dataset on disk. `datasets`: one
+    that is streamed by its name."""
+    subset: str | None = None
+    """With format `datasets`: which of the dataset's configurations."""
+    split: str = "train"
+    """With format `datasets`: which of its splits."""
+    text: str | None = None
+    """The column that holds the text; `text`, if neither tokens nor messages are given."""
+    tokens: str | None = None
+    """The column that holds token ids, for a corpus that is tokenised already."""
+    messages: str | None = None
+    """The column that holds chats, lists of {role, content}; they go through the tokenizer's chat template."""
+    roles: Names = ()
+    """With messages: the roles whose tokens are rows; all, if not given. All tokens are run."""
     labels: Names = ()
     """Columns whose values define subpopulations; each must have a value in every record."""
     context: Annotated[int, Field(gt=1)] = 1024
@@ -64,6 +82,26 @@ class CorpusSettings(Settings):
     """Rows of a unit of work, a power of two; a worker holds two in memory. auto: 65536, less in a small corpus."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the rows, in whole units at the end, that no dictionary is trained on."""
+
+    @model_validator(mode="after")
+    def _one_content(self) -> "CorpusSettings":
+        given = [name for name in ("text", "tokens", "messages") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a corpus has one column that is run; {' and '.join(given)} are given")
+        if self.roles and self.messages is None:
+            raise ValueError("roles are those of messages: give the column that holds the chats as messages")
+        if self.format == "datasets" and self.rows is None:
+            raise ValueError("a dataset that is streamed has no known end: say how many rows to take from it with rows")
+        if self.format == "datasets" and len(self.path) > 1:
+            raise ValueError("a dataset that is streamed has no known end: nothing can come after it in path")
+        return self
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """The kind of the column that is run (text, tokens or messages), and its name."""
+        if self.messages is not None:
+            return "messages", self.messages
+        return ("tokens", self.tokens) if self.tokens is not None else ("text", self.text or "text")
 
     @model_validator(mode="after")
     def _power_of_two(self) -> "CorpusSettings":
@@ -81,13 +119,29 @@ class CorpusSettings(Settings):
         return min(65536, max(1024, 1 << ((num_rows // 16).bit_length() - 1))) if num_rows >= 16 else 1024
 
 
+class OffloadSettings(Settings):
+    folder: str
+    """A folder on the workers' disks for weights that fit neither their GPUs nor their memory; emptied at the end."""
+    cpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Most GiB of weights that a worker holds in CPU memory; what is free there, if not given."""
+
+
+@dataclass(frozen=True)
+class WorkerRange:
+    """How many harvesters a run has: it waits for the minimum, and uses what the cluster has up to the maximum."""
+
+    minimum: int
+    maximum: int | None
+    """None: as many as the cluster has room for."""
+
+
 class HarvestSettings(Settings):
     sites: Annotated[Sites, Field(min_length=1)]
     """Sites to store, as a list; ranges like mlp_in.4-12 and resid_post.{4,8} are allowed."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What is stored."""
-    workers: Count | Literal["auto"] = "auto"
-    """Harvester actors; auto fills the cluster. Never changes the bytes."""
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    """What is stored, for sites that do not say it (as resid_post.8@int8 does)."""
+    workers: Count | Literal["auto"] | Annotated[str, Field(pattern=RANGE_PATTERN)] = "auto"
+    """Harvester actors: 4 (at most), 2-16, or auto, which fills the cluster as it grows. Never changes the bytes."""
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """GPUs an actor holds; 0 runs on CPU."""
     threads_per_worker: Count = 2
@@ -98,9 +152,60 @@ class HarvestSettings(Settings):
     """The attention implementation of transformers."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the decoder layers; auto compiles runs long enough to repay it (a function of model and rows)."""
+    offload: OffloadSettings | None = None
+    """For a model that is larger than the worker's devices: keep what does not fit in CPU memory, then on disk."""
+
+    @field_validator("workers")
+    @classmethod
+    def _minimum_first(cls, workers: int | str) -> int | str:
+        if isinstance(workers, str) and workers != "auto":
+            minimum, maximum = map(int, workers.split("-"))
+            if not 0 < minimum <= maximum:
+                raise ValueError(f"a range of workers has at least 1 and the smaller number first, unlike {workers}")
+        return workers
+
+    @property
+    def worker_range(self) -> WorkerRange:
+        if isinstance(self.workers, int):
+            return WorkerRange(1, self.workers)
+        if self.workers == "auto":
+            return WorkerRange(1, None)
+        minimum, maximum = map(int, self.workers.split("-"))
+        return WorkerRange(minimum, maximum)
+
+    @model_validator(mode="after")
+    def _compile_whole_models(self) -> "HarvestSettings":
+        if self.compile is True and not self.placement.is_whole:
+            raise ValueError(
+                "compile: true needs the model on one device, and with offload or several gpus_per_worker its layers' "
+                "weights are moved as they run; set compile: false"
+            )
+        return self
+
+    @property
+    def placement(self) -> Placement:
+        """Where a worker's model is. Never changes the bytes (that it rules out compiling does: see compile_layers)."""
+        device = "cpu" if self.gpus_per_worker == 0 else "cuda" if self.gpus_per_worker == 1 else "auto"
+        if self.offload is None:
+            return Placement(device)
+        gib = self.offload.cpu_memory_gib
+        return Placement(device, Offload(self.offload.folder, None if gib is None else int(gib * 2**30)))
+
+    @model_validator(mode="after")
+    def _stored_once(self) -> "HarvestSettings":
+        if twice := [site for site in self.sites if f"{site}@{self.dtype}" in self.sites]:
+            raise ValueError(
+                f"{', '.join(twice)} would be stored as {self.dtype} twice, as {twice[0]} and {twice[0]}@{self.dtype}; "
+                "leave one out"
+            )
+        return self
 
     def parsed_sites(self) -> list[Site]:
         return [parse_site(site) for site in self.sites]
+
+    def stored_types(self) -> dict[str, str]:
+        """Site -> the type it is stored as."""
+        return {site: parse_site(site).stored or self.dtype for site in self.sites}
 
 
 class AnchorSettings(Settings):
@@ -142,6 +247,9 @@ class TrainSettings(Settings):
     batch_rows: Count = 4096
     seed: int = 0
     """Seed of the stream's order and of the weights."""
+    max_norm: Annotated[float, Field(ge=1)] | None = None
+    """Rows whose norm at the first dictionary's input is above so many times the median are left out; none, if not
+    given. 10 leaves out attention sinks."""
     checkpoint_every: Count = 1000
     """Steps between checkpoints."""
     threads: Count = 2
@@ -149,6 +257,11 @@ class TrainSettings(Settings):
     gpus: Literal[0, 1] = 0
     """1 trains on a GPU."""
     dictionaries: Annotated[tuple[DictionarySettings, ...], Field(min_length=1)]
+
+    @property
+    def norm_site(self) -> str:
+        """The site whose norms `max_norm` is about: the same for all dictionaries, which see the same rows."""
+        return self.dictionaries[0].input[0]
 
     @model_validator(mode="after")
     def _names_differ(self) -> "TrainSettings":
@@ -169,6 +282,16 @@ class EvaluateSettings(Settings):
 class ClusterSettings(Settings):
     address: str = "local"
     """`local` starts Ray on this machine for the run; `auto` uses the cluster this machine belongs to; or host:port."""
+    hang_s: Seconds = 120.0
+    """A harvester that does not answer, or makes no step, for so long is taken for hung. 10 times the longest time that
+    one stood still in the run and went on, if that is more: 120 s is longer than memory pressure or an import."""
+    load_s: Seconds = 1800.0
+    """The same for a step while the model is loaded and compiled: 140 GB of weights at 100 MB/s."""
+    grace_s: Annotated[float, Field(ge=0)] = 20.0
+    """After SIGTERM or Ctrl-C, units in flight have so long to finish. `ray job stop` itself waits 3 s unless the
+    cluster has RAY_JOB_STOP_WAIT_TIME_S."""
+    wait_s: Seconds = 1800.0
+    """A run ends when the cluster has had no room for the least number of workers for so long."""
 
 
 COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 1e17}
@@ -176,9 +299,12 @@ COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 1e17}
 
 
 def compile_layers(harvest: HarvestSettings, info: ModelInfo, num_rows: int, layers: int) -> bool:
-    """Resolve harvest.compile. It depends on model, rows and device kind alone, as it changes the last bits."""
+    """Resolve harvest.compile. It depends on model, rows, device kind and whether the model is in one place, and on
+    nothing else, as it changes the last bits."""
     if harvest.compile != "auto":
         return harvest.compile
+    if not harvest.placement.is_whole:
+        return False
     flops_per_row = 2 * 12 * info.d_model**2 * layers  # 12 d^2 parameters a layer, two operations each
     return num_rows * flops_per_row > COMPILE_FROM_FLOPS["cuda" if harvest.gpus_per_worker else "cpu"]
 

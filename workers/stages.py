@@ -5,6 +5,7 @@ file, the messages and the terminal; Ray must be up for the stages that use acto
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import ray
@@ -12,17 +13,27 @@ from ray.exceptions import RayActorError
 
 from pipeline.models import describe_model
 from storage.anchors import AnchorSet, read_anchors
+from storage.commits import committed_units, compact
 from storage.errors import StorageError
+from storage.failures import Failure
 from storage.harvests import sweep
 from storage.records import Record
 from storage.runs import open_run
 from storage.store import Store
+from storage.unitsets import UnitSet, shown
 from workers.anchoring import anchors_identity, make_anchors
 from workers.cluster import require_gpus
 from workers.evaluator import EvaluationPlan, evaluate_remotely, is_evaluated
 from workers.harvester import UnitResult
 from workers.harvesting import HarvestJob, declare, run_harvest
-from workers.settings import AnchorSettings, EvaluateSettings, HarvestSettings, ModelSettings, TrainSettings
+from workers.settings import (
+    AnchorSettings,
+    ClusterSettings,
+    EvaluateSettings,
+    HarvestSettings,
+    ModelSettings,
+    TrainSettings,
+)
 from workers.supervisor import HarvestFailed
 from workers.trainer import Progress, TrainerActor, TrainPlan, plan_training, unfinished
 
@@ -32,15 +43,40 @@ TRAINER_STARTS = 3
 
 
 def harvest(
-    store: Store, jobs: list[HarvestJob], settings: HarvestSettings, on_unit: Callable[[UnitResult], None]
-) -> int:
-    """Harvest the units that are missing; return how many."""
+    store: Store,
+    jobs: list[HarvestJob],
+    settings: HarvestSettings,
+    cluster: ClusterSettings,
+    on_unit: Callable[[UnitResult], None],
+    on_elsewhere: Callable[[UnitSet], None],
+) -> None:
+    """Harvest the units that are missing. Raises HarvestFailed at the end, naming them, if units were set aside."""
+    set_aside: list[Failure] = []
     for job in jobs:
         declare(store, job)
         if job.units:
-            run_harvest(job, settings, on_unit)
-            sweep(store.path, job.harvest)
-    return sum(len(job.units) for job in jobs)
+            set_aside += run_harvest(job, settings, cluster, on_unit, on_elsewhere).set_aside
+        tidy(store, [job])
+    if set_aside:
+        units = shown((failure.unit for failure in set_aside), most=len(set_aside))
+        raise HarvestFailed(
+            f"{len(set_aside)} units were set aside and the rest is harvested: {units}; unit {set_aside[0].unit} "
+            f"failed with {set_aside[0].errors[-1]}. `granary status` shows each; the same command tries them again"
+        )
+
+
+def tidy(store: Store, jobs: list[HarvestJob]) -> None:
+    """Where every unit is committed: remove what killed writers left, complete the bitmap of commits, write what was
+    lost of the harvest's own records.
+
+    Nothing depends on it, so a store that cannot be written is left as it is."""
+    for job in jobs:
+        committed = committed_units(store.root, job.harvest.digest, job.ranges)
+        if committed.is_full:
+            with suppress(OSError, StorageError):
+                declare(store, job)
+                compact(store.root, job.harvest.digest, job.ranges, committed)
+                sweep(store.root, job.harvest)
 
 
 @dataclass(frozen=True)
@@ -103,7 +139,7 @@ def plan_evaluations(
     for wanted in train_settings.dictionaries:
         open_run(store, wanted.name).dictionary_record()  # raises when it is not trained
         plan = EvaluationPlan(
-            store=store.path,
+            store=store.url,
             run=wanted.name,
             anchors=anchor_settings.name if anchor_settings else None,
             model=info,
@@ -112,7 +148,8 @@ def plan_evaluations(
             batch_tokens=harvest_settings.batch_tokens,
             settings=settings,
             threads=train_settings.threads,
-            device="cuda" if harvest_settings.gpus_per_worker else "cpu",
+            gpus=harvest_settings.gpus_per_worker,
+            placement=harvest_settings.placement,
         )
         if not is_evaluated(store, plan):
             plans.append(plan)
@@ -122,6 +159,5 @@ def plan_evaluations(
 def evaluate(plan: EvaluationPlan) -> Record:
     """Evaluate one dictionary in a worker of its own and return the record that is now in its run."""
     cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
-    gpus = 0 if plan.device == "cpu" else 1
-    record: Record = ray.get(evaluate_remotely.options(num_cpus=cpus, num_gpus=gpus).remote(plan))
+    record: Record = ray.get(evaluate_remotely.options(num_cpus=cpus, num_gpus=plan.gpus).remote(plan))
     return record

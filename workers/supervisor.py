@@ -1,121 +1,285 @@
 """Handing out units to harvesters until all are committed, whatever happens to the harvesters.
 
-A unit is in one of three places: still to do, in flight in one actor, or committed in the store. When an actor dies,
-its units go back to the front of the queue and another actor takes its place; nothing that it may have half written is
-readable, and computing a unit again gives the same bytes. The store, not this process, knows what is done: a run that
-is started again reads the commits and goes on.
+The store, not this process, knows what is done: a run that is started again reads the commits and goes on, and two runs
+on one store share the work. Actors come and go between a minimum and a maximum; what a dead or hung one had goes to
+others at once, and nothing that it may have half written, or may yet write, does harm. Every event is one line on
+stderr. docs/decisions/0007-commits-and-supervision.md goes through what happens between any two steps.
 """
 
-import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.errors import InputError
-from storage.errors import StorageError
-from workers.harvester import UNITS_IN_FLIGHT, HarvesterActor, HarvesterSetup, UnitResult
+from storage.commits import committed_units
+from storage.drivers import Driver
+from storage.errors import CannotWrite, NotAStore, StorageError, StoreGrown, UnitConflict, Unreachable
+from storage.failures import Failure, clear_failure, failed_units, record_failure
+from storage.harvests import writer_id
+from storage.places import open_place
+from storage.unitsets import UnitRanges, UnitSet, shown
+from workers.cluster import room_for
+from workers.crew import Answer, Crew, Worker, died_by_itself, reason_of
+from workers.harvester import HarvesterSetup, UnitResult
+from workers.presence import News, Presence
+from workers.pulses import HangLimits
+from workers.schedule import UNITS_IN_FLIGHT, Schedule
+from workers.settings import ClusterSettings, WorkerRange
+from workers.stopping import HarvestStopped, StopRequest, say, stop_requests
+from workers.todo import ToDo
+from workers.versions import versions
 
-FAILURES_PER_UNIT = 3
-"""Times a unit may fail by its own error before the run gives up and names it."""
-DEATHS_IN_A_ROW = 5
-"""Actors that may die one after the other, with no unit done in between, before the run gives up."""
-SILENCE_S = 60
-"""Seconds without any event after which a run that has no worker yet says what it is waiting for."""
+LOADS_IN_A_ROW = 8
+"""Actors that may die or hang while they load, with none that got through in between, before the run gives up."""
+SET_ASIDE_AT_FIRST = 5
+"""Units that may be set aside before the first one is finished: then it is not the units."""
+REVIEW_S = 5.0
+"""Seconds between two looks at how many workers there should be."""
+SILENCE_S = 60.0
+"""Seconds between two words about a cluster that has no room."""
+LISTEN_S = 0.5
+ALIKE = (CannotWrite, Unreachable, NotAStore, StoreGrown, UnitConflict)
+"""What every unit would meet, or what no unit should: the run ends at once."""
 
 
 class HarvestFailed(RuntimeError):
-    """The harvest cannot go on. What is committed stays."""
+    """The harvest cannot go on, or has left units out. What is committed stays."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run did."""
+
+    units: int
+    """Finished by its own workers."""
+    elsewhere: int
+    """Committed by other drivers meanwhile."""
+    set_aside: list[Failure]
 
 
 class Supervisor:
-    """One run over the units of one harvest. `run` returns when all units are committed; `close` ends the actors."""
+    """One run over the units of one harvest that are not committed."""
 
-    def __init__(self, setup: HarvesterSetup, units: Iterable[int], *, workers: int, gpus_per_worker: int):
-        self.to_do = deque(units)
-        self.workers = workers
-        self.setup = setup
-        self.resources = {"num_cpus": setup.threads, "num_gpus": gpus_per_worker}
-        self.actors: list[Any] = []
-        self.starting: dict[Any, Any] = {}  # reference of __ray_ready__ -> actor
-        self.in_flight: dict[Any, tuple[Any, int]] = {}  # reference of harvest_unit -> (actor, unit)
-        self.failures: Counter[int] = Counter()
-        self.deaths = 0
+    def __init__(
+        self,
+        setup: HarvesterSetup,
+        units: UnitSet,
+        ranges: UnitRanges,
+        *,
+        workers: WorkerRange,
+        gpus_per_worker: int,
+        cluster: ClusterSettings,
+    ):
+        self.workers, self.cluster, self.setup = workers, cluster, setup
+        self.gpus_per_worker = gpus_per_worker
+        self.id = writer_id()
+        self.store = open_place(setup.store)
+        self.harvest, self.ranges = setup.harvest.digest, ranges
+        self.schedule = Schedule(ToDo(units, seed=self.id))
+        self.committed = units.complement()
+        resources: dict[str, float] = {"num_cpus": setup.threads, "num_gpus": gpus_per_worker}
+        self.crew = Crew(setup, resources, HangLimits(cluster.hang_s, cluster.load_s))
+        self.failed_before = set(failed_units(self.store, self.harvest, ranges))
+        self.loads_failed = self.rows = self.units = self.elsewhere = 0
+        self._reviewed = self._said_no_room = float("-inf")
+        self._short_since: float | None = None
+        self._news: News | None = None
 
-    def run(self, on_unit: Callable[[UnitResult], None]) -> None:
-        """Call `on_unit` for each unit as it is done. Raises HarvestFailed, StorageError or InputError."""
-        while self.to_do or self.in_flight:
-            self._start_actors()
-            self._hand_out()
-            done, _ = ray.wait([*self.in_flight, *self.starting], num_returns=1, timeout=SILENCE_S)
-            for reference in done:
-                if reference in self.starting:
-                    self._settle_start(reference)
-                else:
-                    self._settle_unit(reference, on_unit)
-            if not done and not self.actors:
-                print(f"waiting for the cluster to have room for a worker ({self.resources})", file=sys.stderr)
+    def run(self, on_unit: Callable[[UnitResult], None], on_elsewhere: Callable[[UnitSet], None]) -> RunResult:
+        """Call `on_unit` for each unit as it is done, `on_elsewhere` for units that another driver has done. Returns
+        when every unit is committed or set aside. Raises HarvestFailed, HarvestStopped, StorageError or InputError."""
+        for unit in [u for u in self.failed_before if u in self.committed]:
+            clear_failure(self.store, self.harvest, self.ranges.name(unit))
+        driver = Driver(self.id)
+        try:
+            with (
+                stop_requests(self.cluster.grace_s) as stop,
+                Presence(self.store, self.harvest, driver, self.ranges, self.committed) as presence,
+            ):
+                while not self.schedule.is_done and stop.signum is None:
+                    self._review()
+                    self._hand_out()
+                    self._step(on_unit)
+                    self._share(presence, on_elsewhere)
+                if stop.signum is not None:
+                    self._stop(stop, on_unit)
+        finally:
+            self.crew.close()
+        return RunResult(self.units, self.elsewhere, self._left_out())
 
-    def close(self) -> None:
-        for actor in [*self.actors, *self.starting.values()]:
-            ray.kill(actor)
+    def _left_out(self) -> list[Failure]:
+        """What was set aside, and not committed by another driver since."""
+        if not self.schedule.set_aside:
+            return []
+        committed = committed_units(self.store, self.harvest, self.ranges)
+        return [failure for unit, failure in sorted(self.schedule.set_aside.items()) if unit not in committed]
 
-    def _start_actors(self) -> None:
-        useful = len(self.to_do) + len({id(actor) for actor, _ in self.in_flight.values()})
-        while len(self.actors) + len(self.starting) < min(self.workers, useful):
-            actor = HarvesterActor.options(**self.resources).remote(self.setup)
-            self.starting[actor.__ray_ready__.remote()] = actor
+    # ---- one round
+
+    def _review(self) -> None:
+        """Start the workers that are missing, and see whether there have been too few for too long."""
+        now = self.crew.clock.now
+        if now - self._reviewed < REVIEW_S and self.crew.workers:
+            return
+        self._reviewed = now
+        room = self.workers.maximum or room_for(self.setup.threads, self.gpus_per_worker)
+        useful = self.schedule.most_useful_workers
+        while len(self.crew.workers) < min(room, useful):
+            self.crew.start()
+        if self.crew.placed >= min(self.workers.minimum, useful):
+            self._short_since = None
+            return
+        if self._short_since is None:
+            self._short_since = self._said_no_room = now
+        if now - self._said_no_room > SILENCE_S:
+            self._said_no_room = now
+            say(f"waiting for the cluster to have room for a worker ({self.crew.resources})")
+        if now - self._short_since > self.cluster.wait_s:
+            raise HarvestFailed(
+                f"for {self.cluster.wait_s:g} s the cluster had room for {self.crew.placed} workers of "
+                f"{self.crew.resources}, and harvest.workers asks for at least {self.workers.minimum}; what is "
+                "committed stays, start again when there is room (cluster.wait_s says how long to wait)"
+            )
 
     def _hand_out(self) -> None:
-        """Give every actor one unit before any gets its second."""
+        """Give every worker one unit before any gets its second."""
+        ready = [worker for worker in self.crew.workers.values() if worker.is_ready]
         for load in range(UNITS_IN_FLIGHT):
-            for actor in self.actors:
-                if self.to_do and sum(a is actor for a, _ in self.in_flight.values()) <= load:
-                    unit = self.to_do.popleft()
-                    self.in_flight[actor.harvest_unit.remote(unit)] = (actor, unit)
+            for worker in ready:
+                has = len(self.schedule.in_flight.get(worker.number, ()))
+                if has == load and (unit := self.schedule.give(worker.number)) is not None:
+                    self.crew.harvest(worker, unit, was_idle=has == 0)
 
-    def _settle_start(self, reference: Any) -> None:
-        actor = self.starting.pop(reference)
+    def _step(self, on_unit: Callable[[UnitResult], None]) -> None:
+        """Hear what has come, then look for workers that hang."""
+        for answer in self.crew.listen(LISTEN_S):
+            self._settle(answer, on_unit)
+        self.crew.ask_pulses()
+        for worker, why in self.crew.hung(self._is_busy):
+            say(f"a harvester hangs ({worker.writer} {why}) and is replaced; its units go to others")
+            self._lose(worker, f"the worker {why}", by_itself=True)
+
+    def _is_busy(self, worker: Worker) -> bool:
+        return worker.number in self.schedule.in_flight
+
+    def _settle(self, answer: Answer, on_unit: Callable[[UnitResult], None]) -> None:
+        worker = answer.worker
         try:
-            ray.get(reference)
+            value: Any = ray.get(answer.reference)
         except RayActorError as error:
-            self._count_death(error)
+            if worker.number in self.crew.workers:
+                say(f"a harvester died and is replaced; its units go to another ({reason_of(error)})")
+                self._lose(worker, f"the worker died: {reason_of(error)}", by_itself=died_by_itself(error, worker))
+        except (StorageError, InputError, RayTaskError) as error:
+            self._raised(answer, error)
         else:
-            self.actors.append(actor)
+            match answer.question:
+                case "identity":
+                    self.crew.placed_now(worker, value)
+                case "load":
+                    worker.is_ready, worker.writer = True, value
+                    self.loads_failed = 0
+                case "pulse":
+                    self.crew.heard_pulse(worker, value, busy=self._is_busy(worker))
+                case "unit":
+                    self._finished(worker, value)
+                    on_unit(value)
 
-    def _settle_unit(self, reference: Any, on_unit: Callable[[UnitResult], None]) -> None:
-        actor, unit = self.in_flight.pop(reference)
-        try:
-            result: UnitResult = ray.get(reference)
-        except RayActorError as error:
-            self.to_do.appendleft(unit)
-            if actor in self.actors:  # its other unit may have told us already
-                self.actors.remove(actor)
-                ray.kill(actor)  # an actor that is only unreachable must not come back
-                self._count_death(error)
-        except (StorageError, InputError):
-            raise  # a full disk or a missing file fails every unit alike
-        except RayTaskError as error:
-            self.failures[unit] += 1
-            if self.failures[unit] >= FAILURES_PER_UNIT:
-                raise HarvestFailed(
-                    f"unit {unit} failed {FAILURES_PER_UNIT} times; the last: {error.cause!r}"
-                ) from error
-            self.to_do.append(unit)
-        else:
-            self.deaths = 0
-            on_unit(result)
+    def _finished(self, worker: Worker, result: UnitResult) -> None:
+        self.schedule.finished(worker.number, result.unit)
+        self.committed.add(result.unit)
+        self.units += 1
+        self.rows += result.rows
+        if result.unit in self.failed_before:
+            clear_failure(self.store, self.harvest, self.ranges.name(result.unit))
 
-    def _count_death(self, error: RayActorError) -> None:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        if any(name in str(error) for name in (InputError.__name__, StorageError.__name__)):
-            raise HarvestFailed(f"a harvester could not begin: {reason[-1].partition('Error: ')[2] or reason[-1]}")
-        self.deaths += 1
-        if self.deaths >= DEATHS_IN_A_ROW:
+    def _raised(self, answer: Answer, error: Exception) -> None:
+        """A worker raised: over the model, over something all units meet alike, or over this unit."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if answer.question == "load" and isinstance(cause, (StorageError, InputError)):
+            raise HarvestFailed(f"a harvester could not begin: {cause}") from cause
+        if isinstance(cause, ALIKE):
+            raise cause
+        words = f"{type(cause).__name__}: {cause}".strip()
+        if answer.question != "unit":
+            say(f"a harvester could not load the model and is replaced ({words})")
+            self._lose(answer.worker, words, by_itself=True)
+            return
+        say(f"unit {answer.unit} failed ({words})")
+        failure = self.schedule.failed(answer.worker.number, answer.unit, words, answer.worker.writer)
+        if failure is not None:
+            self._set_aside(failure)
+
+    def _lose(self, worker: Worker, why: str, *, by_itself: bool) -> None:
+        if not worker.is_ready and by_itself:
+            self.loads_failed += 1
+        self.crew.give_up(worker)
+        for failure in self.schedule.lost(worker.number, why, worker.writer, by_itself=by_itself):
+            self._set_aside(failure)
+        self._reviewed = float("-inf")  # its place is free: another may begin at once
+        if self.loads_failed >= LOADS_IN_A_ROW:
             raise HarvestFailed(
-                f"{self.deaths} harvesters died one after the other without finishing a unit (out of memory?); the "
-                f"last: {reason[0]}. Committed units are safe; start again to go on"
+                f"{self.loads_failed} harvesters died one after the other before they held the model (out of memory?);"
+                f" the last: {why}. Committed units are safe; start again to go on"
             )
-        print(f"a harvester died and is replaced; its units go to another ({reason[0]})", file=sys.stderr)
+
+    def _set_aside(self, failure: Failure) -> None:
+        say(f"unit {failure.unit} is set aside after {len(failure.errors)} attempts; the last: {failure.errors[-1]}")
+        record = replace(failure, made_with=dict(versions()))
+        record_failure(self.store, self.harvest, self.ranges.name(failure.unit), record)
+        new = [unit for unit in self.schedule.set_aside if unit not in self.failed_before]
+        if not self.units and len(new) >= SET_ASIDE_AT_FIRST:
+            raise HarvestFailed(
+                f"the first {len(new)} units ({shown(new)}) failed {len(failure.errors)} times each and none was "
+                f"finished, so it is not the units; the last: {failure.errors[-1]}"
+            )
+
+    # ---- the store's other drivers, and the end
+
+    def _share(self, presence: Presence, on_elsewhere: Callable[[UnitSet], None]) -> None:
+        presence.driver = replace(
+            presence.driver,
+            workers=self.crew.placed,
+            units_done=self.units,
+            rows_done=self.rows,
+            in_flight=sorted(unit for units in self.schedule.in_flight.values() for unit in units),
+            set_aside=sorted(self.schedule.set_aside),
+        )
+        news = presence.news
+        if news is self._news or news is None:
+            return
+        known = {driver.id for driver in self._news.others} if self._news else set()
+        for driver in news.others:
+            if driver.id not in known:
+                say(f"another driver is at work on this harvest ({driver.id}); the units are shared with it")
+        for name in known - {driver.id for driver in news.others}:
+            say(f"the other driver ({name}) is not at work any more")
+        self._news = news
+        self.schedule.share({u for d in news.others for u in d.in_flight} if news.others else None)
+        committed = news.committed
+        if known and not news.others:  # what it has done since we last looked
+            committed = committed_units(self.store, self.harvest, self.ranges)
+        if committed is not None:
+            self.committed.update(committed)
+            done = self.schedule.committed_elsewhere(committed)
+            self.elsewhere += len(done)
+            if done:
+                on_elsewhere(done)
+
+    def _stop(self, stop: StopRequest, on_unit: Callable[[UnitResult], None]) -> None:
+        """Let units in flight finish within the grace period; then raise HarvestStopped."""
+        assert stop.signum is not None
+        deadline = time.monotonic() + self.cluster.grace_s
+        while self.schedule.in_flight and not stop.at_once and time.monotonic() < deadline:
+            self._step(on_unit)
+        left = sum(len(units) for units in self.schedule.in_flight.values())
+        raise HarvestStopped(
+            stop.signum,
+            f"stopped by {signal.Signals(stop.signum).name}: {self.units} units were finished in this run, {left} in "
+            "flight are abandoned; what is committed stays, and the same command goes on from there",
+        )

@@ -5,17 +5,16 @@ asked for by step; so a run that was killed goes on and ends with the same weigh
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from pipeline.dictionary import Dictionary, DictionaryConfig, Normalisation, save_dictionary
 from pipeline.training import DictionaryTrainer, StepMetrics, TrainingConfig, default_learning_rate
 from storage.anchors import read_anchors
-from storage.errors import StorageError
+from storage.errors import StorageError, StoreMismatch
 from storage.moments import MomentKey, merged_moments, training_units
 from storage.records import Record, digest
 from storage.runs import Run, open_run
@@ -46,13 +45,16 @@ class DictionaryPlan:
 class TrainPlan:
     """What the trainer needs to begin."""
 
-    store: Path
+    store: str
     model: str | None
     """The model whose sites are meant, in a store of several."""
     dictionaries: tuple[DictionaryPlan, ...]
     steps: int
     batch_rows: int
     seed: int
+    max_norm: float | None
+    norm_site: str
+    """Rows whose norm here is above `max_norm` times the median are left out."""
     checkpoint_every: int
     threads: int
     gpus: int
@@ -74,18 +76,33 @@ def plan_training(store: Store, settings: TrainSettings) -> TrainPlan:
     steps = max(1, rows // settings.batch_rows)
     plans = tuple(_plan_dictionary(store, settings, steps, d) for d in settings.dictionaries)
     for plan in plans:
-        open_run(store, plan.name).check(plan.identity)
+        _check_run(store, open_run(store, plan.name), plan.identity)
     return TrainPlan(
-        store=store.path,
+        store=store.url,
         model=store.model,
         dictionaries=plans,
         steps=steps,
         batch_rows=settings.batch_rows,
         seed=settings.seed,
+        max_norm=settings.max_norm,
+        norm_site=settings.norm_site,
         checkpoint_every=settings.checkpoint_every,
         threads=settings.threads,
         gpus=settings.gpus,
     )
+
+
+def _check_run(store: Store, run: Run, identity: Record) -> None:
+    """Raise StoreMismatch if the run is there and of another identity."""
+    try:
+        run.check(identity)
+    except StoreMismatch:
+        if since := store.info.since(run.record()["identity"]):
+            raise StoreMismatch(
+                f"the run {run.name!r} is in the store, {'trained' if run.is_finished else 'begun'} on {since}. Give "
+                "the dictionary another name to train it on those"
+            ) from None
+        raise
 
 
 def unfinished(store: Store, plan: TrainPlan) -> TrainPlan:
@@ -117,9 +134,20 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
     anchors = None
     if wanted.anchors is not None:
         anchor_set = read_anchors(store, wanted.anchors)
+        if since := store.info.since(anchor_set.identity):
+            raise StoreMismatch(
+                f"the anchors {wanted.anchors!r} were made of {since}: make those of all rows under another name "
+                "(anchors.name) with `granary anchors`"
+            )
         if uncovered := {source, target} - anchor_set.vectors.keys():
             raise StorageError(
                 f"the anchors {wanted.anchors!r} do not cover {', '.join(sorted(uncovered))}; run `granary anchors`"
+            )
+        made_from = anchor_set.identity["harvests"]
+        if others := [s for s in (source, target) if made_from.get(s) != store.find(s)[0].digest]:
+            raise StoreMismatch(
+                f"the anchors {wanted.anchors!r} at {others[0]} were made from another model's rows; make those of "
+                "this one under another name (anchors.name) with `granary anchors`"
             )
         anchors = anchor_set.identity_at((source, target))
     identity = {
@@ -129,6 +157,8 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
         "training": asdict(training),
         "anchors": None if anchors is None else digest(anchors),
     }
+    if settings.max_norm is not None:
+        identity["left_out"] = {"max_norm": settings.max_norm, "site": settings.norm_site}
     return DictionaryPlan(wanted.name, config, training, wanted.anchors, identity)
 
 
@@ -153,7 +183,13 @@ class Trainer:
         start = min(m.trainer.step_number for m in members)
         sites = sorted({site for d in plan.dictionaries for site in (*d.config.input, *d.config.output)})
         stream = self.store.stream(
-            sites, batch_rows=plan.batch_rows, seed=plan.seed, start_step=start, steps=plan.steps - start
+            sites,
+            batch_rows=plan.batch_rows,
+            seed=plan.seed,
+            start_step=start,
+            steps=plan.steps - start,
+            max_norm=plan.max_norm,
+            norm_site=plan.norm_site,
         )
         for step, batch in enumerate(stream, start=start):
             tensors = {site: to_torch(batch[site]) for site in sites}
@@ -196,8 +232,8 @@ class _Member:
             anchors,
             device,
         )
-        if run.checkpoint is not None:
-            trainer.load_state(load_file(run.checkpoint))
+        if (checkpoint := run.read_checkpoint()) is not None:
+            trainer.load_state(load(checkpoint))
         return cls(run, plan, trainer, run.curve(up_to_step=trainer.step_number))
 
     def step(self, batch: dict[str, torch.Tensor], every: int) -> None:

@@ -40,8 +40,8 @@ def run_demo(folder: Path) -> int:
     print(
         f"\ndone in {duration(time.monotonic() - started)}. Next:\n"
         f"  open {page}\n"
-        f"  granary status {store.path}\n"
-        f'  granary query {store.path} "select kind, count(*) from documents group by 1"\n'
+        f"  granary status {store.url}\n"
+        f'  granary query {store.url} "select kind, count(*) from documents group by 1"\n'
         f"  the spec, to copy and change: {spec_file}"
     )
     return 0

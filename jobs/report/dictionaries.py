@@ -19,7 +19,7 @@ def dictionaries_section(store: Store, status: Record, runs: Sequence[RunView]) 
         "replacing the activations by zero, or by their mean. All of it is measured on held-out rows."
     )
     if not runs:
-        return section("dictionaries", "Dictionaries", intro, _how_to_train(store, status))
+        return section("dictionaries", "Dictionaries", intro, _how_to_train(status))
     notes = "".join(missing(*run.next_step) for run in runs if run.next_step[0])
     groups = (
         '<tr><td colspan="6"></td><th colspan="3" scope="colgroup">Held-out rows</th>'
@@ -33,13 +33,12 @@ def dictionaries_section(store: Store, status: Record, runs: Sequence[RunView]) 
     return section("dictionaries", "Dictionaries", intro, summary, _sizes(runs), notes, _curves(runs))
 
 
-def _how_to_train(store: Store, status: Record) -> str:
-    ready = [site for h in status["harvests"] if h["units_committed"] == h["units"] for site in h["sites"]]
-    sites = [site for site in store.sites if site.rpartition("/")[2] in ready]
-    if not sites:
+def _how_to_train(status: Record) -> str:
+    ready = [(h, site) for h in status["harvests"] if h["units_committed"] == h["units"] for site in h["sites"]]
+    if not ready:
         return missing("There are no dictionaries yet: they are trained on a finished harvest.", "granary harvest SPEC")
-    latents = 8 * store.array(sites[0]).shape[1]
-    spec = f"train:\n  dictionaries:\n    - {{name: sae, input: {sites[0]}, latents: {latents}}}"
+    harvest, site = ready[0]
+    spec = f"train:\n  dictionaries:\n    - {{name: sae, input: {site}, latents: {8 * harvest['d_model']}}}"
     return missing("There are no dictionaries yet. With these lines in the spec:", "granary train SPEC", spec)
 
 

@@ -19,7 +19,7 @@ from jobs.report.runs import RunView, read_runs
 from jobs.report.store import harvested_section, subpopulations_section
 from jobs.status import status_record
 from storage.errors import StorageError
-from storage.files import write_file
+from storage.places import Place, open_place
 from storage.records import Record
 from storage.store import Store
 
@@ -33,17 +33,24 @@ CONTENTS = {
 }
 
 
-def write_report(store: Store, out: Path) -> None:
-    """Write the page to `out`, at once or not at all. Raises StorageError when the place cannot be written."""
-    if not out.parent.is_dir():
-        raise StorageError(f"the folder {out.parent} does not exist: make it, or give --out another place")
-    if out.is_dir():
-        raise StorageError(f"{out} is a folder; --out names the page itself, such as {out / 'report.html'}")
-    page = report_page(store, f"granary report {shlex.quote(str(store.path))} --out {shlex.quote(str(out))}")
+def write_report(store: Store, out: str | Path | None = None) -> Place:
+    """Write the page to `out`, report.html inside the store if not given, at once or not at all; return its place.
+
+    Raises StorageError when the place cannot be written.
+    """
+    place = store.root / "report.html" if out is None else open_place(out)
+    if place.backend.is_local:
+        path = place.path
+        if not path.parent.is_dir():
+            raise StorageError(f"the folder {path.parent} does not exist: make it, or give --out another place")
+        if path.is_dir():
+            raise StorageError(f"{out} is a folder; --out names the page itself, such as {path / 'report.html'}")
+    page = report_page(store, f"granary report {shlex.quote(store.url)} --out {shlex.quote(str(place))}")
     try:
-        write_file(out, [page.encode("utf-8")])
+        place.write(page.encode("utf-8"))
     except OSError as error:
-        raise StorageError(f"the report cannot be written to {out}: {error.strerror or error}") from error
+        raise StorageError(f"the report cannot be written to {place}: {error.strerror or error}") from error
+    return place
 
 
 def report_page(store: Store, command: str) -> str:
@@ -62,7 +69,7 @@ def report_page(store: Store, command: str) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Granary: {text(store.path.name)}</title><style>{css}</style></head>\n<body>"
+        f"<title>Granary: {text(store.root.name)}</title><style>{css}</style></head>\n<body>"
         f"{_header(store, status, runs)}<main>{''.join(body)}</main>{_footer(command)}</body></html>\n"
     )
 
@@ -77,8 +84,8 @@ def _header(store: Store, status: Record, runs: list[RunView]) -> str:
     ]
     shown = "".join(f"<li><b>{count(value)}</b> {name}</li>" for value, name in figures)
     return (
-        f'<header><p class="kind">Granary report</p><h1>{text(store.path.name)}</h1>'
-        f'<p class="muted">{text(store.path)}</p><ul class="figures">{shown}</ul>'
+        f'<header><p class="kind">Granary report</p><h1>{text(store.root.name)}</h1>'
+        f'<p class="muted">{text(store.url)}</p><ul class="figures">{shown}</ul>'
         f'<nav aria-label="Contents"><ol>{links}</ol></nav></header>'
     )
 

@@ -7,8 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.dictionary import Dictionary, DictionaryConfig, Normalisation
 from pipeline.language import loss_recovered
+from pipeline.rounding import round_rows, square_error
 from pipeline.rows import ContextRows
-from pipeline.sites import KINDS, Site
+from pipeline.sites import KINDS, STORED_TYPES, Site
 from pipeline.training import DictionaryTrainer, TrainingConfig
 from pipeline.unit import UnitRunner
 
@@ -30,7 +31,7 @@ def contexts() -> list[ContextRows]:
     rng = np.random.default_rng(0)
     found, row = [], 0
     for length in (33, 60, 64, 64, 12, 47):
-        found.append(ContextRows(rng.integers(0, VOCABULARY, length).astype(np.int32), 1, row))
+        found.append(ContextRows(rng.integers(0, VOCABULARY, length).astype(np.int32), np.arange(1, length), row))
         row += length - 1
     return found
 
@@ -38,10 +39,11 @@ def contexts() -> list[ContextRows]:
 def activations(device: str, compile_layers: bool = False) -> dict[Site, torch.Tensor]:
     sites = [Site(layer, kind) for layer in range(LAYERS) for kind in KINDS]
     runner = UnitRunner(
-        model().model.to(device), sites, dtype="float32", d_model=D_MODEL, batch_tokens=128, device=device,
+        model().model.to(device), dict.fromkeys(sites, "float32"), d_model=D_MODEL, batch_tokens=128, device=device,
         context=64, compile_layers=compile_layers,
     )  # fmt: skip
-    return runner.run(contexts(), sum(c.num_rows for c in contexts())).sites
+    sites_of = runner.run(contexts(), sum(c.num_rows for c in contexts())).sites
+    return {site: acts.values for site, acts in sites_of.items()}
 
 
 @pytest.mark.parametrize("compile_layers", [False, True])
@@ -50,6 +52,32 @@ def test_every_site_equals_the_cpu(compile_layers: bool) -> None:
     for site in expected:
         assert found[site].device.type == "cpu"
         torch.testing.assert_close(found[site], expected[site], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stored", STORED_TYPES)
+def test_rows_are_rounded_as_on_the_cpu(stored: str) -> None:
+    rows = torch.randn(500, D_MODEL, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 15, 500)[:, None]
+    rows[7] = 0
+    on_cpu, on_gpu = (round_rows(rows.to(device), stored) for device in ("cpu", "cuda"))
+    for expected, found in zip(on_cpu.tensors, on_gpu.tensors, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
+
+
+def test_int8_of_a_unit_is_that_of_its_rows() -> None:
+    """Values and scales go to the host beside the next forward pass, each to its own rows."""
+    site, rows = Site(1, "resid_post"), sum(c.num_rows for c in contexts())
+    found = {}
+    for stored in ("float32", "int8"):
+        runner = UnitRunner(
+            model().model.to("cuda"), {site: stored}, d_model=D_MODEL, batch_tokens=128, device="cuda", context=64
+        )
+        found[stored] = runner.run(contexts(), rows)
+    exact = found["float32"].sites[site].values
+    for expected, tensor in zip(round_rows(exact, "int8").tensors, found["int8"].sites[site].tensors, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+    error = square_error(exact, round_rows(exact, "int8")).item()
+    assert found["int8"].square_errors[site] == pytest.approx(error, rel=1e-5)
+    assert found["float32"].square_errors[site] == 0
 
 
 def test_training_follows_the_cpu() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import start_harvest, write_corpus
 from lab import SITES, TRAIN, Lab, check_message, snapshot
 
@@ -19,7 +20,7 @@ SHELL = """
 import contextlib, io, json, sys, traceback
 import ray
 from jobs.cli import main
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -29,7 +30,7 @@ for line in sys.stdin:
             status = traceback.format_exc()
     print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
 """
-"""Runs commands in a process where Ray is up: one start for all of them."""
+"""Runs commands in a process where Ray is up: one start for all of them. It is told of a GPU that is not there."""
 
 ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "RAY_AUTH_MODE": "disabled"}
 
@@ -49,6 +50,26 @@ def granary() -> Iterator[Callable[..., tuple[Any, str, str]]]:
             return status, out, err
 
         yield run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (1, "this worker runs on a GPU and torch finds none"),
+        (2, "harvest.gpus_per_worker asks for 2 GPU(s) and this Ray cluster of one machine has 1; set it to 0 for CPU"),
+    ],
+)
+def test_gpus_that_are_not_there_are_found_before_anything_is_written(
+    lab: Lab, granary: Callable[..., Any], gpus: int, expected: str
+) -> None:
+    spec = lab.spec({"harvest.gpus_per_worker": gpus})
+    before = snapshot(lab.folder)
+    status, _, err = granary("harvest", spec)
+    assert status == 1
+    check_message(err)
+    assert expected in err
+    assert snapshot(lab.folder) == before
 
 
 def test_documents_that_are_left_out_are_counted(lab: Lab, texts: list[str], granary: Callable[..., Any]) -> None:
@@ -75,11 +96,11 @@ def test_documents_that_are_left_out_are_counted(lab: Lab, texts: list[str], gra
 
 
 def test_weights_that_a_worker_cannot_load(lab: Lab, inputs: Path, granary: Callable[..., Any]) -> None:
-    status, _, err = granary("harvest", lab.spec({"model.id": str(inputs / "one-of-two-files")}))
+    status, _, err = granary("harvest", lab.spec({"model.id": str(inputs / "weights-of-two-layers")}))
     assert status == 1
     check_message(err)
     assert err.startswith("granary: a harvester could not begin: model.id: the weights of ")
-    assert "model-00002-of-00002.safetensors" in err
+    assert "9 tensors that its config.json asks for are not there" in err
 
 
 def test_training_on_a_store_that_is_not_finished_begins_no_run(
@@ -107,3 +128,26 @@ def test_a_cluster_that_does_not_answer(stored: Lab) -> None:
     assert done.returncode == 1
     check_message(done.stderr)
     assert f"cluster.address: no Ray cluster at '{address}'" in done.stderr
+
+
+def test_rows_are_appended_when_that_is_asked_for(lab: Lab, texts: list[str], granary: Callable[..., Any]) -> None:
+    """Through the commands, with workers: refused, appended, and then nothing is left to do."""
+    write_corpus(lab.folder / "more.parquet", texts[::-1])
+    assert granary("harvest", lab.spec({"corpus.rows": 2500}))[0] == 0
+    more = {"corpus.path": [lab.base["corpus"]["path"], "more.parquet"]}
+    status, _, err = granary("run", lab.spec(more))
+    assert status == 1
+    check_message(err)
+    assert "`--grow` appends the rows of 1 more entry to the store" in err
+    assert "would be appended by `granary harvest --grow`" in lab.run("plan", lab.spec(more))
+    status, out, err = granary("harvest", lab.spec(more), "--grow")
+    assert (status, err) == (0, "")
+    appended = 2 * 3733 - 2500
+    assert f"appended {appended:,} rows, now 7,466 rows of " in out
+    assert f"harvested {7466 - 2048:,} rows of " in out
+    assert "all 8 units of " in granary("harvest", lab.spec(more), "--grow")[1]
+    out = lab.run("status", lab.store)
+    assert "complete" in out
+    assert "segment   3,733 rows of " in out
+    assert "grown     from 2,500 rows" in out
+    lab.run("verify", lab.store)

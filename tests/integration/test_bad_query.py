@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("no_ray")
         ("select * from grain", "Table with name grain does not exist!"),
         ("select * from store", "Table with name store does not exist!"),  # a variable of ours, no table
         ("select grain from rows", 'Referenced column "grain" not found'),
-        ("select cast(language as int) from documents", "Could not convert string 'de' to INT32"),
+        ("select cast(language as int) from documents", "Could not convert string 'fr' to INT32"),
     ],
 )
 @pytest.mark.parametrize("options", [(), ("--json",), ("--site", SITE, "--out", "x.npy")])

@@ -46,12 +46,12 @@ def flip_a_bit(path: Path) -> None:
 def test_a_damaged_chunk_is_named(stored: Lab, damage: Callable[[Path], None], expected: str) -> None:
     store = open_store(stored.store)
     array = store.array(SITE)
-    damage(array.chunk_path(2))
-    where = f"chunk 2 of activations/{store.harvests[0].model}/{SITE} ({array.chunk_path(2)}) {expected}"
+    damage(array.object_place(2).path)
+    where = f"chunk 2 of activations/{store.harvests[0].model}/{SITE} ({array.object_place(2).path}) {expected}"
     fetch = ("--site", SITE, "--out", stored.folder / "x.npy")
     err = stored.refused("query", stored.store, "select row from rows", *fetch)
-    commit = f"commits/{store.harvests[0].digest}/00000002.json"
-    assert err == f"granary: {where}; to make it again remove {commit} and run `granary harvest`\n"
+    again = f"`granary verify STORE --repair` makes unit 2 of harvest {store.harvests[0].digest} again"
+    assert err == f"granary: {where}; {again}\n"
     with pytest.raises(CorruptChunk) as caught:
         list(store.stream([SITE], batch_rows=512, steps=8))
     assert where in str(caught.value)
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_named(
     [
         ("zarr.json", ("status",)),
         ("commits/*/harvest.json", ("status",)),
-        ("commits/*/00000001.json", ("query", "select * from units")),
+        ("commits/*/000000/00000001.json", ("query", "select * from units")),
     ],
 )
 def test_a_damaged_record_is_named(

@@ -13,9 +13,10 @@ from conftest import Harvesting, start_harvest
 from lab import SITE, SITES, Lab, check_message, snapshot
 
 from jobs.cli import main
+from storage.commits import committed_units
 from storage.errors import StorageError
-from storage.harvests import committed_units
 from storage.store import Store
+from storage.unitsets import UnitSet
 
 pytestmark = pytest.mark.usefixtures("no_ray")
 
@@ -79,7 +80,7 @@ def test_a_harvest_that_does_not_fit_is_refused_before_it_begins(lab: Lab, mount
 def test_more_sites_that_do_not_fit_leave_those_there_alone(
     lab: Lab, harvested: Store, mount: Callable[[str], Disk]
 ) -> None:
-    disk = mount("4m")
+    disk = mount("32m")
     shutil.copytree(harvested.path, disk.path / "store")
     lab = on(disk, lab)
     spec = lab.spec({"harvest.sites": ["resid_mid.0-2"]})
@@ -98,9 +99,9 @@ def test_a_plan_on_a_full_disk_leaves_nothing(lab: Lab, mount: Callable[[str], D
 UNIT_BYTES = len(SITES) * 1024 * (32 * 2 + 4)
 
 
-def committed(harvesting: Harvesting) -> frozenset[int]:
+def committed(harvesting: Harvesting) -> UnitSet:
     (job,) = harvesting.jobs
-    return committed_units(harvesting.store.path, job.harvest.digest)
+    return committed_units(harvesting.store.root, job.harvest.digest, harvesting.store.info.units)
 
 
 def test_a_disk_that_fills_up_in_mid_harvest(
@@ -108,7 +109,7 @@ def test_a_disk_that_fills_up_in_mid_harvest(
 ) -> None:
     """Wherever in a unit the disk is full: no commit, nothing half written, what was committed is there. With room
     again the harvest goes on to the same bytes."""
-    disk = mount("6m")
+    disk = mount("32m")
     lab = on(disk, lab)
     harvesting = start_harvest(lab.store, llama, corpus, SITES)
     store = harvesting.store
@@ -134,7 +135,7 @@ def test_a_disk_that_fills_up_in_mid_harvest(
 
 
 def test_anchors_on_a_full_disk(lab: Lab, harvested: Store, mount: Callable[[str], Disk]) -> None:
-    disk = mount("8m")
+    disk = mount("32m")
     for name in ("store", "other"):
         shutil.copytree(harvested.path, disk.path / name)
     lab = on(disk, lab)
@@ -170,7 +171,7 @@ def test_fetching_to_a_full_disk(stored: Lab, mount: Callable[[str], Disk]) -> N
 
 
 def test_a_disk_that_is_read_only(lab: Lab, harvested: Store, mount: Callable[[str], Disk]) -> None:
-    disk = mount("8m")
+    disk = mount("32m")
     shutil.copytree(harvested.path, disk.path / "store")
     lab = on(disk, lab)
     specs = {}

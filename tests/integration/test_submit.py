@@ -171,7 +171,7 @@ def stored(spec: Path) -> dict[str, bytes]:
 
 
 def commits(spec: Path) -> set[str]:
-    return {path.name for path in Path(load_spec(spec).store).glob("commits/*/0*.json")}
+    return {path.name for path in Path(load_spec(spec).store).glob("commits/*/0*/0*.json")}
 
 
 def test_a_job_that_is_stopped_and_submitted_again_stores_what_a_local_harvest_does(

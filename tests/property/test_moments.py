@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.rounding import Rounded
 from pipeline.unit import RawMoments, group_moments, summarise
 from storage.moments import MomentKey, Moments, encode_moments
 
@@ -64,7 +65,7 @@ def test_group_moments_equal_direct_computation(
     case: tuple[np.ndarray, list[tuple[int, int]], dict[str, list[str]]],
 ) -> None:
     values, segments, groups = case
-    norms, per_segment = summarise(torch.from_numpy(values), segments)
+    norms, per_segment = summarise(Rounded(torch.from_numpy(values)), segments)
     np.testing.assert_allclose(norms.numpy(), np.linalg.norm(values.astype(np.float64), axis=1), rtol=1e-5, atol=1e-12)
     found = group_moments(per_segment, groups)
     expected_keys = {(None, None)} | {(label, value) for label, given in groups.items() for value in given}
@@ -81,7 +82,7 @@ def test_groups_of_a_label_add_up_to_all_rows(
     case: tuple[np.ndarray, list[tuple[int, int]], dict[str, list[str]]],
 ) -> None:
     values, segments, groups = case
-    found = group_moments(summarise(torch.from_numpy(values), segments)[1], groups)
+    found = group_moments(summarise(Rounded(torch.from_numpy(values)), segments)[1], groups)
     as_moments = {k: Moments(m.count, m.sum.numpy(), m.sum_squares.numpy()) for k, m in found.items()}
     for label in groups:
         together = reduce(Moments.__add__, [m for key, m in as_moments.items() if key[0] == label])
@@ -92,7 +93,7 @@ def test_long_segments_keep_float64_precision() -> None:
     """A large mean over more rows than are added in float32 at once."""
     acts = (1000 + torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     wide = acts.double()
-    _, [found] = summarise(acts, [(0, 5000)])
+    _, [found] = summarise(Rounded(acts), [(0, 5000)])
     torch.testing.assert_close(found.sum, wide.sum(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.sum_squares, wide.square().sum(0), rtol=1e-6, atol=0)
 

@@ -14,7 +14,9 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore, StorePath
 
 from storage.arrays import DTYPES, RowArray
-from storage.errors import CorruptChunk, NotAStore
+from storage.errors import CorruptChunk, NotAStore, StorageError
+from storage.places import open_place
+from storage.records import encode_zarr, read_record
 
 ROWS, WIDTH, CHUNK_ROWS = 29, 5, 8
 DEFAULT_PIPELINE = "zarr.core.codec_pipeline.BatchedCodecPipeline"
@@ -33,7 +35,12 @@ def random_values(dtype: str, shape: tuple[int, ...] = (ROWS, WIDTH), seed: int 
 def row_array(path: Path, dtype: str = "float32", shape: tuple[int, ...] = (ROWS, WIDTH)) -> RowArray:
     names = ("row", "d_model")[: len(shape)]
     return RowArray(
-        path / "activations" / "model" / "resid_post.0", shape, dtype, CHUNK_ROWS, names, {"granary": {"a": 1}}
+        open_place(path / "activations" / "model" / "resid_post.0"),
+        shape,
+        dtype,
+        CHUNK_ROWS,
+        names,
+        {"granary": {"a": 1}},
     )
 
 
@@ -46,11 +53,11 @@ def written(path: Path, dtype: str = "float32", shape: tuple[int, ...] = (ROWS, 
 
 def zarr_array(array: RowArray, pipeline: str) -> Any:
     """The array as zarr opens it; bfloat16, which zarr 3.1 has no type for, as the uint16 of its bits."""
-    metadata = json.loads((array.path / "zarr.json").read_bytes())
+    metadata = json.loads((array.path / "zarr.json").read())
     if metadata["data_type"] == "bfloat16":
         metadata |= {"data_type": "uint16", "fill_value": 0}
     with zarr.config.set({"codec_pipeline.path": pipeline}):
-        place = StorePath(LocalStore(array.path, read_only=True))
+        place = StorePath(LocalStore(array.path.path, read_only=True))
         opened = zarr.Array(zarr.AsyncArray(ArrayV3Metadata.from_dict(metadata), place))
     assert type(opened.async_array.codec_pipeline).__name__ == pipeline.rpartition(".")[2]
     return opened
@@ -62,9 +69,9 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 def test_zarr_opens_an_array_by_its_path(tmp_path: Path) -> None:
     array, values = written(tmp_path)
-    opened = zarr.open_array(array.path, mode="r")
+    opened = zarr.open_array(array.path.path, mode="r")
     assert opened.metadata.dimension_names == ("row", "d_model")
-    assert dict(opened.attrs) == {"granary": {"a": 1}}
+    assert dict(opened.attrs) == {"granary": {"a": 1, "checksum": opened.attrs["granary"]["checksum"]}}
     np.testing.assert_array_equal(opened[:], values)
 
 
@@ -104,7 +111,7 @@ def test_we_read_what_zarr_writes(tmp_path: Path, pipeline: str) -> None:
     array, values = row_array(tmp_path), random_values("float32")
     with zarr.config.set({"codec_pipeline.path": pipeline}):
         theirs = zarr.create_array(
-            array.path,
+            array.path.path,
             shape=(ROWS, WIDTH),
             dtype="float32",
             chunks=(CHUNK_ROWS, WIDTH),
@@ -128,7 +135,9 @@ def test_our_chunk_files_are_those_of_zarr(tmp_path: Path) -> None:
     )
     theirs[:] = values
     for chunk in range(array.num_chunks):
-        assert array.chunk_path(chunk).read_bytes() == (tmp_path / "theirs" / "c" / str(chunk) / "0").read_bytes()
+        assert (
+            array.object_place(chunk).path.read_bytes() == (tmp_path / "theirs" / "c" / str(chunk) / "0").read_bytes()
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -149,7 +158,7 @@ def test_chunks_may_be_written_apart_and_in_any_order(tmp_path: Path) -> None:
 
 def test_the_last_chunk_is_stored_whole_and_filled_with_zeros(tmp_path: Path) -> None:
     array, values = written(tmp_path)
-    body = array.chunk_path(3).read_bytes()[:-4]
+    body = array.object_place(3).path.read_bytes()[:-4]
     assert len(body) == CHUNK_ROWS * WIDTH * 4
     last = np.frombuffer(body, dtype="<f4").reshape(CHUNK_ROWS, WIDTH)
     np.testing.assert_array_equal(last[: ROWS - 24], values[24:])
@@ -160,7 +169,7 @@ def test_an_all_zero_chunk_is_stored(tmp_path: Path) -> None:
     array = row_array(tmp_path)
     array.create()
     array.write(0, np.zeros((ROWS, WIDTH), dtype=np.float32))
-    assert all(array.chunk_path(chunk).stat().st_size == CHUNK_ROWS * WIDTH * 4 + 4 for chunk in range(4))
+    assert all(array.object_place(chunk).path.stat().st_size == CHUNK_ROWS * WIDTH * 4 + 4 for chunk in range(4))
     assert not array.read(0, ROWS).any()
 
 
@@ -168,7 +177,7 @@ def test_write_returns_the_checksums_in_the_files(tmp_path: Path) -> None:
     array, values = row_array(tmp_path), random_values("float32")
     array.create()
     checksums = array.write(0, values)
-    assert checksums == [int.from_bytes(array.chunk_path(c).read_bytes()[-4:], "little") for c in range(4)]
+    assert checksums == [int.from_bytes(array.object_place(c).path.read_bytes()[-4:], "little") for c in range(4)]
     assert checksums == [array.read_checksum(c) for c in range(4)]
 
 
@@ -189,7 +198,7 @@ def assert_refused(array: RowArray, chunk: int) -> None:
 @pytest.mark.parametrize("chunk", range(4))
 def test_missing_chunk(tmp_path: Path, chunk: int) -> None:
     array, _ = written(tmp_path)
-    array.chunk_path(chunk).unlink()
+    array.object_place(chunk).path.unlink()
     assert_refused(array, chunk)
 
 
@@ -198,14 +207,14 @@ def test_missing_chunk(tmp_path: Path, chunk: int) -> None:
 )
 def test_chunk_of_another_size(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     array, _ = written(tmp_path)
-    path = array.chunk_path(1)
+    path = array.object_place(1).path
     path.write_bytes(change(path.read_bytes()))
     assert_refused(array, 1)
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     array, _ = written(tmp_path)
-    path = array.chunk_path(2)
+    path = array.object_place(2).path
     sound = path.read_bytes()
     rng = random.Random(0)
     in_body = [rng.randrange(8 * (len(sound) - 4)) for _ in range(20)]
@@ -223,9 +232,9 @@ def test_chunks_that_changed_places_are_found_by_the_checksums_of_the_commit(tmp
     """A chunk does not say which one it is: that is what the checksums in the commit are for."""
     array, _ = written(tmp_path)
     before = [array.read_checksum(chunk) for chunk in (0, 1)]
-    first, second = array.chunk_path(0).read_bytes(), array.chunk_path(1).read_bytes()
-    array.chunk_path(0).write_bytes(second)
-    array.chunk_path(1).write_bytes(first)
+    first, second = array.object_place(0).path.read_bytes(), array.object_place(1).path.read_bytes()
+    array.object_place(0).path.write_bytes(second)
+    array.object_place(1).path.write_bytes(first)
     assert [array.read_checksum(chunk) for chunk in (0, 1)] == before[::-1] != before
 
 
@@ -259,8 +268,8 @@ def test_create_refuses_another_array(tmp_path: Path) -> None:
 def test_open_refuses_metadata_that_is_not_ours(tmp_path: Path, change: dict[str, Any]) -> None:
     array = row_array(tmp_path)
     array.create()
-    path = array.path / "zarr.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    place = array.path / "zarr.json"
+    place.write(encode_zarr({**read_record(place), **change}))
     with pytest.raises(NotAStore, match="not the metadata of a format 1 array"):
         RowArray.open(array.path)
 
@@ -269,5 +278,5 @@ def test_open_refuses_metadata_that_is_not_ours(tmp_path: Path, change: dict[str
 def test_open_refuses_what_is_no_array(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "zarr.json").write_text(content)
-    with pytest.raises(NotAStore):
-        RowArray.open(tmp_path)
+    with pytest.raises(NotAStore if content is None else StorageError):
+        RowArray.open(open_place(tmp_path))

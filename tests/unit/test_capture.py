@@ -12,13 +12,16 @@ import transformers
 from conftest import KINDS, harvest, start_harvest, write_corpus
 from tokenizers import Tokenizer
 
-from pipeline.documents import Skipped, read_documents
+from pipeline.layout import Sizes, context_starts, row_column
 from pipeline.models import DTYPES, describe_model, load_base_model
-from pipeline.rows import ContextPolicy, build_rows, contexts_of_rows
+from pipeline.rows import contexts_of_rows
 from pipeline.sites import parse_site
 from pipeline.unit import UnitRunner
 from storage.arrays import Array
 from storage.store import Store
+from workers.planning import open_source, plan_rows
+from workers.settings import CorpusSettings, ModelSettings
+from workers.tasks import Here
 
 TOLERANCE = 1e-4
 CONTEXT = 64
@@ -225,39 +228,48 @@ def test_more_dropped_positions_change_no_row(
 
 
 @pytest.fixture(scope="module")
-def planned(llama: Path, corpus: Path) -> dict[str, Array]:
-    """The columns of 300 rows, and their prefixes."""
-    bpe = Tokenizer.from_file(str(llama / "tokenizer.json"))
-    documents, skipped = read_documents([corpus], "text", [])
-    table = build_rows(
-        documents,
-        skipped,
-        lambda texts: [bpe.encode(text, add_special_tokens=False).ids for text in texts],
-        ContextPolicy(32, 1, 0),
-        seed=0,
-        max_rows=300,
-    )
-    return {**table.columns, "prefix": table.prefix}
+def planned(llama: Path, corpus: Path) -> tuple[dict[str, Array], list[Array]]:
+    """The columns of 300 rows, and the tokens of their contexts."""
+    source = open_source(CorpusSettings(path=str(corpus), context=32, rows=300), ModelSettings(id=str(llama)), 328)
+    (bucket,) = plan_rows(source, lambda done, total: None, Here()).buckets
+    nothing = Sizes(0, 0, 0, 0)
+    columns = {name: row_column(bucket.documents, name, nothing) for name in ("token", "position", "context")}
+    return columns, np.split(bucket.documents.tokens, context_starts(bucket.documents, nothing)[1:])
 
 
 @pytest.mark.parametrize("rows_per_unit", [3, 7, 50, 300])
-def test_units_of_any_size_give_the_same_rows(llama: Path, planned: dict[str, Array], rows_per_unit: int) -> None:
+def test_units_of_any_size_give_the_same_rows(
+    llama: Path, planned: tuple[dict[str, Array], list[Array]], rows_per_unit: int
+) -> None:
+    columns, contexts = planned
     model = load_base_model(describe_model(str(llama)), layers=3, dtype="float32")
     sites = [parse_site(site) for site in ALL_SITES]
-    runner = UnitRunner(model, sites, dtype="float32", d_model=32, batch_tokens=100, context=64, device="cpu")
+    runner = UnitRunner(model, dict.fromkeys(sites, "float32"), d_model=32, batch_tokens=100, context=64, device="cpu")
 
     def unit(start: int, stop: int) -> dict[str, np.ndarray]:
-        lead = max(0, start - 32)
-        prefix = planned["prefix"][planned["context"][lead] : planned["context"][stop - 1] + 1]
-        token, context = planned["token"][lead:stop], planned["context"][lead:stop]
-        result = runner.run(contexts_of_rows(token, context, prefix, start - lead), stop - start)
-        return {str(site): acts.numpy() for site, acts in result.sites.items()}
+        position, context = columns["position"][start:stop], columns["context"][start:stop]
+        tokens = contexts[int(context[0]) : int(context[-1]) + 1]
+        result = runner.run(contexts_of_rows(position, context, tokens), stop - start)
+        return {str(site): acts.values.numpy() for site, acts in result.sites.items()}
 
     whole = unit(0, 300)
     units = [unit(start, min(start + rows_per_unit, 300)) for start in range(0, 300, rows_per_unit)]
     for site in ALL_SITES:
         together = np.concatenate([acts[site] for acts in units])
         np.testing.assert_allclose(together, whole[site], rtol=0, atol=TOLERANCE)
+
+
+def test_any_positions_may_be_rows(llama: Path, planned: tuple[dict[str, Array], list[Array]]) -> None:
+    """Every third position kept: the same activations as when all are, from contexts that are run whole."""
+    columns, contexts = planned
+    model = load_base_model(describe_model(str(llama)), layers=3, dtype="float32")
+    site = parse_site("resid_post.2")
+    runner = UnitRunner(model, {site: "float32"}, d_model=32, batch_tokens=100, context=64, device="cpu")
+    every = runner.run(contexts_of_rows(columns["position"], columns["context"], contexts), 300).sites[site].values
+    kept = np.flatnonzero(columns["position"] % 3 == 0)
+    context = columns["context"][kept]
+    some = runner.run(contexts_of_rows(columns["position"][kept], context, contexts[context[0] :]), len(kept))
+    np.testing.assert_allclose(some.sites[site].values.numpy(), every.numpy()[kept], rtol=0, atol=TOLERANCE)
 
 
 def test_a_tokenizer_saved_with_truncation_and_padding_still_gives_every_token(
@@ -286,4 +298,4 @@ def test_dtypes_of_models_are_torch_s() -> None:
 
 
 def test_no_document_is_skipped_here(whole: Store) -> None:
-    assert whole.info.skipped == Skipped().to_record()
+    assert whole.info.skipped == {}

@@ -1,9 +1,9 @@
 """Recovered loss: its ends are exact, and its clean loss is transformers' own."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,12 +20,17 @@ SITES = [Site(layer, kind) for kind in KINDS for layer in (0, 2)]
 MEAN = torch.full((32,), 0.5)
 
 
+def context_rows(tokens: Sequence[int], first: int) -> ContextRows:
+    """A context whose positions from `first` on are rows."""
+    return ContextRows(np.asarray(tokens, np.int32), np.arange(first, len(tokens)), 0)
+
+
 @pytest.fixture(scope="module")
 def contexts(llama: Path, texts: list[str]) -> list[ContextRows]:
     """Twelve contexts of different lengths, BOS first; one of them too short to predict anything from a row."""
     bpe = Tokenizer.from_file(str(llama / "tokenizer.json"))
     tokens = [[0, *bpe.encode(text, add_special_tokens=False).ids][: 4 * n + 2] for n, text in enumerate(texts[:12])]
-    return [ContextRows(torch.tensor(t, dtype=torch.int32).numpy(), 1, 0) for t in tokens]
+    return [context_rows(t, 1) for t in tokens]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_the_mean_is_the_mean_ablation(measure: Callable[..., LossRecovered], si
 @pytest.mark.parametrize("first_position", [0, 1, 3])
 def test_clean_loss_is_transformers_own(llama: Path, contexts: list[ContextRows], first_position: int) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    contexts = [replace(c, first_position=first_position) for c in contexts if len(c.tokens) > first_position]
+    contexts = [context_rows(c.tokens, first_position) for c in contexts if len(c.tokens) > first_position]
     total, count = 0.0, 0
     for context in contexts:
         tokens = torch.from_numpy(context.tokens).long()[None]
@@ -107,6 +112,6 @@ def test_the_identity_recovers_all_in_bfloat16(llama: Path, contexts: list[Conte
 
 def test_contexts_too_short_to_predict_from_a_row(llama: Path) -> None:
     model = load_causal_model(describe_model(str(llama)), dtype="float32")
-    short = [ContextRows(torch.tensor([0, 5], dtype=torch.int32).numpy(), 1, 0)]
+    short = [context_rows([0, 5], 1)]
     with pytest.raises(InputError, match="long enough"):
         loss_recovered(model, lambda x: x, Site(0, "resid_post"), Site(0, "resid_post"), MEAN, short, 100)

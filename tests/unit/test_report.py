@@ -285,7 +285,7 @@ def test_no_anchors_and_no_runs(tmp_path: Path) -> None:
 
 
 def test_no_labels(store: Store) -> None:
-    bare = Store(store.path, replace(store.info, labels=[]))
+    bare = Store(store.root, replace(store.info, labels=[]))
     (store.path / "anchors" / "languages" / "anchors.json").unlink()
     assert "This store has no labels" in check(report_page(bare, "")).text
 

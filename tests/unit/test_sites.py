@@ -48,3 +48,14 @@ def test_refuses_a_site_without_a_layer(text: str) -> None:
 def test_refuses_bad_lists_and_ranges(text: str) -> None:
     with pytest.raises(InputError):
         expand_sites([text])
+
+
+def test_a_site_may_say_its_stored_type() -> None:
+    assert parse_site("mlp_in.3@int8") == Site(3, "mlp_in", "int8")
+    assert str(parse_site("mlp_in.3@int8")) == "mlp_in.3@int8"
+    assert expand_sites(["mlp_in.{0,2-3}@float16", "mlp_in.0"]) == [
+        "mlp_in.0@float16",
+        "mlp_in.2@float16",
+        "mlp_in.3@float16",
+        "mlp_in.0",
+    ]

@@ -43,8 +43,8 @@ def test_the_shortest_useful_spec() -> None:
     assert spec.store == "/specs/acts"
     assert (spec.model.id, spec.model.revision, spec.model.dtype) == ("meta-llama/Llama-3.1-8B", "main", "bfloat16")
     assert spec.model.tokenizer is None
-    assert spec.corpus.path == "/specs/data/*.parquet"
-    assert (spec.corpus.text, spec.corpus.labels, spec.corpus.rows) == ("text", (), None)
+    assert spec.corpus.path == ("/specs/data/*.parquet",)
+    assert (spec.corpus.content, spec.corpus.labels, spec.corpus.rows) == (("text", "text"), (), None)
     assert (spec.corpus.context, spec.corpus.skip_first, spec.corpus.seed) == (1024, 1, 0)
     assert (spec.corpus.rows_per_unit, spec.corpus.holdout) == ("auto", 0.05)
     assert spec.harvest.sites == ("resid_post.8",)
@@ -125,7 +125,7 @@ def test_relative_paths_are_taken_from_the_spec_s_folder(tmp_path: Path, monkeyp
     for path in ("specs/spec.yaml", tmp_path / "specs" / "spec.yaml"):
         spec = load_spec(path)
         assert spec.store == str(tmp_path / "specs" / ".." / "acts")
-        assert spec.corpus.path == str(tmp_path / "specs" / "data" / "*.parquet")
+        assert spec.corpus.path == (str(tmp_path / "specs" / "data" / "*.parquet"),)
         assert spec.model.id == str(tmp_path / "specs" / "models" / "tiny")
         assert spec.model.tokenizer == str(tmp_path / "specs" / "tokens")
 
@@ -133,8 +133,10 @@ def test_relative_paths_are_taken_from_the_spec_s_folder(tmp_path: Path, monkeyp
 def test_absolute_paths_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     spec = parse(store="/data/acts", model={"id": "~/models/tiny"}, corpus={"path": "/data/*.parquet"})
-    assert (spec.store, spec.corpus.path) == ("/data/acts", "/data/*.parquet")
+    assert (spec.store, spec.corpus.path) == ("/data/acts", ("/data/*.parquet",))
     assert spec.model.id == "/home/someone/models/tiny"
+    several = parse(tmp_path, corpus={"path": ["a", "/b/*.parquet", "s3://bucket/c"]})
+    assert several.corpus.path == (str(tmp_path / "a"), "/b/*.parquet", "s3://bucket/c")
     assert parse(store="s3://bucket/acts").store == "s3://bucket/acts"
 
 
@@ -171,7 +173,7 @@ def test_all_mistakes_at_once() -> None:
         "corpus.seed must be a whole number, not 'a'",
         "corpus.rows must be a whole number, not 2.5",
         "harvest.sites: unknown site 'resid_pots.1': did you mean resid_post.1?",
-        "harvest.workers must be a whole number or 'auto', not 'many'",
+        "harvest.workers must be a whole number or 'auto' or a range like 2-16, not 'many'",
         "harvest.compile must be true or false or 'auto', not 'maybe'",
         "train.batch_rows must be greater than 0, not 0",
         "train.dictionaries[0].name must be letters, digits and _ . - after a first letter or digit, not 'a b'",
@@ -181,7 +183,7 @@ def test_all_mistakes_at_once() -> None:
         "unknown key train.dictionaries[1].latent: did you mean latents?",
         "train.dictionaries[1].activation.kind must be 'topk', not 'jump'",
         "unknown key train.dictionaries[1].activation.kk: did you mean k?",
-        "cluster must be a section with keys like address",
+        "cluster must be a section with keys like address, hang_s, load_s, grace_s",
     ):
         assert line in told, line
         told.remove(line)
@@ -201,7 +203,7 @@ def test_an_empty_spec_misses_the_four_that_are_needed() -> None:
 
 
 def test_a_section_that_is_not_one() -> None:
-    assert mistakes(corpus=None) == ["corpus must be a section with keys like path, text, labels, context"]
+    assert mistakes(corpus=None) == ["corpus must be a section with keys like path, format, subset, split"]
     assert mistakes(train={"dictionaries": "sae"}) == ["train.dictionaries must be a list, not 'sae'"]
     assert mistakes(train={"dictionaries": []}) == ["train.dictionaries takes at least 1, not 0"]
     assert mistakes(train={"dictionaries": ["sae"]}) == [

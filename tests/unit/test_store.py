@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import signal
 import subprocess
@@ -17,11 +18,13 @@ from conftest import corpus_info, harvest, plan_table, save_no_tokenizer, start_
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.commits import commit_path, read_commit
 from storage.create import create_store
 from storage.errors import CorruptChunk, NotAStore, StorageError, StoreMismatch, UncommittedRows
 from storage.files import create_file
-from storage.harvests import commit_path, moments_path, read_commit
+from storage.harvests import moments_path
 from storage.moments import MomentKey, Moments, merged_moments, read_unit_moments, training_units
+from storage.records import encode_zarr, read_record
 from storage.store import Store, open_store
 
 SITE = "resid_post.0"
@@ -115,7 +118,7 @@ def test_committed_units_can_be_read_beside_uncommitted_ones(gaps: Store, made: 
 
 def test_reading_does_not_touch_chunks_that_are_not_asked_for(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", num_rows=ROWS)
-    store.array(SITE).chunk_path(3).unlink()
+    store.array(SITE).object_place(3).remove()
     store.read(SITE, slice(0, 24))
     with pytest.raises(CorruptChunk, match=r"chunk 3 of .*resid_post\.0"):
         store.read(SITE, [0, 25])
@@ -125,10 +128,10 @@ def test_reading_does_not_touch_chunks_that_are_not_asked_for(tmp_path: Path) ->
 
 
 def set_root(store: Store, **changes: Any) -> None:
-    path = store.path / "zarr.json"
-    root = json.loads(path.read_text())
+    place = store.root / "zarr.json"
+    root = read_record(place)
     root["attributes"]["granary"] |= changes
-    path.write_text(json.dumps(root))
+    place.write(encode_zarr(root))
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
@@ -151,10 +154,10 @@ def test_not_a_store(tmp_path: Path) -> None:
 
 
 def test_a_root_record_with_a_field_missing(gaps: Store) -> None:
-    path = gaps.path / "zarr.json"
-    root = json.loads(path.read_text())
+    place = gaps.root / "zarr.json"
+    root = read_record(place)
     del root["attributes"]["granary"]["num_rows"]
-    path.write_text(json.dumps(root))
+    place.write(encode_zarr(root))
     with pytest.raises(NotAStore, match="num_rows"):
         open_store(gaps.path)
 
@@ -213,8 +216,12 @@ def test_moments_are_those_of_the_stored_rows(harvested: Store, units: list[int]
         rows = stored_rows(harvested, site).astype(np.float64)
         found = merged_moments(harvested, site, units)
         expected = [
-            (label, v) for label, vs in [("language", ["de", "en", "fr"]), ("year", ["1980", "1981"])] for v in vs
+            (label, v)
+            for label, vs in [("language", ["de", "en", "fr"]), ("year", ["1980", "1981"])]
+            for v in vs
+            if (in_units & label_rows(harvested, label, v)).any()
         ]
+        assert len(expected) >= 3
         assert set(found) == {MomentKey(site), *(MomentKey(site, *key) for key in expected)}
         assert_moments(found[MomentKey(site)], rows[in_units])
         for key in expected:
@@ -264,22 +271,28 @@ def test_a_unit_harvested_twice_has_the_same_bytes_and_one_commit(tmp_path: Path
     assert all(result.committed for result in first.run())
     store = first.store
     digest = store.harvests[0].digest
-    commits = [commit_path(store.path, digest, unit).read_bytes() for unit in range(store.info.num_units)]
+    commits = [
+        commit_path(store.root, digest, store.info.units.name(unit)).path.read_bytes()
+        for unit in range(store.info.num_units)
+    ]
     before = contents(store.path)
 
     again = start_harvest(tmp_path / "store", llama, corpus, sites)
-    assert again.jobs[0].units == []  # nothing is left to do
+    assert not again.jobs[0].units  # nothing is left to do
     results = again.run(range(store.info.num_units))  # but a worker that did not hear of it may still do it
     assert not any(result.committed for result in results)
     assert contents(store.path) == before
-    assert [commit_path(store.path, digest, unit).read_bytes() for unit in range(store.info.num_units)] == commits
+    assert [
+        commit_path(store.root, digest, store.info.units.name(unit)).path.read_bytes()
+        for unit in range(store.info.num_units)
+    ] == commits
 
 
 def test_the_order_of_units_and_a_restart_do_not_change_the_bytes(tmp_path: Path, llama: Path, corpus: Path) -> None:
     straight = harvest(tmp_path / "straight", llama, corpus, ["resid_post.1"])
     start_harvest(tmp_path / "odd", llama, corpus, ["resid_post.1"]).run([2, 0])
     rest = start_harvest(tmp_path / "odd", llama, corpus, ["resid_post.1"])
-    assert rest.jobs[0].units == [unit for unit in range(straight.info.num_units) if unit not in (0, 2)]
+    assert list(rest.jobs[0].units) == [unit for unit in range(straight.info.num_units) if unit not in (0, 2)]
     rest.run()
     assert contents(straight.path) == contents(rest.store.path)
 
@@ -288,7 +301,7 @@ def test_sites_added_later_leave_those_there_alone(tmp_path: Path, llama: Path, 
     store = harvest(tmp_path / "store", llama, corpus, ["resid_post.1"])
     before = contents(store.path)
     later = start_harvest(tmp_path / "store", llama, corpus, ["resid_post.1", "mlp_in.2"])
-    assert [job.units for job in later.jobs] == [[], list(range(store.info.num_units))]
+    assert [list(job.units) for job in later.jobs] == [[], list(range(store.info.num_units))]
     later.run()
     after = contents(store.path)
     assert {name: after[name] for name in before} == before
@@ -300,10 +313,10 @@ def test_sites_added_later_leave_those_there_alone(tmp_path: Path, llama: Path, 
 def test_a_commit_says_what_was_written(harvested: Store) -> None:
     digest = harvested.harvests[0].digest
     for unit in range(harvested.info.num_units):
-        commit = read_commit(harvested.path, digest, unit)
+        commit = read_commit(harvested.root, digest, harvested.info.units.name(unit))
         assert (commit["row_start"], commit["row_stop"]) == harvested.info.unit_rows(unit)
         for site in harvested.sites:
-            array, norms = harvested.array(site), harvested.norm_array(site)
+            array, norms = harvested.array(site), harvested.array(site, "norms")
             first = commit["row_start"] // array.chunk_rows
             chunks = range(first, -(-commit["row_stop"] // array.chunk_rows))
             assert commit["sites"][site]["crc32c"] == [array.read_checksum(chunk) for chunk in chunks]
@@ -465,11 +478,49 @@ def test_a_creation_that_finds_another_store_at_the_end_does_not_take_it_for_its
     np.testing.assert_array_equal(open_store(place).columns(0, 100)["token"], theirs.columns["token"])
 
 
+def test_the_corpus_digest_is_what_the_format_says(tmp_path: Path) -> None:
+    """Computed from the files, chunk by chunk: several chunks a column, and a documents part."""
+    rows = 2**18 + 10
+    table = plan_table(rows, 30)
+    store = create_store(tmp_path / "store", table, corpus_info(table, 1024), save_no_tokenizer)
+    corpus = store.path / "corpus"
+    found: dict[str, list[str]] = {}
+    for array in corpus.glob("*/zarr.json"):
+        about = json.loads(array.read_bytes())
+        (length,), (chunk,) = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
+        size = {"int32": 4, "int64": 8}[about["data_type"]]
+        assert chunk == 2**18
+        found[array.parent.name] = [
+            hashlib.sha256(
+                (array.parent / "c" / str(n)).read_bytes()[: size * min(chunk, length - n * chunk)]
+            ).hexdigest()
+            for n in range(-(-length // chunk))
+        ]
+    file = pq.ParquetFile(corpus / "documents" / "part-00000.parquet")
+    sha = hashlib.sha256()
+    for group in range(file.num_row_groups):
+        for name, values in file.read_row_group(group).to_pydict().items():
+            sha.update(json.dumps([name, values], default=str).encode() if name != "source" else b"")
+    found["documents"] = [sha.hexdigest()]
+    text = json.dumps(found, sort_keys=True, separators=(",", ":"))
+    assert len(found["token"]) == 2
+    assert store.info.corpus_digest == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_contexts_are_read_whole(made: Store) -> None:
+    """BOS stands before the rows of each, as plan_table made them."""
+    columns = made.columns(0, made.num_rows, ["token", "context"])
+    contexts = made.context_tokens(1, 3)
+    assert [c.tolist() for c in contexts] == [
+        [0, *columns["token"][columns["context"] == number].tolist()] for number in (1, 2, 3)
+    ]
+
+
 def test_moments_that_are_not_the_committed_ones_are_refused(tmp_path: Path) -> None:
     """Parquet itself has no checksum that is compared: a flipped bit would move every mean made from it."""
     store = write_store(tmp_path / "store")
     (harvest,) = store.harvests
-    path = moments_path(store.path, harvest.digest, 0)
+    path = moments_path(store.root, harvest.digest, store.info.units.name(0)).path
     content = bytearray(path.read_bytes())
     content[60] ^= 1
     path.write_bytes(content)

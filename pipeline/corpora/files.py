@@ -1,0 +1,137 @@
+"""The files of a corpus, on local disks or at any fsspec URL: which they are, reading them, telling them apart.
+
+Local files are opened as such, never through fsspec, which costs a copy of every block.
+"""
+
+import glob
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from pipeline.errors import InputError
+
+HASHED_WHOLE_BYTES = 16 * 2**20
+SAMPLED_BLOCKS, SAMPLED_BYTES = 64, 2**18
+"""A larger file is told by so many evenly spaced blocks, and its tail."""
+READERS = 8
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One file. A small value, which may be sent to other processes."""
+
+    url: str
+    """A local path, or an fsspec URL."""
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder it is in."""
+        return self.url.rstrip("/").rpartition("/")[0].rpartition("/")[2]
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.url
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Read its bytes within the block. Raises InputError when they cannot be read, now or later in the block."""
+        with reading(self.url):
+            if self.is_local:
+                with Path(self.url).open("rb") as handle:
+                    yield handle
+            else:
+                with fsspec.open(self.url, "rb") as handle:
+                    yield handle
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within the block, failures to read become InputErrors that name `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # every file system raises kinds of its own (botocore's are no OSErrors)
+        if not isinstance(error, OSError | EOFError | ImportError) and "://" not in what:
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"corpus.path: {what} cannot be read: {reason[0]}") from error
+
+
+def find_files(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
+    """The files a path, folder or glob pattern names, by name; of a folder those with one of `endings`.
+
+    Raises InputError when there are none.
+    """
+    found = _find_remote(pattern, endings) if "://" in pattern else _find_local(pattern, endings)
+    if not found:
+        raise InputError(
+            f"corpus.path: no file matches {pattern!r}; give a file, a folder of files "
+            f"({', '.join(endings)}), or a pattern"
+        )
+    return sorted(found, key=lambda file: file.url)
+
+
+def _find_local(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        paths = [p for p in path.rglob("*") if p.name.endswith(tuple(endings))]
+    else:
+        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (may be absolute)
+    hidden = len(path.parts)
+    return [
+        CorpusFile(str(p), p.stat().st_size)
+        for p in paths
+        if p.is_file() and not any(part.startswith(".") for part in p.parts[hidden:])
+    ]
+
+
+def _find_remote(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
+    with reading(pattern):
+        system, path = fsspec.core.url_to_fs(pattern)
+        if any(c in path for c in "*?["):
+            found = system.glob(path, detail=True)
+        elif system.isdir(path):
+            listed = system.find(path, detail=True)
+            found = {name: about for name, about in listed.items() if name.endswith(tuple(endings))}
+        elif system.exists(path):
+            found = {path: system.info(path)}
+        else:
+            found = {}
+        kept = {name: about for name, about in found.items() if about["type"] == "file"}
+        return [CorpusFile(system.unstrip_protocol(name), int(about["size"] or 0)) for name, about in kept.items()]
+
+
+def fingerprint(files: Sequence[CorpusFile]) -> dict[str, Any]:
+    """Identify files by their sizes and contents, in their order: not by names, places or times."""
+    with ThreadPoolExecutor(READERS) as readers:
+        hashes = list(readers.map(_content_hash, files))
+    sha = hashlib.sha256()
+    for file, content in zip(files, hashes, strict=True):
+        sha.update(f"{file.num_bytes} {content}\n".encode())
+    return {"files": len(files), "bytes": sum(f.num_bytes for f in files), "sha256": sha.hexdigest()[:16]}
+
+
+def _content_hash(file: CorpusFile) -> str:
+    sha = hashlib.sha256()
+    with file.open() as handle:
+        if file.num_bytes <= HASHED_WHOLE_BYTES:
+            sha.update(handle.read())
+        else:
+            for block in range(SAMPLED_BLOCKS):
+                handle.seek(file.num_bytes * block // SAMPLED_BLOCKS)
+                sha.update(handle.read(SAMPLED_BYTES))
+            handle.seek(file.num_bytes - SAMPLED_BYTES)
+            sha.update(handle.read())
+    return sha.hexdigest()

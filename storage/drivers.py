@@ -1,0 +1,95 @@
+"""Drivers at work on a harvest: each keeps one small record in the store, with a counter that it moves.
+
+A driver lives if its counter moves while somebody watches, by the watcher's own monotonic clock: times of two machines
+are never compared. A record whose counter stands still is what a killed driver left.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from storage.places import Place
+from storage.records import encode, read_record
+
+INTERVAL_S = 5.0
+"""Seconds between two records of a driver: 0.3 requests a second and driver, listing included."""
+ALIVE_S = 30.0
+"""A driver whose counter moved within so many seconds is alive: six intervals, for stores that answer slowly."""
+GONE_S = 600.0
+"""A record that stood still for so long is removed by whoever watched it."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What a driver says of its run."""
+
+    id: str
+    """Host, pid and a random part: no other process has had it."""
+    counter: int = 0
+    """Goes up with every record."""
+    interval_s: float = INTERVAL_S
+    workers: int = 0
+    """Actors that hold the model or are loading it."""
+    units_done: int = 0
+    """Since the driver began, as are the next two."""
+    rows_done: int = 0
+    rows_per_second: float = 0.0
+    """Over the last minutes, by the driver's own clock."""
+    in_flight: list[int] = field(default_factory=list)
+    """Units that actors have now."""
+    set_aside: list[int] = field(default_factory=list)
+    """Units that failed by their own fault in this run."""
+
+
+def driver_path(store: Place, harvest: str, driver: str) -> Place:
+    return store / "commits" / harvest / "drivers" / f"{driver}.json"
+
+
+def write_driver(store: Place, harvest: str, driver: Driver) -> None:
+    driver_path(store, harvest, driver.id).write(encode({"harvest": harvest, **asdict(driver)}))
+
+
+def remove_driver(store: Place, harvest: str, driver: str) -> None:
+    driver_path(store, harvest, driver).remove()
+
+
+def read_drivers(store: Place, harvest: str) -> list[Driver]:
+    """Every driver's record: those at work, and those that were killed. Raises StorageError for a damaged one."""
+    found = []
+    for name in (store / "commits" / harvest / "drivers").names():
+        try:
+            record = read_record(store / "commits" / harvest / "drivers" / name)
+        except FileNotFoundError:
+            continue  # it ended since
+        found.append(Driver(**{f.name: record[f.name] for f in fields(Driver)}))
+    return found
+
+
+class DriverWatch:
+    """Tells which drivers live, from what their records said at several times of the watcher's monotonic clock."""
+
+    def __init__(self, own: str = ""):
+        """`own`: the watcher's own id, if it is a driver."""
+        self._own = own
+        self._seen: dict[str, tuple[Driver, float, bool]] = {}  # id -> record, when it changed, ever moved?
+
+    def observe(self, drivers: Iterable[Driver], now: float) -> None:
+        seen = {}
+        for driver in drivers:
+            before = self._seen.get(driver.id)
+            if driver.id == self._own:
+                continue
+            if before is None:
+                seen[driver.id] = (driver, now, False)
+            elif before[0].counter != driver.counter:
+                seen[driver.id] = (driver, now, True)
+            else:
+                seen[driver.id] = (replace(driver), before[1], before[2])
+        self._seen = seen
+
+    def alive(self, now: float) -> list[Driver]:
+        """Those whose counter has moved while they were watched, last within ALIVE_S."""
+        return [driver for driver, since, moved in self._seen.values() if moved and now - since < ALIVE_S]
+
+    def gone(self, now: float) -> list[str]:
+        """The ids of those that stood still for GONE_S."""
+        return [name for name, (_, since, _) in self._seen.items() if now - since > GONE_S]

@@ -1,0 +1,95 @@
+"""What the commits of a harvest tell of it: how fast it went, how much was padding, what rounding cost.
+
+Read from at most `COMMITS_READ` commits, however many units there are: half of them the last ones, which tell the rate,
+half from all over the rows. Times are those of the writers' clocks and used for rates alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+import numpy as np
+
+from storage.commits import read_commit
+from storage.files import in_threads
+from storage.places import Place
+from storage.records import Record
+from storage.unitsets import UnitRanges, UnitSet
+
+COMMITS_READ = 512
+LONG_PAUSE = 20
+"""So many times the median time between commits: then nobody was at work."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What was read of a harvest's past."""
+
+    commits: int
+    """How many commits this rests on."""
+    rows_per_second: float | None
+    """Of all workers together, when units were last committed; None from fewer than two commits."""
+    rows_per_second_per_worker: float | None
+    """The median over workers; None unless one committed two units."""
+    padding_share: float | None
+    """Share of the positions run that belong to no context."""
+    relative_errors: dict[str, float]
+    """Site -> E||x - stored(x)||^2 / E||stored(x)||^2, with x as the model computed it."""
+
+
+def read_history(store: Place, harvest: str, ranges: UnitRanges, committed: UnitSet) -> History:
+    """Read the commits of some of the units. Raises StorageError for a damaged one."""
+    units = np.flatnonzero(committed.mask)
+    if len(units) > COMMITS_READ:
+        last, before = units[-COMMITS_READ // 2 :], units[: -COMMITS_READ // 2]
+        spread = before[np.linspace(0, len(before) - 1, COMMITS_READ // 2).astype(np.int64)]
+        units = np.concatenate([spread, last])
+    names = [ranges.name(unit) for unit in units.tolist()]
+    commits = in_threads(lambda name: read_commit(store, harvest, name), names, store.backend.threads)
+    return history_of(commits, last=COMMITS_READ // 2)
+
+
+def history_of(commits: Sequence[Record], last: int = COMMITS_READ) -> History:
+    """`commits` by ascending unit; the last `last` of them are of units that follow one another."""
+    recent = sorted(commits[-last:], key=lambda commit: commit["committed_at"])
+    by_writer: dict[str, list[Record]] = {}
+    for commit in recent:
+        by_writer.setdefault(commit["writer"], []).append(commit)
+    per_worker = [rate for of_writer in by_writer.values() if (rate := _rate(of_writer)) is not None]
+    positions = sum(commit.get("positions_run", 0) for commit in commits)
+    padding = sum(commit.get("padding", 0) for commit in commits)
+    return History(
+        commits=len(commits),
+        rows_per_second=_rate(_since_last_pause(recent)),
+        rows_per_second_per_worker=median(per_worker) if per_worker else None,
+        padding_share=padding / positions if positions else None,
+        relative_errors=_relative_errors(commits),
+    )
+
+
+def _rate(commits: Sequence[Record]) -> float | None:
+    """Rows per second from the first commit to the last."""
+    if len(commits) < 2:
+        return None
+    seconds = commits[-1]["committed_at"] - commits[0]["committed_at"]
+    return sum(c["row_stop"] - c["row_start"] for c in commits[1:]) / seconds if seconds > 0 else None
+
+
+def _since_last_pause(commits: Sequence[Record]) -> Sequence[Record]:
+    """The last of the commits, all made without a long pause; at least two of them, if there are."""
+    gaps = [b["committed_at"] - a["committed_at"] for a, b in pairwise(commits)]
+    if not gaps:
+        return commits
+    pauses = [i for i, gap in enumerate(gaps[:-1]) if gap > LONG_PAUSE * median(gaps)]
+    return commits[pauses[-1] + 1 :] if pauses else commits
+
+
+def _relative_errors(commits: Sequence[Record]) -> dict[str, float]:
+    errors: dict[str, list[float]] = {}
+    for commit in commits:
+        for site, cost in commit.get("rounding", {}).items():
+            sums = errors.setdefault(site, [0.0, 0.0])
+            sums[0] += cost["square_error"]
+            sums[1] += cost["square_norm"]
+    return {site: error / norm if norm else 0.0 for site, (error, norm) in errors.items()}

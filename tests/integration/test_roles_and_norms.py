@@ -1,0 +1,60 @@
+"""Rows of chosen roles hold what they hold among all rows, and training leaves out rows of extreme norm."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from conftest import harvest
+
+from storage.errors import StoreMismatch
+from storage.store import Store, open_store
+from workers.settings import TrainSettings
+from workers.trainer import Trainer, plan_training
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
+
+
+def test_rows_of_a_role_are_harvested_as_they_are_among_all_rows(tmp_path: Path, llama: Path, texts: list[str]) -> None:
+    folder = tmp_path / "llama"
+    shutil.copytree(llama, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    chats = [
+        [{"role": ("user", "assistant")[turn % 2], "content": texts[(n + turn) % 48]} for turn in range(4)]
+        for n in range(20)
+    ]
+    corpus = tmp_path / "chats.jsonl"
+    corpus.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    options: dict[str, Any] = {"messages": "messages", "labels": (), "dtype": "float32"}
+    every = harvest(tmp_path / "every", folder, corpus, ["resid_post.1"], **options)
+    some = harvest(tmp_path / "some", folder, corpus, ["resid_post.1"], roles=("assistant",), **options)
+    kept = np.flatnonzero(every.columns(0, every.num_rows, ["role"])["role"] == 0)
+    assert 1000 < len(kept) == some.num_rows < every.num_rows
+    np.testing.assert_allclose(some.read("resid_post.1"), every.read("resid_post.1", kept), rtol=0, atol=1e-4)
+
+
+def train(store: Store, name: str, max_norm: float | None) -> Store:
+    dictionary = {"name": name, "input": ["resid_post.1"], "latents": 64, "activation": {"kind": "topk", "k": 4}}
+    settings = TrainSettings(rows=2048, batch_rows=512, threads=1, dictionaries=[dictionary], max_norm=max_norm)
+    plan = plan_training(store, settings)
+    Trainer(plan).train()
+    return store
+
+
+def test_training_leaves_out_rows_of_extreme_norm(tmp_path: Path, harvested: Store) -> None:
+    shutil.copytree(harvested.root.path, tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    for name, max_norm in (("all", None), ("within", 1.2), ("far", 1e9)):
+        train(store, name, max_norm)
+    weights = {
+        n: (tmp_path / "store" / "runs" / n / "dictionary.safetensors").read_bytes() for n in ("all", "within", "far")
+    }
+    assert weights["all"] != weights["within"]
+    assert weights["all"] == weights["far"]  # nothing is that far out
+    with pytest.raises(StoreMismatch, match="max_norm"):
+        train(store, "within", 1.3)

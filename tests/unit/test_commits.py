@@ -1,0 +1,222 @@
+"""Commits, failures and drivers' records, on a local disk and on an object store's rules (memory://)."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_store
+
+from storage.commits import commit_path, commit_unit, committed_units, read_commit
+from storage.drivers import (
+    ALIVE_S,
+    GONE_S,
+    Driver,
+    DriverWatch,
+    driver_path,
+    read_drivers,
+    remove_driver,
+    write_driver,
+)
+from storage.errors import NotAStore, StorageError, UnitConflict
+from storage.failures import Failure, clear_failure, failed_units, read_failure, record_failure
+from storage.harvests import declare_harvest
+from storage.moments import MomentKey, Moments
+from storage.places import Place, open_place
+from storage.progress import harvest_progress
+from storage.store import Store
+from storage.units import UnitBlock, rewrite_unit, write_unit
+from storage.unitsets import UnitRanges
+
+SITES = ("resid_post.0", "mlp_out.0")
+UNITS = UnitRanges(20, 1)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return write_store(tmp_path / "store", num_rows=96, sites=SITES, units=[0, 2])
+
+
+def block_of(store: Store, unit: int, seed: int | None = None) -> UnitBlock:
+    """What tests/conftest.py writes for a unit; of another `seed`, what a broken machine would."""
+    start, stop = store.info.unit_rows(unit)
+    rng = np.random.default_rng(unit if seed is None else seed)
+    dtype = store.array(SITES[0]).numpy_dtype
+    acts = {site: rng.standard_normal((stop - start, 5)).astype(dtype) for site in SITES}
+    wide = {site: values.astype(np.float64) for site, values in acts.items()}
+    return UnitBlock(
+        acts,
+        {site: np.linalg.norm(values, axis=1).astype(np.float32) for site, values in wide.items()},
+        {MomentKey(s): Moments(len(v), v.sum(0), (v**2).sum(0)) for s, v in wide.items()},
+    )
+
+
+def files(store: Store) -> dict[str, bytes]:
+    return {str(p.relative_to(store.path)): p.read_bytes() for p in store.path.rglob("*") if p.is_file()}
+
+
+def write(store: Store, unit: int, *, seed: int | None = None, writer: str = "other") -> bool:
+    return write_unit(store, store.harvests[0], unit, block_of(store, unit, seed), writer=writer, about={})
+
+
+def test_a_unit_that_is_committed_is_compared_and_not_touched(store: Store) -> None:
+    before = files(store)
+    assert write(store, 0) is False
+    assert files(store) == before
+
+
+def test_other_bytes_for_a_committed_unit_name_both_writers(store: Store) -> None:
+    before = files(store)
+    with pytest.raises(UnitConflict, match=r"unit 0 .*writer other .*writer test.*granary verify STORE --repair"):
+        write(store, 0, seed=99)
+    assert files(store) == before
+
+
+def test_the_loser_of_the_race_compares(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another commits between our look for the commit and our own: a zombie, or a unit given out twice."""
+    monkeypatch.setattr(Place, "exists", lambda self: False)
+    before = files(store)
+    assert write(store, 0) is False
+    assert files(store) == before
+    with pytest.raises(UnitConflict, match="unit 0 "):
+        write(store, 0, seed=99)
+
+
+def test_the_answer_to_a_create_that_was_lost(store: Store) -> None:
+    """The commit is ours, and its repetition is told that it exists: the bytes are equal, nothing is raised."""
+    harvest = store.harvests[0].digest
+    stored = read_commit(store.root, harvest, "00000000")
+    assert commit_unit(store.root, "00000000", stored) is False
+    assert read_commit(store.root, harvest, "00000000") == stored
+
+
+@pytest.mark.parametrize("what", ["chunk", "commit", "moments"])
+def test_repair_writes_the_bytes_again_and_never_removes_the_commit(store: Store, what: str) -> None:
+    before = files(store)
+    harvest = store.harvests[0]
+    damaged = {
+        "chunk": store.array(SITES[0]).object_place(0),
+        "commit": commit_path(store.root, harvest.digest, "00000000"),
+        "moments": store.root / "moments" / harvest.digest / "00000000.parquet",
+    }[what]
+    damaged.write(bytes(10))
+    rewrite_unit(store, harvest, 0, block_of(store, 0), writer="repair", about={})
+    after = files(store)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == ({f"commits/{harvest.digest}/000000/00000000.json"} if what == "commit" else set())
+    assert read_commit(store.root, harvest.digest, "00000000")["writer"] == ("repair" if what == "commit" else "test")
+    assert 0 in committed_units(store.root, harvest.digest, store.info.units)
+
+
+def test_a_machine_that_computes_other_bytes_repairs_nothing(store: Store) -> None:
+    store.array(SITES[0]).object_place(0).write(bytes(10))
+    before = files(store)
+    with pytest.raises(UnitConflict):
+        rewrite_unit(store, store.harvests[0], 0, block_of(store, 0, seed=99), writer="repair", about={})
+    assert files(store) == before
+
+
+def test_a_zombie_after_a_repair_changes_nothing(store: Store) -> None:
+    rewrite_unit(store, store.harvests[0], 0, block_of(store, 0), writer="repair", about={})
+    before = files(store)
+    assert write(store, 0, writer="zombie") is False
+    assert files(store) == before
+
+
+def test_a_changed_byte_anywhere_in_a_record_is_found(store: Store) -> None:
+    harvest = store.harvests[0]
+    record_failure(store.root, harvest.digest, "00000001", Failure(1, ["e"], ["w"]))
+    write_driver(store.root, harvest.digest, Driver("d"))
+    readers = {
+        commit_path(store.root, harvest.digest, "00000000"): lambda: read_commit(
+            store.root, harvest.digest, "00000000"
+        ),
+        store.root / "commits" / harvest.digest / "harvest.json": lambda: store.for_model(harvest.model).harvests,
+        store.root / "failures" / harvest.digest / "00000001.json": lambda: read_failure(
+            store.root, harvest.digest, "00000001"
+        ),
+        driver_path(store.root, harvest.digest, "d"): lambda: read_drivers(store.root, harvest.digest),
+    }
+    rng = random.Random(0)
+    for place, read in readers.items():
+        content = place.read()
+        for at in rng.sample(range(len(content)), 60):
+            changed = bytearray(content)
+            changed[at] ^= 1 << rng.randrange(8)
+            place.write(bytes(changed))
+            with pytest.raises(StorageError, match=str(place)):
+                read()
+        place.write(content)
+        read()
+
+
+def test_a_kill_between_the_record_and_the_arrays(store: Store, tmp_path: Path) -> None:
+    """Readers say that metadata is missing; declaring again writes it, and another site is no contradiction."""
+    for kind in ("activations", "norms"):
+        (store.root / kind).remove()
+    fresh = Store(store.root, store.info)
+    with pytest.raises(NotAStore, match="its metadata is missing; if a run was killed as it began"):
+        fresh.array(SITES[0])
+    declare_harvest(store.root, store.num_rows, fresh.harvests[0])
+    assert Store(store.root, store.info).array(SITES[0]).shape == (96, 5)
+
+
+@pytest.mark.parametrize("url", ["local", "memory://granary-test-commits"])
+def test_failures_and_drivers_come_and_go(tmp_path: Path, url: str) -> None:
+    root = open_place(tmp_path if url == "local" else url)
+    assert failed_units(root, "h", UNITS) == []
+    record_failure(root, "h", UNITS.name(12), Failure(12, ["a", "b", "c"], ["x", "y", "z"], {"torch": "2"}))
+    record_failure(root, "h", UNITS.name(3), Failure(3, ["a"], ["x"]))
+    assert failed_units(root, "h", UNITS) == [3, 12]
+    assert read_failure(root, "h", UNITS.name(12)) == Failure(12, ["a", "b", "c"], ["x", "y", "z"], {"torch": "2"})
+    clear_failure(root, "h", UNITS.name(3))
+    clear_failure(root, "h", UNITS.name(4))
+    assert failed_units(root, "h", UNITS) == [12]
+    driver = Driver("me", counter=3, units_done=4, in_flight=[7, 8])
+    write_driver(root, "h", driver)
+    assert read_drivers(root, "h") == [driver]
+    remove_driver(root, "h", "me")
+    assert read_drivers(root, "h") == []
+
+
+def heard(watch: DriverWatch, now: float, **counters: int) -> list[str]:
+    watch.observe([Driver(name, counter) for name, counter in counters.items()], now)
+    return [driver.id for driver in watch.alive(now)]
+
+
+def test_a_driver_lives_while_its_counter_moves() -> None:
+    watch = DriverWatch(own="me")
+    assert heard(watch, 0, me=1, other=70, dead=5) == []  # nobody was seen moving yet
+    assert heard(watch, 5, me=2, other=71, dead=5) == ["other"]
+    assert heard(watch, 10, me=3, other=71, dead=5) == ["other"]
+    assert heard(watch, 5 + ALIVE_S + 1, me=4, other=71, dead=5) == []
+    assert heard(watch, 50, me=5, other=2, dead=5) == ["other"]  # any change is a move
+    assert watch.gone(50) == []
+    assert heard(watch, GONE_S + 1, me=9, other=99, dead=5) == ["other"]
+    assert watch.gone(GONE_S + 1) == ["dead"]
+    assert heard(watch, GONE_S + 2, me=9) == []
+
+
+def test_progress_from_the_store_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    harvest = store.harvests[0].digest
+    record_failure(store.root, harvest, "00000000", Failure(0, ["committed since"], ["w"]))
+    record_failure(store.root, harvest, "00000001", Failure(1, ["e"], ["w"]))
+    progress = harvest_progress(store.root, harvest, store.info.units)
+    assert progress.committed == {0, 2}
+    assert [failure.unit for failure in progress.failed] == [1]
+    assert (progress.drivers, progress.silent) == ([], [])
+    alive: dict[str, Any] = {"interval_s": 1.0, "in_flight": [0, 1], "rows_per_second": 10.0}
+    write_driver(store.root, harvest, Driver("killed", **alive))
+    write_driver(store.root, harvest, Driver("alive", **alive))
+
+    def sleep(seconds: float) -> None:  # while we sleep, one of them goes on
+        write_driver(store.root, harvest, Driver("alive", counter=1, **alive))
+
+    monkeypatch.setattr("storage.progress.time.sleep", sleep)
+    progress = harvest_progress(store.root, harvest, store.info.units)
+    assert [driver.id for driver in progress.drivers] == ["alive"]
+    assert progress.silent == ["killed"]
+    assert progress.in_flight == {1}
+    assert progress.rows_per_second == 10.0

@@ -1,0 +1,206 @@
+"""Chats: the tokens of the template's rendering, each with the role of its message; what cannot be told is counted."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import transformers
+from corpora import plan, store_of
+
+from pipeline.errors import InputError
+from pipeline.layout import Documents, row_column
+from workers.settings import CorpusSettings
+
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n"
+    "{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}"
+)
+PLAIN = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+SYSTEM_INSIDE = (
+    "{% if messages|length == 1 and messages[0].role == 'system' %}{{ raise_exception('no user') }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'system' %}{% else %}"
+    "<{{ m.role }}>{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ messages[0].content }}; {% endif %}"
+    "{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+"""As Llama 2's: the system message is put into the first user message."""
+LAST_ONLY = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}(thinks) {% endif %}{{ m.content }}</s>{% endfor %}"
+"""As Qwen 3's: the last message is written otherwise than it will be when another follows."""
+LAST_MARKED = LAST_ONLY.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}",
+)
+
+CHATS: list[Any] = [
+    [{"role": "user", "content": "count the grain"}, {"role": "assistant", "content": "three towns"}],
+    [
+        {"role": "system", "content": "weigh"},
+        {"role": "user", "content": "what was carried"},
+        {"role": "assistant", "content": "every field"},
+        {"role": "user", "content": "over the river"},
+        {"role": "assistant", "content": "in summer café"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Callable[[str | None], Path]:
+    """A copy of the model whose tokenizer has a chat template."""
+
+    def make(template: str | None) -> Path:
+        folder = tmp_path_factory.mktemp("chat") / "llama"
+        shutil.copytree(llama, folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def write(path: Path, chats: list[Any]) -> Path:
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return path
+
+
+def texts_by_role(documents: Documents, folder: Path, rows_only: bool = False) -> list[list[tuple[str, str]]]:
+    """Of each document the stretches of tokens of one role, as text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = []
+    assert documents.roles is not None
+    stops = np.cumsum(documents.context_lengths)
+    for start, stop in zip([0, *stops[:-1].tolist()], stops.tolist(), strict=True):
+        parts: list[tuple[str, list[int]]] = []
+        for at in range(start, stop):
+            if rows_only and not documents.is_row[at]:
+                continue
+            role = documents.role_names[documents.roles[at]]
+            if not parts or parts[-1][0] != role:
+                parts.append((role, []))
+            parts[-1][1].append(int(documents.tokens[at]))
+        found.append([(role, tokenizer.decode(ids)) for role, ids in parts])
+    return sorted(found)
+
+
+PLAIN_PARTS = [
+    [("system", "<s><system>\nweigh</s>\n"), ("user", "<user>\nwhat was carried</s>\n"),
+     ("assistant", "<assistant>\nevery field</s>\n"), ("user", "<user>\nover the river</s>\n"),
+     ("assistant", "<assistant>\nin summer café</s>\n")],
+    [("user", "<s><user>\ncount the grain</s>\n"), ("assistant", "<assistant>\nthree towns</s>\n")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_roles_are_those_of_the_messages(tmp_path: Path, chat_model: Any, template: str) -> None:
+    folder = chat_model(template)
+    table = plan(write(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200)
+    assert table.role_names == ["assistant", "system", "user"]
+    (bucket,) = table.buckets
+    assert texts_by_role(bucket.documents, folder) == PLAIN_PARTS  # and BOS is there once
+    assert bucket.documents.sizes.rows == bucket.documents.sizes.context_tokens - 2
+
+
+def test_chats_in_parquet_are_those_in_json_lines(tmp_path: Path, chat_model: Any) -> None:
+    folder = chat_model(PLAIN)
+    chats = [[*CHATS[0], {"role": "tool", "content": "5", "name": "scales"}], CHATS[1]]
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "c.parquet")
+    write(tmp_path / "c.jsonl", chats)
+    (one,), (two,) = (plan(tmp_path / f"c.{e}", folder, messages="messages").buckets for e in ("parquet", "jsonl"))
+    assert texts_by_role(one.documents, folder) == texts_by_role(two.documents, folder)
+
+
+def test_only_rows_of_the_roles_asked_for_and_all_positions_run(tmp_path: Path, chat_model: Any) -> None:
+    folder = chat_model(PLAIN)
+    path = write(tmp_path / "c.jsonl", CHATS)
+    every, some = (
+        store_of(tmp_path / name, path, folder, messages="messages", context=200, roles=roles)
+        for name, roles in (("every", ()), ("some", ("assistant",)))
+    )
+    assert some.info.roles == every.info.roles == ["assistant", "system", "user"]
+    role = every.columns(0, every.num_rows)["role"]
+    kept = np.flatnonzero(role == 0)
+    assert 0 < len(kept) < len(role)
+    for name, values in some.columns(0, some.num_rows).items():
+        np.testing.assert_array_equal(values, every.columns(0, every.num_rows)[name][kept], err_msg=name)
+    for ours, whole in zip(some.context_tokens(0, 1), every.context_tokens(0, 1), strict=True):
+        np.testing.assert_array_equal(ours, whole[: len(ours)])
+        assert ours[0] == 0  # what stands before the assistant is run with it
+    counts = some.sql("select role, count(*) as n from rows group by 1").fetchall()
+    assert counts == [("assistant", some.num_rows)]
+
+
+def test_chats_without_rows_of_those_roles_are_counted(tmp_path: Path, chat_model: Any) -> None:
+    path = write(tmp_path / "c.jsonl", CHATS)
+    table = plan(path, chat_model(PLAIN), messages="messages", roles="system")
+    assert table.skipped.to_record() == {"no row of the roles asked for": {"count": 1, "first": ["c.jsonl:1"]}}
+    with pytest.raises(InputError, match="gives no rows: it has 2 no row of the roles asked for"):
+        plan(path, chat_model(PLAIN), messages="messages", roles="wizard")
+
+
+def test_a_message_the_template_puts_elsewhere_goes_with_the_next(tmp_path: Path, chat_model: Any) -> None:
+    folder = chat_model(SYSTEM_INSIDE)
+    (bucket,) = plan(write(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200).buckets
+    assert texts_by_role(bucket.documents, folder)[1][:2] == [
+        ("user", "<s><user>weigh; what was carried</s>"),
+        ("assistant", "<assistant>every field</s>"),
+    ]
+
+
+def test_a_template_that_rewrites_messages_needs_markers(tmp_path: Path, chat_model: Any) -> None:
+    path = write(tmp_path / "c.jsonl", CHATS)
+    folder = chat_model(LAST_MARKED)
+    (bucket,) = plan(path, folder, messages="messages", roles="assistant", context=200).buckets
+    assert texts_by_role(bucket.documents, folder, rows_only=True) == [
+        [("assistant", " three towns")],
+        [("assistant", "every fieldin summer café")],
+    ]
+    with pytest.raises(InputError, match="it has 2 the chat template does not show where each message ends"):
+        plan(path, chat_model(LAST_ONLY), messages="messages")
+
+
+def test_chats_that_cannot_be_used_are_counted(tmp_path: Path, chat_model: Any) -> None:
+    refusing = PLAIN + "{% if messages[0].content == 'x' %}{{ raise_exception('no') }}{% endif %}"
+    chats = [CHATS[0], [], None, "hello", [{"content": "no role"}], [{"role": None, "content": "x"}]]
+    chats += [[*CHATS[0], "not a message"], [{"role": "user", "content": "x"}]]
+    table = plan(write(tmp_path / "c.jsonl", chats), chat_model(refusing), messages="messages")
+    assert table.skipped.to_record() == {
+        "a message without a role": {"count": 3, "first": ["c.jsonl:5", "c.jsonl:6", "c.jsonl:7"]},
+        "empty": {"count": 3, "first": ["c.jsonl:2", "c.jsonl:3", "c.jsonl:4"]},
+        "the chat template refuses the chat": {"count": 1, "first": ["c.jsonl:8"]},
+    }
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(InputError, match=r"corpus\.messages: the tokenizer has no chat template"):
+        plan(write(tmp_path / "c.jsonl", CHATS), llama, messages="messages")
+
+
+def test_roles_are_cut_with_their_contexts(tmp_path: Path, chat_model: Any) -> None:
+    """Chats longer than a context: every token keeps the role it has in the whole chat."""
+    folder = chat_model(PLAIN)
+    path = write(tmp_path / "c.jsonl", CHATS)
+    (whole,), (cut,) = (plan(path, folder, messages="messages", context=n).buckets for n in (300, 9))
+    before = whole.sizes.__class__(0, 0, 0, 0)
+    for name in ("token", "role", "document"):
+        one, two = (row_column(bucket.documents, name, before) for bucket in (whole, cut))
+        np.testing.assert_array_equal(one, two, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"roles": "assistant"}, "roles are those of messages"),
+        ({"text": "a", "messages": "b"}, "text and messages are given"),
+        ({"format": "datasets"}, "say how many rows to take"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        CorpusSettings(path="x", **settings)

@@ -1,0 +1,127 @@
+"""Finding the files of a corpus, here and at URLs, and telling them apart by what is in them."""
+
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from corpora import read_corpus
+
+from pipeline.corpora import files as corpus_files
+from pipeline.corpora.files import CorpusFile, find_files, fingerprint
+from pipeline.corpora.open import open_corpus
+from pipeline.corpora.records import Columns
+from pipeline.errors import InputError
+
+COLUMNS = Columns("text", "text", ())
+ANY = [".parquet", ".jsonl", ".txt"]
+
+
+def write(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def names(found: list[CorpusFile]) -> list[str]:
+    return [file.name for file in found]
+
+
+def test_a_path_a_folder_and_a_pattern_name_files_in_order(tmp_path: Path) -> None:
+    for i in (2, 0, 1):
+        write(tmp_path / f"part-{i}.parquet", text=["a"])
+    (tmp_path / ".hidden.parquet").write_text("")
+    (tmp_path / "deeper").mkdir()
+    write(tmp_path / "deeper" / "part-3.parquet", text=["a"])
+    every = ["part-3.parquet", *(f"part-{i}.parquet" for i in range(3))]
+    assert names(find_files(str(tmp_path / "part-1.parquet"), ANY)) == ["part-1.parquet"]
+    assert names(find_files(str(tmp_path), ANY)) == every
+    assert names(find_files(str(tmp_path / "part-[01].parquet"), ANY)) == ["part-0.parquet", "part-1.parquet"]
+    assert names(find_files(str(tmp_path / "**" / "*.parquet"), ANY)) == every
+
+
+@pytest.mark.parametrize("pattern", ["missing.parquet", "none-*.parquet", "empty", "memory://no/such/folder"])
+def test_no_file_is_an_error(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"corpus\.path: no file matches") as caught:
+        find_files(pattern if "://" in pattern else str(tmp_path / pattern), ANY)
+    assert pattern in str(caught.value)
+
+
+def test_files_at_a_url_are_read_as_local_ones_are(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", text=["one", "two"], year=[1, 2])
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a.parquet", (tmp_path / "a.parquet").read_bytes())
+    memory.pipe("/corpus/deep/b.jsonl", (tmp_path / "b.jsonl").read_bytes())
+    try:
+        assert read_corpus("memory://corpus/a.parquet", labels=["year"]) == read_corpus(
+            tmp_path / "a.parquet", labels=["year"]
+        )
+        assert read_corpus("memory://corpus/*/*.jsonl").contents == ["three"]
+        assert read_corpus("memory://corpus/deep").contents == ["three"]
+        remote, local = (
+            open_corpus(str(p), COLUMNS).files for p in ("memory://corpus/a.parquet", tmp_path / "a.parquet")
+        )
+        assert fingerprint(remote) == fingerprint(local)
+        memory.pipe("/corpus/a.parquet", b"cut")
+        with pytest.raises(InputError, match=r"memory://.*a\.parquet cannot be read as Parquet"):
+            read_corpus("memory://corpus/a.parquet")
+    finally:
+        memory.rm("/corpus", recursive=True)
+
+
+def test_a_scheme_nobody_knows() -> None:
+    with pytest.raises(InputError, match=r"corpus\.path: nosuch://bucket/x cannot be read"):
+        find_files("nosuch://bucket/x", ANY)
+
+
+def test_fingerprint_follows_content_and_order_and_not_place(tmp_path: Path) -> None:
+    found = [
+        CorpusFile(str(write(tmp_path / f"{n}.parquet", text=[text])), 0)
+        for n, text in enumerate(["one", "one", "two"])
+    ]
+    one, same, other = [CorpusFile(f.url, Path(f.url).stat().st_size) for f in found]
+    assert fingerprint([one]) == fingerprint([same])
+    assert fingerprint([one]) != fingerprint([other])
+    assert fingerprint([one, other]) != fingerprint([other, one])
+    assert fingerprint([one, other])["files"] == 2
+
+
+def test_fingerprint_of_a_large_file_samples_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_files, "HASHED_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(corpus_files, "SAMPLED_BYTES", 100)
+    path = tmp_path / "large"
+    content = bytes(range(256)) * 100
+    path.write_bytes(content)
+    before = fingerprint([CorpusFile(str(path), len(content))])
+    path.write_bytes(content[:-1] + b"x")
+    assert fingerprint([CorpusFile(str(path), len(content))]) != before
+
+
+def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus.csv").write_text("text\nx\n")
+    with pytest.raises(
+        InputError,
+        match=r"the ending of .*corpus\.csv says nothing of its format; known are \.parquet, .*corpus\.format",
+    ):
+        open_corpus(str(tmp_path / "corpus.csv"), COLUMNS)
+    (tmp_path / "lines.dat").write_text('{"text": "x"}')
+    assert read_corpus(tmp_path / "lines.dat", format="jsonl").contents == ["x"]
+
+
+def test_mixed_formats_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", text=["one"])
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}')
+    with pytest.raises(InputError, match=r"has files of several formats \(.*a\.parquet, .*b\.jsonl\); give a pattern"):
+        open_corpus(str(tmp_path), COLUMNS)
+    assert read_corpus(tmp_path, format="jsonl").contents == ["two"]
+    assert read_corpus(tmp_path / "*.parquet").contents == [b"one"]
+
+
+@pytest.mark.parametrize("label", ["text", "document", "row_start", "row_stop", "source"])
+def test_labels_of_our_own_columns_are_refused(tmp_path: Path, label: str) -> None:
+    path = write(tmp_path / "corpus.parquet", body=["a"], **{label: ["x"]})
+    with pytest.raises(InputError, match=rf"corpus\.labels: {label} is a column of Granary's own"):
+        open_corpus(str(path), Columns("body", "text", (label,)))

@@ -1,0 +1,98 @@
+"""A driver's life in the store, in a thread of its own: its record, the other drivers, and the bitmap of commits.
+
+Nothing here is needed for the run to be right; it is what lets two drivers share the work, `status` see them, and
+readers open a large store quickly. So a failure here is said once and the run goes on.
+"""
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+
+from storage.commits import committed_units, compact
+from storage.drivers import INTERVAL_S, Driver, DriverWatch, read_drivers, remove_driver, write_driver
+from storage.errors import StorageError
+from storage.places import Place
+from storage.unitsets import UnitRanges, UnitSet
+from workers.stopping import say
+
+COMPACT_S = 60.0
+RATE_S = 120.0
+"""The rate is that of so many seconds."""
+GOODBYE_S = 10.0
+"""How long an end that is not a success waits for a store that does not answer."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What was last seen in the store."""
+
+    others: list[Driver]
+    """Other drivers that are alive."""
+    committed: UnitSet | None
+    """Every commit there was; only looked up while there are others."""
+
+
+class Presence:
+    """Use as a context manager. `driver` may be replaced at any time with what is to be said next; `news` is what was
+    last heard, a new object each time."""
+
+    def __init__(self, store: Place, harvest: str, driver: Driver, ranges: UnitRanges, committed: UnitSet):
+        """`committed`: units whose commit was seen; the owner adds to it."""
+        self.driver = driver
+        self.news: News | None = None
+        self._store, self._harvest, self._ranges, self._committed = store, harvest, ranges, committed
+        self._watch = DriverWatch(own=driver.id)
+        self._rates: deque[tuple[float, int]] = deque()
+        self._counter = 0
+        self._compacted: float | None = None
+        self._silenced = False
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="presence", daemon=True)
+
+    def __enter__(self) -> "Presence":
+        self._thread.start()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._ends.set()
+        self._thread.join(None if error is None else GOODBYE_S)
+
+    def _live(self) -> None:
+        while True:
+            ends = self._ends.wait(0 if self._counter == 0 else INTERVAL_S)
+            try:
+                self._once(ends)
+                self._silenced = False
+            except (StorageError, OSError) as failure:
+                if not self._silenced:
+                    say(f"this driver's record cannot be kept up to date: {failure}")
+                self._silenced = True
+            if ends:
+                return
+
+    def _once(self, ends: bool) -> None:
+        now = time.monotonic()
+        self._counter += 1
+        if ends:
+            compact(self._store, self._harvest, self._ranges, self._committed)
+            remove_driver(self._store, self._harvest, self.driver.id)
+            return
+        said = replace(self.driver, counter=self._counter, rows_per_second=self._rate(now, self.driver.rows_done))
+        write_driver(self._store, self._harvest, said)
+        self._watch.observe(read_drivers(self._store, self._harvest), now)
+        others = self._watch.alive(now)
+        committed = committed_units(self._store, self._harvest, self._ranges) if others else None
+        self.news = News(others, committed)
+        for name in self._watch.gone(now):
+            remove_driver(self._store, self._harvest, name)
+        if self._compacted is None or now - self._compacted > COMPACT_S:
+            compact(self._store, self._harvest, self._ranges, self._committed)
+            self._compacted = now
+
+    def _rate(self, now: float, rows: int) -> float:
+        self._rates.append((now, rows))
+        while now - self._rates[0][0] > RATE_S:
+            self._rates.popleft()
+        seconds = now - self._rates[0][0]
+        return (rows - self._rates[0][1]) / seconds if seconds > 0 else 0.0

@@ -1,0 +1,294 @@
+"""Making the table of rows from a corpus of any size, in bounded memory.
+
+1. Read: each part of a corpus is read, tokenised and cut into contexts, and parted by ranges of keys (buckets). Of
+   several corpora each is a segment of the table: its buckets come after those of the ones before it.
+2. Order: what was read of a bucket is put in the order of its keys.
+3. The sizes of the buckets say where in the table each begins.
+4. Write (`workers.table_writing`): each chunk of each array, and each file of documents, by one call.
+
+A call holds a part of the corpus or a bucket, never more. The calls are functions of their arguments and may be run
+anywhere (`workers.tasks`); the table does not depend on how the corpus and the keys are cut
+(docs/decisions/0006-planning.md).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from pipeline.corpora.named import NamedDataset
+from pipeline.corpora.open import Corpus
+from pipeline.corpora.recipe import Recipe
+from pipeline.corpora.records import Piece
+from pipeline.errors import InputError
+from pipeline.layout import (
+    Documents,
+    Sizes,
+    first_rows,
+    in_order,
+    joined,
+    split,
+)
+from pipeline.skipped import Skipped
+from storage.create import TableSizes
+from workers.tasks import Handle, Tasks
+
+ALL_KEYS = 2**64
+BYTES_PER_ROW = 8
+"""Bytes of text for which at least one row is expected: a guess that is rather too large takes a part of the corpus
+that is rather too large. What is found says how much more is needed."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How the work is cut. Has no part in the result."""
+
+    task_bytes: int = 32 * 2**20
+    """Content of the corpus that a call reads before it gives away what it has."""
+    bucket_bytes: int = 64 * 2**20
+    """Content of a bucket, about."""
+    task_pieces: int = 4096
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a call read, in short."""
+
+    rows: int
+    role_names: tuple[str, ...]
+    schema: pa.Schema
+
+
+@dataclass(frozen=True)
+class Bucket:
+    segment: int
+    """The number of the corpus that it is a part of."""
+    documents: Handle
+    sizes: Sizes
+    skipped: Skipped
+
+
+@dataclass
+class TablePlan:
+    """The table of rows, in buckets, before it is written."""
+
+    buckets: list[Bucket] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=Skipped)
+    role_names: list[str] = field(default_factory=list)
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+
+    @property
+    def sizes(self) -> Sizes:
+        return sum((bucket.sizes for bucket in self.buckets), Sizes(0, 0, 0, 0))
+
+    def segment(self, number: int) -> Sizes:
+        """The sizes of what one of the corpora gave."""
+        return sum((bucket.sizes for bucket in self.buckets if bucket.segment == number), Sizes(0, 0, 0, 0))
+
+    @property
+    def table_sizes(self) -> TableSizes:
+        sizes = self.sizes
+        return TableSizes(sizes.rows, sizes.contexts, sizes.context_tokens, sizes.documents, bool(self.role_names))
+
+
+def plan_table(
+    corpora: Sequence[Corpus | NamedDataset],
+    recipe: Recipe,
+    rows: int | None,
+    tasks: Tasks,
+    progress: Progress,
+    cuts: Cuts,
+    roles: Sequence[str] = (),
+) -> TablePlan:
+    """Read, tokenise and order corpora, which follow one another. `roles`: those that have numbers already. Raises
+    InputError, also when there are no rows, or fewer than `rows`."""
+    reading = _Reading(tasks.share(recipe), rows, tasks, progress)
+    for segment, corpus in enumerate(corpora):
+        if rows is None or reading.rows < rows:
+            reading.read(corpus, segment, cuts)
+    plan = reading.ordered(roles)
+    found = plan.sizes.rows
+    if found == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in plan.skipped.counts.items()) or "no records"
+        where = "; ".join(corpus.summary for corpus in corpora)
+        raise InputError(f"the corpus gives no rows: it has {reasons} ({where})")
+    if rows is not None and found < rows:
+        raise InputError(
+            f"corpus.rows asks for {rows:,} rows and the corpus has {found:,}: ask for at most that many, "
+            "or leave corpus.rows out to take them all"
+        )
+    return plan
+
+
+class _Reading:
+    """What has been read so far: the parts of each bucket, and what they amount to."""
+
+    def __init__(self, recipe: Handle, max_rows: int | None, tasks: Tasks, progress: Progress):
+        self.recipe, self.max_rows, self.tasks, self.progress = recipe, max_rows, tasks, progress
+        self.rows = 0
+        self.parts: list[tuple[int, list[Handle]]] = []  # of each bucket: its segment, and what was read of it
+        self.role_names: set[str] = set()
+        self.schemas: list[pa.Schema] = []
+
+    def read(self, corpus: Corpus | NamedDataset, segment: int, cuts: Cuts) -> None:
+        """Read as much of a corpus as is needed."""
+        shared = self.tasks.share(corpus)
+        if isinstance(corpus, NamedDataset):
+            assert self.max_rows is not None
+            bounds = _buckets(0, ALL_KEYS, self.max_rows * BYTES_PER_ROW, cuts)
+            self._take(segment, bounds, [(read_stream, shared, self.max_rows)], cuts)
+            return
+        pieces = corpus.pieces()
+        num_bytes = sum(piece.num_bytes for piece in pieces)
+        before, low = self.rows, 0
+        wanted = None if self.max_rows is None else self.max_rows - before
+        while low < ALL_KEYS and (wanted is None or self.rows - before < wanted):
+            high = _next_key(low, self.rows - before, wanted, num_bytes)
+            bounds = _buckets(low, high, num_bytes * (high - low) // ALL_KEYS, cuts)
+            parts = [(read_pieces, shared, group) for group in _grouped(pieces, cuts)]
+            self._take(segment, bounds, parts, cuts)
+            low = high
+
+    def _take(
+        self,
+        segment: int,
+        bounds: list[int],
+        reads: Sequence[tuple[Callable[..., Iterator[object]], object, object]],
+        cuts: Cuts,
+    ) -> None:
+        """Read one range of keys, cut into buckets at `bounds`, from every part of a corpus."""
+        parts: list[list[Handle]] = [[] for _ in bounds[1:]]
+        streams = [self.tasks.stream(read, self.recipe, corpus, what, bounds, cuts) for read, corpus, what in reads]
+        for stream in streams:
+            for handle in stream:
+                (found,) = self.tasks.get([handle])
+                for bucket in parts:
+                    bucket.append(next(stream))
+                self.rows += found.rows
+                self.role_names.update(found.role_names)
+                self.schemas = [_unified([*self.schemas, found.schema])]
+                self.progress(min(self.rows, self.max_rows or self.rows), self.max_rows or 0)
+        self.parts += [(segment, bucket) for bucket in parts if bucket]
+
+    def ordered(self, roles: Sequence[str]) -> TablePlan:
+        """Put the documents of each bucket in order, as many buckets as are needed."""
+        role_names = [*roles, *sorted(self.role_names.difference(roles))]
+        plan = TablePlan(role_names=role_names, schema=(self.schemas or [pa.schema([])])[0])
+        segments = [segment for segment, _ in self.parts]
+        calls = [self.tasks.call(order_bucket, role_names, *bucket, returns=3) for _, bucket in self.parts]
+        self.parts.clear()  # Ray keeps what is still to be read, and nothing longer
+        missing = self.max_rows
+        for segment, (sizes, skipped, documents) in zip(segments, calls, strict=True):
+            bucket = Bucket(segment, documents, *self.tasks.get([sizes, skipped]))
+            if missing is not None and bucket.sizes.rows >= missing:
+                sizes, skipped, documents = self.tasks.call(cut_bucket, missing, documents, returns=3)
+                bucket = Bucket(segment, documents, *self.tasks.get([sizes, skipped]))
+            plan.buckets.append(bucket)
+            if missing is not None:
+                missing -= bucket.sizes.rows
+                if missing == 0:
+                    break
+        plan.skipped = Skipped.sum(bucket.skipped for bucket in plan.buckets)
+        plan.buckets = [bucket for bucket in plan.buckets if bucket.sizes.rows]
+        return plan
+
+
+def _next_key(low: int, found: int, wanted: int | None, num_bytes: int) -> int:
+    """Up to which key to read next: all keys, or as many as will hold the rows that are wanted."""
+    if wanted is None or num_bytes == 0:
+        return ALL_KEYS
+    if low == 0:
+        return min(ALL_KEYS, max(1, ALL_KEYS * wanted * BYTES_PER_ROW // num_bytes))
+    if found == 0:
+        return ALL_KEYS
+    more = (wanted - found) * low // found
+    return min(ALL_KEYS, low + more + more // 10 + low // 20)
+
+
+def _buckets(low: int, high: int, num_bytes: int, cuts: Cuts) -> list[int]:
+    number = max(1, -(-num_bytes // cuts.bucket_bytes))
+    return [low + (high - low) * i // number for i in range(number + 1)]
+
+
+def _grouped(pieces: Sequence[Piece], cuts: Cuts) -> list[list[Piece]]:
+    """Pieces in their order, about `task_bytes` together."""
+    groups: list[list[Piece]] = []
+    size = cuts.task_bytes
+    for piece in pieces:
+        if size >= cuts.task_bytes or len(groups[-1]) == cuts.task_pieces:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.num_bytes
+    return groups
+
+
+def _unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    try:
+        return pa.unify_schemas(list(schemas), promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(f"corpus.labels: the files do not agree on a label's type: {error}") from None
+
+
+# ---- the calls
+
+
+def read_pieces(
+    recipe: Recipe, corpus: Corpus, pieces: Sequence[Piece], bounds: Sequence[int], cuts: Cuts
+) -> Iterator[object]:
+    """Read pieces; yield, again and again, a `Found` and the documents for each bucket."""
+    chunks = (
+        recipe.documents(chunk, piece.file, corpus.files[piece.file], bounds[0], bounds[-1])
+        for piece in pieces
+        for chunk in corpus.chunks(piece)
+    )
+    yield from _parted(chunks, bounds, cuts)
+
+
+def read_stream(
+    recipe: Recipe, dataset: NamedDataset, rows: int, bounds: Sequence[int], cuts: Cuts
+) -> Iterator[object]:
+    """Read a stream until it has given at least `rows` rows; yield as `read_pieces` does."""
+
+    def enough() -> Iterator[Documents]:
+        found = 0
+        for chunk in dataset.chunks():
+            documents = recipe.documents(chunk, 0, dataset.file, bounds[0], bounds[-1])
+            yield documents
+            found += documents.sizes.rows
+            if found >= rows:
+                return
+
+    yield from _parted(enough(), bounds, cuts)
+
+
+def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts) -> Iterator[object]:
+    held: list[Documents] = []
+    for documents in chunks:
+        held.append(documents)
+        if sum(len(d.tokens) for d in held) * 4 >= cuts.task_bytes:  # tokens take about as much as their text
+            yield from _give(held, bounds)
+            held = []
+    if held:
+        yield from _give(held, bounds)
+
+
+def _give(held: Sequence[Documents], bounds: Sequence[int]) -> Iterator[object]:
+    schema = _unified([d.about.schema for d in held])
+    together = joined(held, sorted({name for d in held for name in d.role_names}))
+    found = Found(together.sizes.rows, together.role_names, schema)
+    parts = split(together, bounds)
+    yield found
+    for part in parts:  # noqa: UP028 one by one: Ray sends to the generator, which a list has no use for
+        yield part
+
+
+def order_bucket(role_names: Sequence[str], *parts: Documents) -> tuple[Sizes, Skipped, Documents]:
+    documents = in_order(parts, role_names)
+    return documents.sizes, Skipped.of(documents.left_out), documents
+
+
+def cut_bucket(rows: int, documents: Documents) -> tuple[Sizes, Skipped, Documents]:
+    documents = first_rows(documents, rows)
+    return documents.sizes, Skipped.of(documents.left_out), documents
