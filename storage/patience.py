@@ -51,6 +51,26 @@ def announce(failure: str | None) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class Outage:
+    """A store that does not answer, as the processes and threads of one run see it: said when the first of them waits,
+    and once more when none does any longer."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def heard(self, who: str, failure: str | None) -> None:
+        """`who` waits because of `failure`, or (None) does not wait."""
+        with self._lock:
+            before = bool(self._waiting)
+            if failure is None:
+                self._waiting.pop(who, None)
+            else:
+                self._waiting[who] = failure
+            if bool(self._waiting) != before:
+                announce(failure)
+
+
 class Patience:
     """How long one backend of this process waits for what, given what has worked so far. Safe to use from threads."""
 

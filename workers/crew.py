@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from storage.patience import announce
+from storage.patience import Outage
 from workers.actor import HarvesterActor, Identity, kill_process
 from workers.harvester import HarvesterSetup
 from workers.pulses import HangLimits, ListeningClock, PulseWatch
@@ -37,8 +37,6 @@ class Worker:
     watch: PulseWatch | None = None
     asked_at: float = 0.0
     answered: bool = True
-    waiting_for: str | None = None
-    """Why the store does not answer it, if that is so."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class Crew:
     limits: HangLimits
     workers: dict[int, Worker] = field(default_factory=dict)
     clock: ListeningClock = field(default_factory=ListeningClock)
+    outage: Outage = field(default_factory=Outage)
     longest_still_s: float = 0.0
-    _waiting_for: str | None = None
     """The longest that a counter stood still in this run, and then moved."""
     _asked: dict[Any, tuple[Worker, Question, int]] = field(default_factory=dict)
     _kills: list[Any] = field(default_factory=list)
@@ -108,11 +106,8 @@ class Crew:
                 self._ask(worker.actor.pulse.remote(), worker, "pulse")
 
     def heard_pulse(self, worker: Worker, pulse: Any, *, busy: bool) -> None:
-        worker.answered, worker.waiting_for = True, pulse.waiting_for
-        waiting = next((w.waiting_for for w in self.workers.values() if w.waiting_for is not None), None)
-        if (waiting is None) != (self._waiting_for is None):
-            announce(waiting)  # once for all workers: they write to one store
-        self._waiting_for = waiting
+        worker.answered = True
+        self.outage.heard(f"worker {worker.number}", pulse.waiting_for)
         assert worker.watch is not None
         self.longest_still_s = max(self.longest_still_s, worker.watch.heard(pulse, self.clock.now, busy=busy))
 
@@ -129,6 +124,7 @@ class Crew:
     def give_up(self, worker: Worker) -> None:
         """Forget a worker, and end it if it is there after all."""
         del self.workers[worker.number]
+        self.outage.heard(f"worker {worker.number}", None)
         self._asked = {reference: asked for reference, asked in self._asked.items() if asked[0] is not worker}
         ray.kill(worker.actor)
         if worker.identity is not None:

@@ -16,6 +16,8 @@ from storage.places import Place
 from storage.unitsets import UnitRanges, UnitSet
 from workers.stopping import say
 
+LOOK_S = 1.0
+"""Least time between two looks at the store, where there is a reason not to wait for the next interval."""
 COMPACT_S = 60.0
 RATE_S = 120.0
 """The rate is that of so many seconds."""
@@ -30,7 +32,7 @@ class News:
     others: list[Driver]
     """Other drivers that are alive."""
     committed: UnitSet | None
-    """Every commit there was; only looked up while there are others."""
+    """Every commit there was; only looked up while there are others, or when `look` was called."""
 
 
 class Presence:
@@ -47,7 +49,7 @@ class Presence:
         self._counter = 0
         self._compacted: float | None = None
         self._silenced = False
-        self._ends = threading.Event()
+        self._ends, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._live, name="presence", daemon=True)
 
     def __enter__(self) -> "Presence":
@@ -56,13 +58,20 @@ class Presence:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._ends.set()
+        self._wake.set()
         self._thread.join(None if error is None else GOODBYE_S)
+
+    def look(self) -> None:
+        """Do not wait for the next interval: a commit of another driver came before ours, so we know too little."""
+        self._wake.set()
 
     def _live(self) -> None:
         while True:
-            ends = self._ends.wait(0 if self._counter == 0 else INTERVAL_S)
+            woken = self._wake.wait(INTERVAL_S - LOOK_S if self._counter else 0)
+            self._wake.clear()
+            ends = self._ends.is_set()
             try:
-                self._once(ends)
+                self._once(ends, look=woken)
                 self._silenced = False
             except (StorageError, OSError) as failure:
                 if not self._silenced:
@@ -70,8 +79,9 @@ class Presence:
                 self._silenced = True
             if ends:
                 return
+            self._ends.wait(LOOK_S)
 
-    def _once(self, ends: bool) -> None:
+    def _once(self, ends: bool, look: bool) -> None:
         now = time.monotonic()
         self._counter += 1
         if ends:
@@ -82,7 +92,7 @@ class Presence:
         write_driver(self._store, self._harvest, said)
         self._watch.observe(read_drivers(self._store, self._harvest), now)
         others = self._watch.alive(now)
-        committed = committed_units(self._store, self._harvest, self._ranges) if others else None
+        committed = committed_units(self._store, self._harvest, self._ranges) if others or look else None
         self.news = News(others, committed)
         for name in self._watch.gone(now):
             remove_driver(self._store, self._harvest, name)

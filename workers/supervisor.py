@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -78,17 +79,18 @@ class Supervisor:
         self.workers, self.cluster, self.setup = workers, cluster, setup
         self.gpus_per_worker = gpus_per_worker
         self.id = writer_id()
-        self.store = open_place(setup.store)
         self.harvest, self.ranges = setup.harvest.digest, ranges
         self.schedule = Schedule(ToDo(units, seed=self.id))
         self.committed = units.complement()
         resources: dict[str, float] = {"num_cpus": setup.threads, "num_gpus": gpus_per_worker}
         self.crew = Crew(setup, resources, HangLimits(cluster.hang_s, cluster.load_s))
+        self.store = open_place(setup.store, waiting=partial(self.crew.outage.heard, "driver"))
         self.failed_before = set(failed_units(self.store, self.harvest, ranges))
         self.loads_failed = self.rows = self.units = self.elsewhere = 0
         self._reviewed = self._said_no_room = float("-inf")
         self._short_since: float | None = None
         self._news: News | None = None
+        self._was_second = False
 
     def run(self, on_unit: Callable[[UnitResult], None], on_elsewhere: Callable[[UnitSet], None]) -> RunResult:
         """Call `on_unit` for each unit as it is done, `on_elsewhere` for units that another driver has done. Returns
@@ -124,7 +126,7 @@ class Supervisor:
     def _review(self) -> None:
         """Start the workers that are missing, and see whether there have been too few for too long."""
         now = self.crew.clock.now
-        if now - self._reviewed < REVIEW_S and self.crew.workers:
+        if now - self._reviewed < min(REVIEW_S, self.cluster.wait_s) and self.crew.workers:
             return
         self._reviewed = now
         room = self.workers.maximum or room_for(self.setup.threads, self.gpus_per_worker)
@@ -195,6 +197,7 @@ class Supervisor:
         self.committed.add(result.unit)
         self.units += 1
         self.rows += result.rows
+        self._was_second |= not result.committed
         if result.unit in self.failed_before:
             clear_failure(self.store, self.harvest, self.ranges.name(result.unit))
 
@@ -250,6 +253,9 @@ class Supervisor:
             in_flight=sorted(unit for units in self.schedule.in_flight.values() for unit in units),
             set_aside=sorted(self.schedule.set_aside),
         )
+        if self._was_second:
+            self._was_second = False
+            presence.look()
         news = presence.news
         if news is self._news or news is None:
             return

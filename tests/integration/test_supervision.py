@@ -254,9 +254,12 @@ def test_workers_come_and_go_with_the_nodes(
     assert rows_of(store) == rows_of(slow_undisturbed)
 
 
-def test_too_few_workers_for_long_end_the_run(tmp_path: Path, library: Path, cluster: Any) -> None:
+def test_too_few_workers_for_long_end_the_run(
+    tmp_path: Path, library: Path, slow: dict[str, dict[str, Any]], cluster: Any
+) -> None:
     cluster.add_node(num_cpus=1)
-    spec = spec_with(tmp_path, library, {"cluster": {"address": cluster.address, "wait_s": 3}}, workers="2-4")
+    sections = {**slow, "cluster": {"address": cluster.address, "wait_s": 1}}
+    spec = spec_with(tmp_path, library, sections, workers="2-4")
     out = ended(start("harvest", spec), 1)
-    assert "granary: for 3 s the cluster had room for 1 workers of " in out
+    assert "granary: for 1 s the cluster had room for 1 workers of " in out
     assert "harvest.workers asks for at least 2; what is committed stays" in out

@@ -10,7 +10,7 @@ from s3 import KEY_ID, SECRET, FaultyS3
 
 from storage import patience
 from storage.errors import Unreachable
-from storage.patience import Denied, Passing, Patience
+from storage.patience import Denied, Outage, Passing, Patience
 from storage.places import Place, open_place
 
 OTHER_KEY = "renewed-key"
@@ -178,3 +178,15 @@ def test_the_pauses_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Unreachable, match=r"^not you$"):
         known.call(deny, "write")
     assert slept == []
+
+
+def test_an_outage_is_said_once_for_all_who_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    outage = Outage()
+    for who, failure in [("a", None), ("a", "no network"), ("b", "no answer"), ("a", None), ("a", "no network")]:
+        outage.heard(who, failure)
+    assert capsys.readouterr().err == "waiting: no network\n"
+    outage.heard("b", None)
+    assert capsys.readouterr().err == ""
+    outage.heard("a", None)
+    outage.heard("a", None)
+    assert capsys.readouterr().err == "going on: the store answers again\n"
