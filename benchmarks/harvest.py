@@ -64,14 +64,17 @@ class MeasuredHarvester(Harvester):
         return time.process_time()
 
     def forward_rate(self) -> Rate:
-        return self._compute.submit(forward_rate, self._runner._forward, self.setup.model.vocabulary).result()
+        return self._compute.submit(forward_rate, self._forward, self.setup.model.vocabulary).result()
+
+    def _forward(self, tokens: torch.Tensor) -> None:
+        self._runner._forward({"input_ids": tokens})
 
     def model_bytes(self) -> int:
         """Resident bytes of the process with its model, at the peak of a forward pass of a full batch; no unit held."""
         gc.collect()
         tokens = torch.zeros(BATCH_TOKENS // CONTEXT, CONTEXT, dtype=torch.int64)
         self.resident_bytes(reset_peak=True)
-        self._compute.submit(torch.inference_mode()(self._runner._forward), tokens).result()
+        self._compute.submit(torch.inference_mode()(self._forward), tokens).result()
         return self.resident_bytes(reset_peak=True)[1]
 
     def resident_bytes(self, reset_peak: bool = False) -> tuple[int, int]:

@@ -1,39 +1,38 @@
-"""Putting the contexts of a unit into batches: few shapes, and little of them padding.
+"""Putting the contexts of a unit into batches: a few shapes, and little of them padding.
 
-A batch has one context a line, padded on the right, so that nothing attends across documents on any implementation of
-attention and no mask is needed. The batches are a function of the contexts, in any order, and the settings alone.
+A line holds one context or several, one behind the other. Where it holds several, each begins at position 0 again, and
+transformers keeps attention within each of them (`pipeline.capture.model_inputs`); where every line of a batch holds
+one, no mask is needed. The batches are a function of the contexts and the settings alone.
 
-Each new shape costs a matrix library its preparation and the memory for it (oneDNN kept 40 MB a unit of real text), and
-a compiler half a minute. So shapes come from a menu of at most `MENU` of them, made from the settings, and what is
-chosen from it is the cheapest way to run the contexts (docs/decisions/0005-table-of-contexts.md has the measurements).
+Each shape costs a matrix library its preparation and the memory for it, and a compiler seconds for each layer that
+differs. So lines have two lengths, and batches the full number of lines or a power of two below it
+(docs/decisions/0005-table-of-contexts.md has the measurements).
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import groupby
 
 import numpy as np
 
 from pipeline.rows import ContextRows, Int64
 
-SHORTEST = 32
-"""Contexts are padded to at least this length."""
-MENU = 48
-"""Most shapes there may be."""
-LENGTHS_PER_DOUBLING = (8, 6, 4, 3, 2, 1)
-"""Lengths between one power of two and the next: the first of these that keeps the menu within its size."""
+SHORT_LINE = 256
+"""Length of a line that a context of at most half of this begins: a mask's work grows with the length of the line."""
+LONGEST_PACKED = 8192
+"""Beyond it the mask of a line (its length squared) is too large, and each context has a line of its own."""
+STEPS = 8
+"""Lines longer than that are padded to multiples of an eighth of the longest context."""
 BATCH_COST = 256
 """What a batch costs besides its positions, in positions: two half-full batches take longer than one full one."""
-
-Shape = tuple[int, int]
-"""Length and number of contexts."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Contexts that run together, padded to one length; lines without a context are blank."""
+    """Contexts that run together: lines of one length, filled from the left; further lines are blank."""
 
-    contexts: list[ContextRows]
+    contents: list[list[ContextRows]]
     length: int
     lines: int
 
@@ -44,72 +43,111 @@ class Batch:
     @property
     def padding(self) -> int:
         """Positions that are run for nothing."""
-        return self.positions - sum(len(context.tokens) for context in self.contexts)
+        return self.positions - sum(len(context.tokens) for _, context in self.places())
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a line has several contexts, so that each must be kept from seeing the others."""
+        return any(len(line) > 1 for line in self.contents)
+
+    def places(self) -> Iterator[tuple[int, ContextRows]]:
+        """Each context with the place of its first token in [lines * length]."""
+        for number, line in enumerate(self.contents):
+            place = number * self.length
+            for context in line:
+                yield place, context
+                place += len(context.tokens)
 
     def tokens(self) -> Int64:
-        """int64 [lines, length]. Padding (token 0) stands on the right, where causal attention keeps it from every
-        row, so that no attention mask is needed."""
-        tokens = np.zeros((self.lines, self.length), dtype=np.int64)
-        for line, context in zip(tokens, self.contexts, strict=False):
-            line[: len(context.tokens)] = context.tokens
-        return tokens
+        """int64 [lines, length]; padding is token 0, on the right, where causal attention keeps it from every row."""
+        tokens = np.zeros(self.positions, dtype=np.int64)
+        for place, context in self.places():
+            tokens[place : place + len(context.tokens)] = context.tokens
+        return tokens.reshape(self.lines, self.length)
+
+    def position_ids(self) -> Int64 | None:
+        """int64 [lines, length]: the position of each token in its context, and from 0 on in what is left of a line.
+        None where they are those of every line from its beginning, as models assume."""
+        if not self.is_packed:
+            return None
+        whole = np.arange(self.length)
+        ids = np.tile(whole, (self.lines, 1))
+        for number, line in enumerate(self.contents):
+            lengths = [len(context.tokens) for context in line]
+            starts = np.cumsum([0, *lengths])
+            ids[number] -= np.repeat(starts, [*lengths, self.length - starts[-1]])
+        return ids
 
 
 def batches_of(contexts: Sequence[ContextRows], batch_tokens: int, context: int) -> list[Batch]:
-    """Group contexts of at most `context` tokens into batches of at most `batch_tokens` positions (or one context).
+    """Put contexts of at most `context` tokens into batches of at most `batch_tokens` positions (or one line).
 
-    The contexts are taken by falling length, so a batch is a run of them and a shape from the menu; of all ways to cut
-    the list into runs the one with the fewest positions is found by going through it from its end (`BATCH_COST` counted
-    in). The longest batches come first: what does not fit into memory is known at once.
+    Lines are filled by best fit, the longest contexts first. Lines with one context come first, for which attention
+    needs no mask.
     """
-    by_length = sorted(contexts, key=lambda member: -len(member.tokens))
-    menu = shapes(batch_tokens, context)
-    lengths, lines = (np.array(column) for column in zip(*menu, strict=True))
-    costs = lengths * lines + BATCH_COST
-    fits = np.searchsorted(lengths, [len(member.tokens) for member in by_length])  # the first shape that is long enough
-    number = len(by_length)
-    cheapest = np.zeros(number + 1, dtype=np.int64)  # cost of all contexts from this one on
-    chosen = np.zeros(number, dtype=np.int64)
-    for first in range(number - 1, -1, -1):
-        after = np.minimum(first + lines[fits[first] :], number)
-        ways = costs[fits[first] :] + cheapest[after]
-        best = int(ways.argmin())
-        cheapest[first], chosen[first] = ways[best], fits[first] + best
     batches = []
-    first = 0
-    while first < number:
-        length, size = menu[chosen[first]]
-        batches.append(Batch(by_length[first : first + size], length, size))
-        first += size
+    lines = _lines(contexts, context)
+    for length, of_length in groupby(
+        sorted(lines, key=lambda line: (-line[0], len(line[1]) > 1)), lambda line: line[0]
+    ):
+        contents = [line for _, line in of_length]
+        for size in _sizes(len(contents), length, batch_size(batch_tokens, length)):
+            batches.append(Batch(contents[:size], length, size))
+            contents = contents[size:]
     return batches
 
 
-@cache
-def shapes(batch_tokens: int, context: int) -> list[Shape]:
-    """The menu: for each length the full batch, for some also a quarter of it, and one line of the longest; by length.
-
-    Lengths are multiples of 8 that grow by about an eighth and end in `context`.
-    """
-    for per_doubling in LENGTHS_PER_DOUBLING:
-        full = {(length, batch_size(batch_tokens, length)) for length in _lengths(context, per_doubling)}
-        part = {(length, max(1, batch_size(batch_tokens, length) // 4)) for length in _lengths(context, 2)}
-        if len(menu := full | part | {(context, 1)}) <= MENU:
-            break
-    return sorted(menu)
-
-
-def _lengths(context: int, per_doubling: int) -> list[int]:
-    lengths = []
-    length = SHORTEST
-    while length < context:
-        lengths.append(length)
-        length += max(8, _power_of_two(length) // per_doubling // 8 * 8)
-    return [*lengths, context]
+def full_shapes(batch_tokens: int, context: int) -> set[tuple[int, int]]:
+    """(lines, length) of full batches of packed lines, in which nearly all contexts run."""
+    lengths = {_line_length(1, context), min(context, LONGEST_PACKED), context}
+    return {(batch_size(batch_tokens, length), length) for length in lengths}
 
 
 def batch_size(batch_tokens: int, length: int) -> int:
-    """How many contexts of a length make a full batch: a power of two."""
+    """How many lines of a length make a full batch: a power of two."""
     return _power_of_two(max(1, batch_tokens // length))
+
+
+def _lines(contexts: Sequence[ContextRows], context: int) -> list[tuple[int, list[ContextRows]]]:
+    """Lines, with their length, each of which holds its contexts. Best fit: a context goes where it leaves the least
+    room, or begins a line."""
+    lines: list[tuple[int, list[ContextRows]]] = []
+    room: list[tuple[int, int]] = []  # what is left of a line, and its number; sorted
+    for member in sorted(contexts, key=lambda member: -len(member.tokens)):
+        size = len(member.tokens)
+        found = bisect_left(room, (size, 0))
+        if found < len(room):
+            free, number = room.pop(found)
+        else:
+            free, number = _line_length(size, context), len(lines)
+            lines.append((free, []))
+        lines[number][1].append(member)
+        if lines[number][0] <= LONGEST_PACKED and free > size:
+            insort(room, (free - size, number))
+    return lines
+
+
+def _line_length(size: int, context: int) -> int:
+    """Of the line that a context of this size begins."""
+    if size > LONGEST_PACKED:
+        step = -(-context // STEPS)
+        return min(-(-size // step) * step, context)
+    return min(SHORT_LINE if 2 * size <= SHORT_LINE else LONGEST_PACKED, context)
+
+
+def _sizes(lines: int, length: int, full: int) -> list[int]:
+    """The numbers of lines of the batches: full ones, then what is left, of which the last one may have blank lines."""
+    return [full] * (lines // full) + _of_rest(lines % full, length)
+
+
+def _of_rest(lines: int, length: int) -> list[int]:
+    """The cheapest way to run so many lines in powers of two."""
+    if lines == 0:
+        return []
+    below = _power_of_two(lines)
+    parts = [below, *_of_rest(lines - below, length)]
+    cost = sum(parts) * length + len(parts) * BATCH_COST
+    return parts if below == lines or cost <= 2 * below * length + BATCH_COST else [2 * below]
 
 
 def _power_of_two(number: int) -> int:

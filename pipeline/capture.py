@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.batches import Batch
 from pipeline.errors import InputError
 from pipeline.families import FAMILIES, Family
+from pipeline.overlap import upload
 from pipeline.sites import Site
 
 Replace = Callable[[Tensor], Tensor]
@@ -119,12 +121,26 @@ def _visit_scaled(visit: Callable[[Tensor], Tensor | None], output: Tensor, fact
     return None if new is None else torch.where(new == acts, output, new / factor)
 
 
-def run_base(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Run a base model on int64 [batch, position], contexts from position 0, padding on the right.
+def model_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What a forward pass of a batch is given: int64 [line, position] on `device`.
 
-    No mask and no position ids are given: attention is then plainly causal, padding cannot reach a row, and
-    transformers does not take the batch for packed sequences.
+    Never a mask. Where lines hold one context each, attention is then plainly causal, and padding on the right cannot
+    reach a row. Where they hold several, the positions begin anew with each, which transformers takes for packed
+    sequences: it makes the masks, sliding windows and all, or hands their bounds to flash attention. The latter only if
+    all stand in one line, so they are given as one.
     """
-    hidden = model(input_ids=tokens, use_cache=False).last_hidden_state
+    inputs = {"input_ids": batch.tokens()}
+    position_ids = batch.position_ids()
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+        attention: Any = getattr(model.config, "_attn_implementation", None)
+        if str(attention).startswith("flash"):
+            inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
+    return {name: upload(torch.from_numpy(values), device) for name, values in inputs.items()}
+
+
+def run_base(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The hidden states after the last layer of a base model, from `model_inputs`."""
+    hidden = model(**inputs, use_cache=False).last_hidden_state
     assert isinstance(hidden, torch.Tensor)
     return hidden

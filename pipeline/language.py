@@ -3,7 +3,7 @@
 loss recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean): 1 for the identity, 0 for the ablation itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batches import batches_of
-from pipeline.capture import Replace, capture, splice
+from pipeline.capture import Replace, capture, model_inputs, splice
 from pipeline.errors import InputError
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
@@ -58,13 +58,13 @@ def loss_recovered(
     predictions = 0
     longest = max((len(c.tokens) for c in contexts), default=1)
     for batch in batches_of(contexts, batch_tokens, longest):
-        tokens = torch.from_numpy(batch.tokens()).to(device)
-        is_row = torch.zeros(tokens.shape, dtype=torch.bool)
-        scored = torch.zeros(tokens.shape, dtype=torch.bool)  # rows whose next token is in the context
-        for line, context in enumerate(batch.contexts):
-            is_row[line, context.positions] = True
-            scored[line, context.positions[context.positions < len(context.tokens) - 1]] = True
-        is_row, scored = is_row.to(device), scored.to(device)
+        inputs = model_inputs(model, batch, device)
+        is_row = torch.zeros(batch.positions, dtype=torch.bool)
+        scored = torch.zeros(batch.positions, dtype=torch.bool)  # rows whose next token is in the context
+        for place, context in batch.places():
+            is_row[place + context.positions] = True
+            scored[place + context.positions[context.positions < len(context.tokens) - 1]] = True
+        is_row, scored = (mask.to(device).view_as(inputs["input_ids"]) for mask in (is_row, scored))
         with capture(model, [input_site]) as taken:
 
             def spliced(acts: Tensor, taken: object = taken) -> Tensor:
@@ -79,7 +79,7 @@ def loss_recovered(
                 lambda acts: mean.to(acts).expand_as(acts),
             ]
             for number, intervention in enumerate(interventions):
-                totals[number] += _summed_loss(model, output_site, intervention, tokens, is_row, scored)
+                totals[number] += _summed_loss(model, output_site, intervention, inputs, is_row, scored)
         predictions += int(scored.sum())
     if predictions == 0:
         raise InputError("no held-out context is long enough to predict a token from a row")
@@ -88,13 +88,18 @@ def loss_recovered(
 
 
 def _summed_loss(
-    model: nn.Module, site: Site, intervention: Replace | None, tokens: Tensor, is_row: Tensor, scored: Tensor
+    model: nn.Module,
+    site: Site,
+    intervention: Replace | None,
+    inputs: Mapping[str, Tensor],
+    is_row: Tensor,
+    scored: Tensor,
 ) -> float:
     def on_rows(acts: Tensor) -> Tensor:
         assert intervention is not None
         return torch.where(is_row.to(acts.device).unsqueeze(-1), intervention(acts).to(acts.dtype), acts)
 
     with nullcontext() if intervention is None else splice(model, site, on_rows):
-        logits = model(input_ids=tokens, use_cache=False).logits
-    targets = tokens.roll(-1, dims=1)
+        logits = model(**inputs, use_cache=False).logits
+    targets = inputs["input_ids"].roll(-1, dims=1)
     return float(nn.functional.cross_entropy(logits[scored].float(), targets[scored], reduction="sum"))

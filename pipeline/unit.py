@@ -14,8 +14,8 @@ import torch._dynamo.config
 from torch import Tensor, nn
 
 from pipeline.attention import attend_in_blocks
-from pipeline.batches import Batch, batch_size, batches_of
-from pipeline.capture import capture, decoder_layers, run_base
+from pipeline.batches import Batch, batches_of, full_shapes
+from pipeline.capture import capture, decoder_layers, model_inputs, run_base
 from pipeline.errors import InputError
 from pipeline.overlap import ForwardClock, RowCopies, upload
 from pipeline.rounding import TORCH_TYPES, Rounded, is_exact, round_rows, square_error
@@ -68,8 +68,8 @@ class UnitRunner:
         compile_layers: bool = False,
     ):
         """`sites`: the sites to take, with what each is stored as. `context`: most tokens of a context.
-        `compile_layers`: compile the layers for full batches of contexts of this length. Only for those, as each shape
-        costs the compiler some seconds for each layer with sites; other shapes run eagerly."""
+        `compile_layers`: compile the layers for full batches. Only for those, as each shape costs the compiler some
+        seconds for each layer with sites; what is left at the end of a unit runs eagerly."""
         self.model = model
         self.sites = dict(sites)
         self.d_model = d_model
@@ -81,15 +81,16 @@ class UnitRunner:
         self._taken = self._taps.enter_context(capture(model, list(self.sites)))
         self._copies = RowCopies()
         self._clock = ForwardClock(self.device)
-        self._compiled_shape: tuple[int, int] | None = None
+        self._compiled_shapes: set[tuple[int, int]] | None = None
         if compile_layers:
             if self.device.type == "cpu":
                 attend_in_blocks(model)
-            self._compiled_shape = (batch_size(batch_tokens, context), context)
+            self._compiled_shapes = full_shapes(batch_tokens, context)
             layers = decoder_layers(model)
             # Layers with other taps are other code to the compiler, which by default gives up, and runs the rest
-            # eagerly, after eight.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + len(layers))
+            # eagerly, after eight. So are other shapes, and a mask beside none.
+            variants = 2 * len(self._compiled_shapes) * (1 + len({site.layer for site in self.sites}))
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + variants)
             for layer in layers:
                 layer.compile(dynamic=False)
 
@@ -114,10 +115,9 @@ class UnitRunner:
         errors: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         filled = positions = padding = 0
         for batch in batches_of(contexts, self.batch_tokens, self.context):
-            tokens = torch.from_numpy(batch.tokens())
             source, parts = _rows_of(batch)
             with self._clock.forward():
-                self._forward(tokens)
+                self._forward(model_inputs(self.model, batch, self.device))
             for site, stored in self.sites.items():
                 acts = self._taken[site].reshape(-1, self.d_model)
                 # Gathered where they are (layers may be on several devices), into memory that no later batch reuses.
@@ -137,17 +137,18 @@ class UnitRunner:
         square_errors = {site: sum(error.item() for error in parts) for site, parts in errors.items()}
         return Activations(kept, square_errors, positions, padding, self._clock.idle_share())
 
-    def _forward(self, tokens: Tensor) -> None:
-        eager = self._compiled_shape is not None and tuple(tokens.shape) != self._compiled_shape
+    def _forward(self, inputs: Mapping[str, Tensor]) -> None:
+        shape = tuple(inputs["input_ids"].shape)
+        eager = self._compiled_shapes is not None and shape not in self._compiled_shapes
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            run_base(self.model, upload(tokens, self.device))
+            run_base(self.model, inputs)
 
 
 def _rows_of(batch: Batch) -> tuple[Tensor, list[slice]]:
     """Where a batch's rows are: flat positions in [lines * length], and for each context its rows of the unit."""
-    source = [context.positions + line * batch.length for line, context in enumerate(batch.contexts)]
-    rows = [slice(c.first_row, c.first_row + c.num_rows) for c in batch.contexts]
-    return torch.from_numpy(np.concatenate(source)), rows
+    places = list(batch.places())
+    source = np.concatenate([place + context.positions for place, context in places])
+    return torch.from_numpy(source), [slice(c.first_row, c.first_row + c.num_rows) for _, c in places]
 
 
 @torch.inference_mode()

@@ -46,9 +46,8 @@ def unit(seed: int) -> tuple[list[ContextRows], int]:
 
 def runner_of(folder: Path, where: Placement = Placement("cuda"), dtype: str = "float32") -> UnitRunner:  # noqa: B008
     model = load_base_model(describe_model(str(folder)), layers=LAYERS, dtype=dtype, placement=where)
-    return UnitRunner(
-        model, SITES, dtype=dtype, d_model=D_MODEL, batch_tokens=4 * CONTEXT, context=CONTEXT, device="cuda"
-    )
+    stored = dict.fromkeys(SITES, dtype)
+    return UnitRunner(model, stored, d_model=D_MODEL, batch_tokens=4 * CONTEXT, context=CONTEXT, device="cuda")
 
 
 def one_after_another(folder: Path, contexts: list[ContextRows], dtype: str) -> dict[Site, torch.Tensor]:
@@ -70,15 +69,15 @@ def test_units_one_after_another_into_the_same_buffers(folder: Path, dtype: str)
     runner = runner_of(folder, dtype=dtype)
     expected = [one_after_another(folder, unit(seed)[0], dtype) for seed in range(3)]
     buffers = runner.buffers(unit(0)[1])
-    assert all(buffer.is_pinned() for buffer in buffers.values())
+    assert all(buffer.values.is_pinned() for buffer in buffers.values())
     for round_number in range(10):  # what is read too early, or memory that is given out too early, shows by chance
         for seed in range(3):
             contexts, rows = unit(seed)
             found = runner.run(contexts, rows, into=buffers)
             for site in SITES:
-                assert torch.equal(found.sites[site], expected[seed][site]), (round_number, seed, site)
+                assert torch.equal(found.sites[site].values, expected[seed][site]), (round_number, seed, site)
             for buffer in buffers.values():
-                buffer.fill_(float("nan"))
+                buffer.values.fill_(float("nan"))
 
 
 def test_idle_time_is_measured(folder: Path) -> None:
@@ -106,7 +105,7 @@ def test_a_model_with_little_room_on_the_gpu(
     assert {"cpu", "disk"} & places
     found = runner.run(contexts, rows).sites
     for site in SITES:
-        assert torch.equal(found[site], expected[site]), site
+        assert torch.equal(found[site].values, expected[site].values), site
 
 
 def test_dtypes_of_this_gpu() -> None:

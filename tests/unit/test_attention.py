@@ -8,9 +8,12 @@ import torch
 import torch._dynamo.config
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
+from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 import pipeline.attention
 from pipeline.attention import BLOCK, attend_in_blocks, block_attention
+from pipeline.batches import Batch
+from pipeline.capture import model_inputs
 from pipeline.rows import ContextRows
 from pipeline.sites import KINDS, Site
 from pipeline.unit import UnitRunner
@@ -63,10 +66,10 @@ def test_models_that_are_not_bfloat16_with_sdpa_are_left_alone() -> None:
 
 
 def contexts() -> list[ContextRows]:
-    """Two full batches of contexts, which run compiled, and a shorter context, which does not."""
+    """Full batches, which run compiled, of whole contexts and of several in a line; and a line that runs eagerly."""
     rng = np.random.default_rng(0)
     found, row = [], 0
-    for length in (*[CONTEXT] * 8, 20):
+    for length in (*[CONTEXT] * 4, *[20, 12] * 4, 20):
         found.append(ContextRows(rng.integers(0, VOCABULARY, length).astype(np.int32), np.arange(1, length), row))
         row += length - 1
     return found
@@ -119,3 +122,14 @@ def test_more_layers_than_the_compiler_takes_by_default_are_compiled(monkeypatch
     torch._dynamo.reset()
     layers = 9
     activations(layers, [Site(layer, "mlp_in") for layer in range(layers)], torch.float32, compiled=True)
+
+
+def test_flash_attention_is_told_where_each_context_begins() -> None:
+    """By transformers' own reading of what the model is given; without a GPU the kernel itself does not run."""
+    batch = Batch([contexts()[4:6], contexts()[6:7]], 2 * CONTEXT, 2)  # 20 and 12, and then 20 tokens
+    model = LlamaModel._from_config(LlamaConfig(**SHAPE, num_hidden_layers=1))
+    model.config._attn_implementation_internal = "flash_attention_2"
+    position_ids = model_inputs(model, batch, torch.device("cpu"))["position_ids"]
+    assert _is_packed_sequence(position_ids, batch_size=len(position_ids))
+    (bounds, _), _ = prepare_fa_kwargs_from_position_ids(position_ids)
+    assert bounds.tolist() == [0, 20, 32, 64, 84, 128]  # what is left of a line counts as one more

@@ -78,7 +78,8 @@ NUM_ROWS = sum(LENGTHS) - len(LENGTHS)
 
 def test_contexts_have_neighbours_and_padding() -> None:
     batches = batches_of(some_contexts(), BATCH_TOKENS, 40)
-    assert any(len(batch.contexts) > 1 for batch in batches)
+    assert any(batch.is_packed for batch in batches)
+    assert any(len(batch.contents) > 1 for batch in batches)
     assert any(batch.padding for batch in batches)
 
 
