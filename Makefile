@@ -31,7 +31,9 @@ bench: $(INSTALLED)         ## the measurements of benchmarks/, one after the ot
 	$(BIN)/python -m benchmarks.objects
 	$(BIN)/python -m benchmarks.verify
 	$(BIN)/python -m benchmarks.harvest
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.padding
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.storage_types
 	$(BIN)/python -m benchmarks.planning --tokens
 

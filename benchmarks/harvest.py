@@ -4,9 +4,11 @@ A Llama with hidden size 512 and 8 layers, random weights in bfloat16, contexts 
 stored (so that no layer can be left out). Loading and compiling are left out on all sides (steady state); how long they
 took is printed. In turn, several times in one run:
 
-- the plain eager forward pass of the same model on full batches, and its matrix products alone (no forward pass in
-  bfloat16 is faster); the compiled forward pass of the harvester on full batches (what a harvest could at best be);
-- units through a real harvester actor, two in flight, committed to disk;
+- the plain eager forward pass of the same model on full batches of the harvest's size and of the size at which it is
+  fastest, and its matrix products alone (no forward pass in bfloat16 is faster); the compiled forward pass of the
+  harvester on full batches (what a harvest could at best be);
+- units through a real harvester actor, two in flight, committed to disk; and through as many actors of one thread as it
+  has threads, which hold the model once each;
 - units through one worker of one thread, and twice as many through two of them at once.
 
 Beside the clock, the seconds that processes had a core: on a machine that others use too, these say more.
@@ -48,6 +50,7 @@ from workers.settings import CorpusSettings, HarvestSettings, ModelSettings
 
 HIDDEN, LAYERS, CONTEXT, BATCH_TOKENS, ROWS_PER_UNIT = 512, 8, 256, 4096, 32768
 SITES = [f"resid_post.{LAYERS - 1}", f"mlp_in.{LAYERS - 1}", f"mlp_out.{LAYERS - 1}"]
+EAGER_SIZES = (512, 1024, 2048, BATCH_TOKENS)
 UNITS_PER_ROUND = 4
 UNITS_PER_WORKER = 2
 BATCHES_PER_ROUND = 12
@@ -101,26 +104,26 @@ def main() -> None:
         if arguments.only in (None, "forward"):
             result |= against_forward(folder, arguments.rounds, arguments.threads, compiled)
         if arguments.only in (None, "workers"):
-            result |= against_one_worker(folder, arguments.rounds, compiled)
+            result |= against_one_worker(folder, arguments.rounds, arguments.threads, compiled)
         if arguments.only in (None, "memory"):
             result["peak_units"] = memory(folder, arguments.threads, compiled)
     print(json.dumps({"machine": machine(), "threads": arguments.threads, "compiled": compiled, **result}))
 
 
 def against_forward(folder: Path, rounds: int, threads: int, compiled: bool) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    model = AutoModel.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
-    products = matrix_products(model)
+    eager = EagerForward(folder, threads)
+    products = matrix_products(eager.model)
     setup = prepare(folder, 1 + rounds * UNITS_PER_ROUND, threads, compiled)
     started = time.perf_counter()
     (actor,) = start(setup, 1)
     warm_up = time.perf_counter() - started
     print(f"load, compile and first unit: {warm_up:.1f} s")
-    taken: dict[str, list[Rate]] = {"eager": [], "products": [], "compiled": [], "harvest": []}
+    taken: dict[str, list[Rate]] = {"eager": [], "eager, best": [], "products": [], "compiled": [], "harvest": []}
     results: list[UnitResult] = []
     for number in range(rounds):
-        taken["eager"].append(forward_rate(partial(model, use_cache=False), model.config.vocab_size))
-        taken["products"].append(forward_rate(products, model.config.vocab_size))
+        taken["eager"].append(eager.rate(BATCH_TOKENS))
+        taken["eager, best"].append(eager.rate(eager.best))
+        taken["products"].append(forward_rate(products, eager.model.config.vocab_size))
         taken["compiled"].append(ray.get(actor.forward_rate.remote()))
         rate, of_units = harvest_rate([actor], 1 + number * UNITS_PER_ROUND)
         taken["harvest"].append(rate)
@@ -128,6 +131,7 @@ def against_forward(folder: Path, rounds: int, threads: int, compiled: bool) -> 
         print(f"round {number}: {', '.join(f'{k} {v[-1][0]:,.0f}' for k, v in taken.items())} rows/s", flush=True)
     ray.kill(actor)
     ratios, cpu_ratios = ratio_of(taken["harvest"], taken["eager"]), ratio_of(taken["harvest"], taken["eager"], 1)
+    to_best = ratio_of(taken["harvest"], taken["eager, best"])
     medians = {
         name: [statistics.median(column) for column in zip(*rates, strict=True)] for name, rates in taken.items()
     }
@@ -137,6 +141,7 @@ def against_forward(folder: Path, rounds: int, threads: int, compiled: bool) -> 
     rows, positions = sum(r.rows for r in results), sum(r.positions_run for r in results)
     padding = sum(r.padding for r in results) / positions
     print(f"harvest / eager forward: {ratios:.2f}, in seconds of a core {cpu_ratios:.2f}")
+    print(f"harvest / eager forward in batches of {eager.best}: {to_best:.2f}")
     print(f"harvest / compiled forward: {ratio_of(taken['harvest'], taken['compiled']):.2f}")
     print(f"padding: {padding:.1%} of the positions run; {positions / rows:.3f} positions a row")
     return {
@@ -144,18 +149,21 @@ def against_forward(folder: Path, rounds: int, threads: int, compiled: bool) -> 
         "rows_per_core_s": {name: rate for name, (_, rate) in medians.items()},
         "ratio": ratios,
         "cpu_ratio": cpu_ratios,
+        "ratio_to_best_eager": to_best,
         "padding": padding,
         "warm_up_s": warm_up,
     }
 
 
-def against_one_worker(folder: Path, rounds: int, compiled: bool) -> dict[str, Any]:
+def against_one_worker(folder: Path, rounds: int, threads: int, compiled: bool) -> dict[str, Any]:
     """Two workers of one thread on units of their own, and one of them alone; as many units for each worker."""
+    eager, forward = EagerForward(folder, threads), []
     setup = prepare(folder, 2 + rounds * 3 * UNITS_PER_WORKER, 1, compiled)
     both = start(setup, 2)
     alone, together = [], []
     for number in range(rounds):
         first = 2 + number * 3 * UNITS_PER_WORKER
+        forward.append(eager.rate(eager.best))
         alone.append(harvest_rate(both[:1], first, UNITS_PER_WORKER)[0])
         together.append(harvest_rate(both, first + UNITS_PER_WORKER, UNITS_PER_WORKER)[0])
         print(f"round {number}: one worker {alone[-1][0]:,.0f}, two {together[-1][0]:,.0f} rows/s", flush=True)
@@ -167,7 +175,14 @@ def against_one_worker(folder: Path, rounds: int, compiled: bool) -> dict[str, A
     of_cores = 2 * ratio_of(together, alone, 1)
     print(f"two workers / one worker: {ratio:.2f} ({rates['two']:,.0f} / {rates['one']:,.0f} rows/s); ", end="")
     print(f"by seconds of a core {of_cores:.2f}")
-    return {"workers_rows_per_s": rates, "workers_ratio": ratio, "workers_cpu_ratio": of_cores}
+    to_best = ratio_of(together, forward)
+    print(f"two workers / eager forward of {threads} threads in batches of {eager.best}: {to_best:.2f}")
+    return {
+        "workers_rows_per_s": rates,
+        "workers_ratio": ratio,
+        "workers_cpu_ratio": of_cores,
+        "workers_ratio_to_best_eager": to_best,
+    }
 
 
 def memory(folder: Path, threads: int, compiled: bool) -> dict[str, float]:
@@ -184,6 +199,18 @@ def memory(folder: Path, threads: int, compiled: bool) -> dict[str, float]:
     return peaks
 
 
+class EagerForward:
+    """The model as transformers runs it."""
+
+    def __init__(self, folder: Path, threads: int):
+        torch.set_num_threads(threads)
+        self.model = AutoModel.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
+        self.best = max(EAGER_SIZES, key=lambda size: self.rate(size)[0])
+
+    def rate(self, batch_tokens: int) -> Rate:
+        return forward_rate(partial(self.model, use_cache=False), self.model.config.vocab_size, batch_tokens)
+
+
 def start(setup: HarvesterSetup, workers: int) -> list[Any]:
     """Actors, each after a first unit (unit 0, 1, ...), so that everything is loaded and compiled."""
     actor = ray.remote(max_concurrency=UNITS_IN_FLIGHT)(MeasuredHarvester).options(num_cpus=setup.threads)
@@ -193,13 +220,14 @@ def start(setup: HarvesterSetup, workers: int) -> list[Any]:
 
 
 @torch.inference_mode()
-def forward_rate(forward: Callable[[torch.Tensor], Any], vocabulary: int) -> Rate:
+def forward_rate(forward: Callable[[torch.Tensor], Any], vocabulary: int, batch_tokens: int = BATCH_TOKENS) -> Rate:
     """Of full batches; a context of 256 tokens gives 255 rows, as in the harvest."""
-    tokens = torch.randint(0, vocabulary, (BATCH_TOKENS // CONTEXT, CONTEXT))
+    tokens = torch.randint(0, vocabulary, (batch_tokens // CONTEXT, CONTEXT))
+    batches = BATCHES_PER_ROUND * BATCH_TOKENS // batch_tokens
     started, cpu = time.perf_counter(), time.process_time()
-    for _ in range(BATCHES_PER_ROUND):
+    for _ in range(batches):
         forward(tokens)
-    rows = BATCHES_PER_ROUND * tokens.shape[0] * (tokens.shape[1] - 1)
+    rows = batches * tokens.shape[0] * (tokens.shape[1] - 1)
     return rows / (time.perf_counter() - started), rows / (time.process_time() - cpu)
 
 

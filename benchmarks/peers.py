@@ -1,14 +1,15 @@
 """Rows per second beside SAELens: python -m benchmarks.peers
 
-The same Llama (see benchmarks.harvest) from the same folder, the same text and number of threads, in turn in one run:
-SAELens' CacheActivationsRunner storing one site (the output of the last layer), and our harvester storing three of that
-layer, through a real actor, committed and flushed to disk. Loading, compiling and tokenising are left out on both
-sides.
+The same Llama (see benchmarks.harvest) from the same folder, the same text and cores, in turn in one run: SAELens'
+CacheActivationsRunner storing one site (the output of the last layer) with as many threads as there are cores, and our
+harvesters storing three of that layer, one of one thread for each core, through real actors, committed and flushed to
+disk. Loading, compiling and tokenising are left out on both sides.
 
-SAELens gets what suits it best: the model in bfloat16, full batches of as many tokens as ours, contexts tokenised
+SAELens gets what suits it: the model in bfloat16, full batches of as many tokens as ours, contexts tokenised
 beforehand that follow one another without padding (BOS and 255 tokens, documents run together; every position counts
-as a row, BOS too), no shuffling, one shard, no hub. What it stores is float32, its default, or float16 if that is
-faster here (bfloat16 it cannot store). It does not flush to disk, and its hooks on every module rule out compiling.
+as a row, BOS too), no shuffling, one shard, no hub. By default it runs models as transformer_lens' HookedTransformer
+and stores float32; the model as transformers has it (AutoModelForCausalLM), and float16, are faster. It does not flush
+to disk, and its hooks on every module rule out compiling.
 
 It is installed once, with its dependencies, into .bench-venv/saelens: it wants other packages than we do.
 """
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from benchmarks.harvest import (
     HIDDEN,
     LAYERS,
     ROWS_PER_UNIT,
-    UNITS_PER_ROUND,
+    UNITS_PER_WORKER,
     Rate,
     harvest_rate,
     make_corpus,
@@ -53,6 +54,14 @@ from workers.cluster import connected
 ENVIRONMENT = Path(__file__).parents[1] / ".bench-venv" / "saelens"
 SAELENS = "sae-lens==6.54.12"
 SAELENS_ROWS = 4 * ROWS_PER_UNIT
+OURS = "ours, 3 sites, bfloat16"
+THEIRS = {
+    "SAELens, 1 site, its defaults (HookedTransformer, float32)": ("HookedTransformer", "float32"),
+    "SAELens, 1 site, HookedTransformer, float16": ("HookedTransformer", "float16"),
+    "SAELens, 1 site, AutoModel, float32": ("AutoModelForCausalLM", "float32"),
+    "SAELens, 1 site, AutoModel, float16": ("AutoModelForCausalLM", "float16"),
+}
+"""Class of the model, and what the rows are stored as: bfloat16 it cannot."""
 
 
 def main() -> None:
@@ -69,26 +78,29 @@ def main() -> None:
 def run(folder: Path, python: Path, rounds: int, threads: int) -> dict[str, Any]:
     make_model(folder / "model")
     make_corpus(folder / "corpus.parquet")
-    setup = prepare(folder, 1 + rounds * UNITS_PER_ROUND, threads, compiled=True)
+    setup = prepare(folder, threads * (1 + rounds * UNITS_PER_WORKER), 1, compiled=True)
     write_contexts(setup.store, folder / "contexts.parquet")
-    (actor,) = start(setup, 1)
-    rates: dict[str, list[Rate]] = {"ours, 3 sites": [], "SAELens, 1 site, float32": [], "SAELens, 1 site, float16": []}
-    with saelens(python, folder, threads, "float32") as wide, saelens(python, folder, threads, "float16") as narrow:
+    actors = start(setup, threads)
+    rates: dict[str, list[Rate]] = {OURS: [], **{name: [] for name in THEIRS}}
+    with ExitStack() as stack:
+        peers = {name: stack.enter_context(saelens(python, folder, threads, *of)) for name, of in THEIRS.items()}
         for number in range(rounds):
-            ours, _ = harvest_rate([actor], 1 + number * UNITS_PER_ROUND)
-            for taken, rate in zip(rates.values(), (ours, saelens_rate(wide), saelens_rate(narrow)), strict=True):
-                taken.append(rate)
+            rates[OURS].append(harvest_rate(actors, threads * (1 + number * UNITS_PER_WORKER), UNITS_PER_WORKER)[0])
+            for name, peer in peers.items():
+                rates[name].append(saelens_rate(peer))
             print(f"round {number}: {', '.join(f'{k} {v[-1][0]:,.0f}' for k, v in rates.items())} rows/s", flush=True)
-    ray.kill(actor)
-    ours_rates, *theirs_rates = rates.values()
-    best = max(theirs_rates, key=lambda taken: statistics.median(rate for rate, _ in taken))
-    ratio, cpu_ratio = ratio_of(ours_rates, best), ratio_of(ours_rates, best, 1)
-    medians = {k: tuple(map(statistics.median, zip(*taken, strict=True))) for k, taken in rates.items()}
-    print("| | rows/s | rows per second of a core |\n|---|---|---|")
-    for name, (rate, per_core) in medians.items():
-        print(f"| {name} | {rate:,.0f} | {per_core:,.0f} |")
-    print(f"ours / the better of SAELens': {ratio:.2f}, in seconds of a core {cpu_ratio:.2f}")
-    return {"rows_per_s": {k: rate for k, (rate, _) in medians.items()}, "ratio": ratio, "cpu_ratio": cpu_ratio}
+    for actor in actors:
+        ray.kill(actor)
+    print("| | rows/s | rows per second of a core | ours to it | in seconds of a core |\n|---|---|---|---|---|")
+    for name, taken in rates.items():
+        rate, per_core = map(statistics.median, zip(*taken, strict=True))
+        to_it, of_core = ratio_of(rates[OURS], taken), ratio_of(rates[OURS], taken, 1)
+        print(f"| {name} | {rate:,.0f} | {per_core:,.0f} | {to_it:.2f} | {of_core:.2f} |")
+    return {
+        "rows_per_s": {name: statistics.median(rate for rate, _ in taken) for name, taken in rates.items()},
+        "ratios": {name: ratio_of(rates[OURS], rates[name]) for name in THEIRS},
+        "cpu_ratios": {name: ratio_of(rates[OURS], rates[name], 1) for name in THEIRS},
+    }
 
 
 def write_contexts(store_url: str, path: Path) -> None:
@@ -120,15 +132,16 @@ def saelens_python() -> Path:
 
 
 @contextmanager
-def saelens(python: Path, folder: Path, threads: int, dtype: str) -> Iterator["subprocess.Popen[str]"]:
+def saelens(python: Path, folder: Path, threads: int, kind: str, dtype: str) -> Iterator["subprocess.Popen[str]"]:
     """A process that runs SAELens' runner whenever it is asked to; it has done so once."""
-    place = folder / dtype
+    place = folder / f"{kind}-{dtype}"
     place.mkdir()
     settings = {
         "folder": str(place),
         "contexts": str(folder / "contexts.parquet"),
         "model": str(folder / "model"),
-        "hook": f"model.layers.{LAYERS - 1}",
+        "class": kind,
+        "hook": f"blocks.{LAYERS - 1}.hook_resid_post" if kind == "HookedTransformer" else f"model.layers.{LAYERS - 1}",
         "d_model": HIDDEN,
         "context": CONTEXT,
         "batch": BATCH_TOKENS // CONTEXT,

@@ -22,13 +22,15 @@ def main() -> None:
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
     torch.set_num_threads(settings["threads"])
+    if settings["class"] == "HookedTransformer":
+        _let_hooked_transformer_load(settings["model"])
     dataset = Dataset.from_parquet(settings["contexts"], cache_dir=settings["folder"] + "/datasets")
     for _ in sys.stdin:
         place = settings["folder"] + "/saelens"
         config: Any = CacheActivationsRunnerConfig(
             dataset_path="given below",
             model_name=settings["model"],
-            model_class_name="AutoModelForCausalLM",
+            model_class_name=settings["class"],
             model_from_pretrained_kwargs={"dtype": "bfloat16"},
             hook_name=settings["hook"],
             d_in=settings["d_model"],
@@ -51,6 +53,14 @@ def main() -> None:
         del runner, cached
         shutil.rmtree(place)
         print(json.dumps({"rows": rows, "seconds": seconds, "core_seconds": cpu}), flush=True)
+
+
+def _let_hooked_transformer_load(folder: str) -> None:
+    """transformer_lens takes a local model of a known architecture, once its list of names is not asked about it."""
+    from transformer_lens import loading_from_pretrained
+
+    known = loading_from_pretrained.get_official_model_name
+    loading_from_pretrained.get_official_model_name = lambda name: name if name == folder else known(name)
 
 
 if __name__ == "__main__":

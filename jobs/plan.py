@@ -17,7 +17,7 @@ from jobs.spec import Spec
 from jobs.tables import Prices, load_prices, storage_costs
 from pipeline.corpora.open import Corpus
 from pipeline.errors import InputError
-from pipeline.layout import Documents
+from pipeline.layout import Documents, Sizes
 from pipeline.models import ModelInfo, describe_model
 from storage.arrays import RowArray
 from storage.commits import UNITS_PER_BLOCK, committed_units
@@ -53,7 +53,8 @@ class PlanOptions:
 
 
 def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
-    """Tokenise the corpus, count and reckon, and write nothing. Raises the errors that harvesting would."""
+    """Tokenise the corpus, unless a store has it already, count and reckon, and write nothing. Raises the errors that
+    harvesting would."""
     options = options or PlanOptions()
     prices = load_prices(options.prices)  # before anything that takes long
     open_place(spec.store).names()  # raises where there is no such bucket
@@ -61,15 +62,20 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     check_harvest(info, spec.model, spec.harvest)
     info.check_context(spec.corpus.context)
     source = open_source(spec.corpus, spec.model, info.vocabulary)
-    store, jobs = _existing(spec, info, source)
+    store, jobs, is_whole = _existing(spec, info, source)
     measured = None
-    with ProgressLine("planning", "rows") as line, cluster_for(spec) as cluster:
-        tasks = source.tasks(cluster.connect)
-        table = plan_rows(source, line.update, tasks)
-        if options.measure_s is not None:
-            (documents,) = tasks.get([table.buckets[0].documents])
-            measured = _measured(spec, info, documents, table.sizes.rows, options.measure_s)
-    rows = table.sizes
+    if store is not None and is_whole and options.measure_s is None:
+        at = store.info
+        rows = Sizes(at.num_documents, at.num_contexts, at.num_context_tokens, at.num_rows)
+        left_out = at.skipped
+    else:
+        with ProgressLine("planning", "rows") as line, cluster_for(spec) as cluster:
+            tasks = source.tasks(cluster.connect)
+            table = plan_rows(source, line.update, tasks)
+            if options.measure_s is not None:
+                (documents,) = tasks.get([table.buckets[0].documents])
+                measured = _measured(spec, info, documents, table.sizes.rows, options.measure_s)
+        rows, left_out = table.sizes, table.skipped.to_record()
     per_unit = spec.corpus.unit_size(rows.rows) if store is None else store.info.rows_per_unit
     arrays = _arrays(spec, info, rows.rows, per_unit)
     done, to_run = _left(store, jobs, UnitRanges(rows.rows, per_unit))
@@ -92,7 +98,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
         "layers_of_model": info.num_layers,
         "files": [file.name for corpus in source.corpora if isinstance(corpus, Corpus) for file in corpus.files],
         "documents": rows.documents,
-        "left_out": table.skipped.to_record(),
+        "left_out": left_out,
         "contexts": rows.contexts,
         "rows": rows.rows,
         "units": -(-rows.rows // per_unit),
@@ -105,16 +111,16 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     }
 
 
-def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None, list[HarvestJob]]:
-    """The spec's store, if it is there, and what is left to do in it as it is. Raises what contradicts it; a store that
-    has the beginning of the spec's rows does not."""
+def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None, list[HarvestJob], bool]:
+    """The spec's store, if it is there; what is left to do in it as it is; whether it has all rows of the spec. Raises
+    what contradicts it; a store that has the beginning of the spec's rows does not."""
     place = open_place(spec.store)
     if not (place / "zarr.json").exists():
-        return None, []
+        return None, [], False
     store = open_store(place)
     check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, spec.model.tokenizer or spec.model.id)
-    growth_of(store, source.identity)
-    return store, prepare_harvests(store, spec.model, info, spec.harvest)
+    is_whole = growth_of(store, source.identity) is None
+    return store, prepare_harvests(store, spec.model, info, spec.harvest), is_whole
 
 
 def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> tuple[int, int]:

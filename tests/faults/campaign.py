@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for tests/s3.py, where this i
 
 import objects
 import processes
+import yaml
 from processes import Run, check_same, write_spec
 from s3 import S3Server, running_server
 
@@ -37,7 +38,7 @@ class Campaign:
 
 
 def over_the_cluster(spec: Path, seed: int, times: int) -> int:
-    corpus = Path(spec.parent.parent / "corpus.parquet")
+    corpus = Path(yaml.safe_load(spec.read_text())["corpus"]["path"])
     return processes.lose_nodes(
         lambda address: write_spec(spec.parent, corpus, cluster={**processes.QUICK, "address": address}), seed, times
     )

@@ -18,7 +18,6 @@ from processes import Run, write_spec
 from s3 import SECRET, S3Server
 
 from jobs.cli import main
-from jobs.demo.corpus import write_corpus
 from storage.places import open_place
 from storage.store import Store, open_store
 
@@ -32,13 +31,6 @@ def spec_at(folder: Path, library: Path, store: str, **sections: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("library") / "corpus.parquet"
-    write_corpus(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def environment(s3_server: S3Server) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment().items():
@@ -47,17 +39,17 @@ def environment(s3_server: S3Server) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def local(library: Path) -> Store:
-    spec = spec_at(library.parent / "local", library, "store")
+def local(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Store:
+    spec = spec_at(tmp_path_factory.mktemp("local"), library, "store")
     Run.start("harvest", spec).wait()
     return open_store(spec.parent / "store")
 
 
 @pytest.fixture(scope="module")
-def whole(library: Path, s3_server: S3Server, environment: None) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, library: Path, s3_server: S3Server, environment: None) -> Path:
     """The spec of a store on S3 of which every stage was run; `run` has printed into log-*.txt beside it."""
     spec = spec_at(
-        library.parent / "whole",
+        tmp_path_factory.mktemp("whole"),
         library,
         f"{s3_server.make_bucket()}/acts",
         anchors={"name": "kinds", "by": "kind", "min_rows": 100},
@@ -119,9 +111,9 @@ def test_running_again_does_nothing(whole: Path) -> None:
     assert after == before
 
 
-def test_a_killed_driver(library: Path, local: Store, whole: Path, s3_server: S3Server) -> None:
+def test_a_killed_driver(tmp_path: Path, library: Path, local: Store, whole: Path, s3_server: S3Server) -> None:
     """With all of its actors, while it harvests; the next one goes on from the commits."""
-    spec = spec_at(library.parent / "killed", library, f"{s3_server.make_bucket()}/acts")
+    spec = spec_at(tmp_path, library, f"{s3_server.make_bucket()}/acts")
     place, run = open_place(url_of(spec)), Run.start("harvest", spec)
     try:
         deadline = time.monotonic() + 120

@@ -16,30 +16,15 @@ import pytest
 import yaml
 from conftest import sentence
 from conftest import write_corpus as write_texts
+from harvests import DEADLINE_S, UNITS, assert_same, commits, granary, rows_of, start, wait_for, write_spec
 from safetensors.torch import load_file, save_file
-from test_again import DEADLINE_S, UNITS, assert_same, commits, granary, rows_of, start, wait_for, write_spec
 from transformers import AutoTokenizer
 
-from jobs.demo.corpus import write_corpus
 from storage.commits import committed_units, read_bitmap
 from storage.failures import failed_units, read_failure
 from storage.store import open_store
 
 SLOW_UNITS = 40
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("library") / "corpus.parquet"
-    write_corpus(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
-    spec = write_spec(tmp_path_factory.mktemp("undisturbed"), library)
-    granary("harvest", spec)
-    return spec.parent / "store"
 
 
 def spec_with(folder: Path, library: Path, sections: dict[str, dict[str, Any]] | None = None, **harvest: Any) -> Path:
