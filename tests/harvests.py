@@ -22,7 +22,7 @@ from storage.places import open_place
 from storage.store import open_store
 from storage.unitsets import UnitRanges
 
-MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"
+MODEL = Path(__file__).parents[1] / "jobs" / "demo" / "model"
 ROWS, ROWS_PER_UNIT = 80_000, 4096
 UNITS = -(-ROWS // ROWS_PER_UNIT)
 DEADLINE_S = 120

@@ -39,12 +39,12 @@ def spec_with(folder: Path, library: Path, sections: dict[str, dict[str, Any]] |
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> dict[str, dict[str, Any]]:
-    """Sections that make a harvest last: 40 units of about half a second each, so that things can happen meanwhile."""
-    model = make_model(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, head_dim=96)
+    """Sections that make a harvest last: 40 units of about a second each, so that things can happen meanwhile."""
+    model = make_model(hidden_size=384, intermediate_size=1024, num_hidden_layers=9, head_dim=96)
     return {
         "model": {"id": str(model), "dtype": "float32"},
         "corpus": {"rows": SLOW_UNITS * 1024, "rows_per_unit": 1024},
-        "harvest": {"sites": ["resid_post.5"]},
+        "harvest": {"sites": ["resid_post.8"]},
     }
 
 
