@@ -137,8 +137,11 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         rows_done = rows_elsewhere = positions_run = padding = 0
 
         def on_unit(result: UnitResult) -> None:
-            nonlocal rows_done, positions_run, padding
-            rows_done += result.rows
+            nonlocal rows_done, rows_elsewhere, positions_run, padding
+            if result.committed:
+                rows_done += result.rows
+            else:
+                rows_elsewhere += result.rows
             positions_run += result.positions_run
             padding += result.padding
             line.update(rows_done + rows_elsewhere)
@@ -152,7 +155,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         started = time.monotonic()
         stages.harvest(store, jobs, spec.harvest, spec.cluster, on_unit, on_elsewhere)
         seconds = time.monotonic() - started
-    others = f"; another driver did {rows_elsewhere:,} rows" if rows_elsewhere else ""
+    others = f"; others committed {rows_elsewhere:,} rows" if rows_elsewhere else ""
     say(
         f"harvested {rows_done:,} rows of {', '.join(spec.harvest.sites)} in {duration(seconds)} "
         f"({rows_done / seconds:,.0f} rows/s, start of the workers included; "

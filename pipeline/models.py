@@ -5,6 +5,7 @@ Everything that can be wrong with a model is found from its config, before weigh
 
 import hashlib
 import json
+import platform
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,7 @@ class ModelInfo:
 
     id: str
     revision: str
+    """Of a model on the hub the commit, so that every worker, now and later, gets the same weights."""
     name: str
     """Last part of the id and the start of the fingerprint: names the model inside a store."""
     fingerprint: str
@@ -83,7 +85,8 @@ def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
         sha.update(json.dumps({k: v for k, v in written.items() if k not in _CONFIG_NOISE}, sort_keys=True).encode())
         hash_weights(folder, sha)
     else:
-        sha.update(str(getattr(config, "_commit_hash", None) or revision).encode())
+        revision = str(getattr(config, "_commit_hash", None) or revision)
+        sha.update(revision.encode())
     fingerprint = sha.hexdigest()[:16]
     max_context, max_context_key = _max_context(config)
     return ModelInfo(
@@ -222,6 +225,11 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
         raise InputError(
             f"model.id: the weights of {info.id} cannot be loaded: {len(missing)} tensors that its config.json asks "
             f"for are not there, the first is {missing[0]}"
+        )
+    if (now := describe_model(info.id, info.revision).fingerprint) != info.fingerprint:  # changed since, or elsewhere
+        raise InputError(
+            f"model.id: {info.id} on {platform.node()} has the fingerprint {now}, and this run began with "
+            f"{info.fingerprint}: the weights were replaced, or this machine has others; put the same ones everywhere"
         )
     ready: nn.Module = model.eval().requires_grad_(False)
     return ready

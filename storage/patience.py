@@ -79,7 +79,7 @@ class Patience:
         found in order, so it waits from its first request on."""
         self._waiting = waiting
         self._worked: set[Verb] = set()
-        self._is_waiting = False
+        self._waits: set[Verb] = set()
         self._lock = threading.Lock()
 
     @property
@@ -105,7 +105,7 @@ class Patience:
                     )
                     raise Unreachable(f"{failure}{again if limit and self.has_worked else ''}") from failure.__cause__
                 if waited > SAID_AFTER_S and self.has_worked:
-                    self._tell(str(failure))
+                    self._waits_for(verb, str(failure))
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
@@ -119,13 +119,14 @@ class Patience:
 
     def _answered(self, verb: Verb) -> None:
         self._worked.add(verb)
-        if self._is_waiting:
-            self._tell(None)
+        if verb in self._waits:
+            self._waits_for(verb, None)
 
-    def _tell(self, failure: str | None) -> None:
+    def _waits_for(self, verb: Verb, failure: str | None) -> None:
         """Tell who waits that it begins or ends; one outage is told once, by whichever thread sees it first."""
         with self._lock:
-            if self._is_waiting == (failure is not None):
+            before = bool(self._waits)
+            (self._waits.discard if failure is None else self._waits.add)(verb)
+            if bool(self._waits) == before:
                 return
-            self._is_waiting = failure is not None
         (self._waiting or announce)(failure)

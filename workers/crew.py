@@ -4,6 +4,7 @@ Every call to an actor is remembered under Ray's reference to its answer, so tha
 """
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -85,6 +86,10 @@ class Crew:
     def listen(self, timeout_s: float) -> Iterator[Answer]:
         """What has come by now; waits for the first of it."""
         references = list(self._asked)
+        if not references:  # of nothing, ray.wait does not wait
+            time.sleep(timeout_s)
+            self.clock.tick()
+            return
         done, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
         if done:  # all that is there, so that the cost of asking is shared
             done, _ = ray.wait(references, num_returns=len(references), timeout=0)

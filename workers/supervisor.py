@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.errors import InputError
 from storage.commits import committed_units
@@ -23,13 +23,13 @@ from storage.errors import CannotWrite, NotAStore, StorageError, StoreGrown, Uni
 from storage.failures import Failure, clear_failure, failed_units, record_failure
 from storage.harvests import writer_id
 from storage.places import open_place
-from storage.unitsets import UnitRanges, UnitSet, shown
+from storage.unitsets import UnitRanges, UnitSet
 from workers.cluster import room_for
 from workers.crew import Answer, Crew, Worker, died_by_itself, reason_of
 from workers.harvester import HarvesterSetup, UnitResult
 from workers.presence import News, Presence
 from workers.pulses import HangLimits
-from workers.schedule import UNITS_IN_FLIGHT, Schedule
+from workers.schedule import FAILURES_IN_A_ROW, UNITS_IN_FLIGHT, Schedule
 from workers.settings import ClusterSettings, WorkerRange
 from workers.stopping import HarvestStopped, StopRequest, say, stop_requests
 from workers.todo import ToDo
@@ -37,8 +37,9 @@ from workers.versions import versions
 
 LOADS_IN_A_ROW = 8
 """Actors that may die or hang while they load, with none that got through in between, before the run gives up."""
-SET_ASIDE_AT_FIRST = 5
-"""Units that may be set aside before the first one is finished: then it is not the units."""
+USELESS_AT_FIRST, USELESS_IN_A_ROW = 3, 8
+"""Workers that have finished nothing and may be replaced, one after the other, because units raise in them: in a run that
+has finished nothing yet, and later. Then it is not the units."""
 REVIEW_S = 5.0
 """Seconds between two looks at how many workers there should be."""
 SILENCE_S = 60.0
@@ -86,7 +87,7 @@ class Supervisor:
         self.crew = Crew(setup, resources, HangLimits(cluster.hang_s, cluster.load_s))
         self.store = open_place(setup.store, waiting=partial(self.crew.outage.heard, "driver"))
         self.failed_before = set(failed_units(self.store, self.harvest, ranges))
-        self.loads_failed = self.rows = self.units = self.elsewhere = 0
+        self.loads_failed = self.useless = self.rows = self.units = self.elsewhere = 0
         self._reviewed = self._said_no_room = float("-inf")
         self._short_since: float | None = None
         self._news: News | None = None
@@ -156,6 +157,8 @@ class Supervisor:
                 has = len(self.schedule.in_flight.get(worker.number, ()))
                 if has == load and (unit := self.schedule.give(worker.number)) is not None:
                     self.crew.harvest(worker, unit, was_idle=has == 0)
+        if self.schedule.waits_for_another_worker and ready and len(ready) == len(self.crew.workers):
+            self._lose(ready[0], "it has failed at what is left", by_itself=False)  # a new process may do better
 
     def _step(self, on_unit: Callable[[UnitResult], None]) -> None:
         """Hear what has come, then look for workers that hang."""
@@ -166,6 +169,11 @@ class Supervisor:
             say(f"a harvester hangs ({worker.writer} {why}) and is replaced; its units go to others")
             self._lose(worker, f"the worker {why}", by_itself=True)
 
+    def _died(self, worker: Worker, error: RayError, *, by_itself: bool) -> None:
+        if worker.number in self.crew.workers:
+            say(f"a harvester died and is replaced; its units go to another ({reason_of(error)})")
+            self._lose(worker, f"the worker died: {reason_of(error)}", by_itself=by_itself)
+
     def _is_busy(self, worker: Worker) -> bool:
         return worker.number in self.schedule.in_flight
 
@@ -174,11 +182,11 @@ class Supervisor:
         try:
             value: Any = ray.get(answer.reference)
         except RayActorError as error:
-            if worker.number in self.crew.workers:
-                say(f"a harvester died and is replaced; its units go to another ({reason_of(error)})")
-                self._lose(worker, f"the worker died: {reason_of(error)}", by_itself=died_by_itself(error, worker))
+            self._died(worker, error, by_itself=died_by_itself(error, worker))
         except (StorageError, InputError, RayTaskError) as error:
             self._raised(answer, error)
+        except RayError as error:  # by Ray's memory monitor, among others
+            self._died(worker, error, by_itself=True)
         else:
             match answer.question:
                 case "identity":
@@ -195,9 +203,13 @@ class Supervisor:
     def _finished(self, worker: Worker, result: UnitResult) -> None:
         self.schedule.finished(worker.number, result.unit)
         self.committed.add(result.unit)
-        self.units += 1
-        self.rows += result.rows
-        self._was_second |= not result.committed
+        self.useless = 0
+        if result.committed:
+            self.units += 1
+            self.rows += result.rows
+        else:  # another driver's worker was faster: it counts there
+            self.elsewhere += 1
+            self._was_second = True
         if result.unit in self.failed_before:
             clear_failure(self.store, self.harvest, self.ranges.name(result.unit))
 
@@ -210,13 +222,27 @@ class Supervisor:
             raise cause
         words = f"{type(cause).__name__}: {cause}".strip()
         if answer.question != "unit":
-            say(f"a harvester could not load the model and is replaced ({words})")
+            failed = {"load": "could not load the model"}.get(answer.question, "does not answer as it should")
+            say(f"a harvester {failed} and is replaced ({words})")
             self._lose(answer.worker, words, by_itself=True)
             return
         say(f"unit {answer.unit} failed ({words})")
         failure = self.schedule.failed(answer.worker.number, answer.unit, words, answer.worker.writer)
         if failure is not None:
             self._set_aside(failure)
+        if self.schedule.is_useless(answer.worker.number):
+            self._replace(answer.worker, words)
+
+    def _replace(self, worker: Worker, error: str) -> None:
+        """A worker in which one unit after the other raises: it may be the worker."""
+        say(f"a harvester failed at {FAILURES_IN_A_ROW} units one after the other and is replaced ({worker.writer})")
+        self.useless += not self.schedule.has_worked(worker.number)
+        self._lose(worker, error, by_itself=False)
+        if self.useless >= (USELESS_IN_A_ROW if self.units else USELESS_AT_FIRST):
+            raise HarvestFailed(
+                f"{self.useless} harvesters one after the other failed at every unit they began and none was finished, "
+                f"so it is not the units; the last: {error}. What is committed stays; put that right and start again"
+            )
 
     def _lose(self, worker: Worker, why: str, *, by_itself: bool) -> None:
         if not worker.is_ready and by_itself:
@@ -235,12 +261,7 @@ class Supervisor:
         say(f"unit {failure.unit} is set aside after {len(failure.errors)} attempts; the last: {failure.errors[-1]}")
         record = replace(failure, made_with=dict(versions()))
         record_failure(self.store, self.harvest, self.ranges.name(failure.unit), record)
-        new = [unit for unit in self.schedule.set_aside if unit not in self.failed_before]
-        if not self.units and len(new) >= SET_ASIDE_AT_FIRST:
-            raise HarvestFailed(
-                f"the first {len(new)} units ({shown(new)}) failed {len(failure.errors)} times each and none was "
-                f"finished, so it is not the units; the last: {failure.errors[-1]}"
-            )
+        self.useless = 0
 
     # ---- the store's other drivers, and the end
 

@@ -153,19 +153,29 @@ def test_sigterm_then_a_damaged_table_then_the_rest(tmp_path: Path, library: Pat
     sound = chunk.read_bytes()
     chunk.write_bytes(sound[:1000] + b"?" + sound[1001:])
     out = ended(start("harvest", spec), 1)
-    assert "granary: the first 5 units (" in out
+    assert out.count("a harvester failed at 2 units one after the other and is replaced (") == 3
     assert (
-        "failed 3 times each and none was finished, so it is not the units; the last: CorruptChunk: chunk 0 of " in out
+        "granary: 3 harvesters one after the other failed at every unit they began and none was finished, so it is not "
+        "the units; the last: CorruptChunk: chunk 0 of " in out
     )
     opened = open_store(store)
     (harvest,), root, units = opened.harvests, opened.root, opened.info.units
-    assert len(failed_units(root, harvest.digest, units)) == 5
+    assert failed_units(root, harvest.digest, units) == []
     assert len(list(commits(store))) == done
 
     chunk.write_bytes(sound)
     granary("harvest", spec)
     assert failed_units(root, harvest.digest, units) == []
     assert_same(store, undisturbed)
+
+
+def test_workers_that_ray_kills_for_memory(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    out = ended(start("harvest", write_spec(tmp_path, library)), 1)
+    assert "Traceback" not in out
+    assert "a harvester died and is replaced; its units go to another (" in out
+    assert "harvesters died one after the other before they held the model (out of memory?)" in out
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path, library: Path) -> None:
@@ -192,12 +202,12 @@ def test_two_drivers_at_once_share_the_units(
     outs = [ended(process, 0) for process in processes]
     for out in outs:
         assert "another driver is at work on this harvest (" in out
-        assert "; another driver did " in out
+        assert "; others committed " in out
     done = [int(line.split()[1].replace(",", "")) for out in outs for line in out.splitlines() if "harvested" in line]
     rows = SLOW_UNITS * 1024
     assert len(done) == len(writers(store)) == 2
     assert min(done) > rows // 10
-    assert sum(done) < 1.5 * rows  # few units were computed twice, at the beginning
+    assert sum(done) == rows  # what both computed counts for the one whose commit was first
     assert sorted(commit["unit"] for commit in commits(store)) == list(range(SLOW_UNITS))
     assert not drivers(store)
     (harvest,) = open_store(store).harvests

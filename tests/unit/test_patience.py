@@ -190,3 +190,22 @@ def test_an_outage_is_said_once_for_all_who_wait(capsys: pytest.CaptureFixture[s
     outage.heard("a", None)
     outage.heard("a", None)
     assert capsys.readouterr().err == "going on: the store answers again\n"
+
+
+def test_reads_that_work_do_not_end_the_wait_of_a_write(capsys: pytest.CaptureFixture[str]) -> None:
+    patience = Patience()
+    patience.call(lambda: None, "write")
+    over = threading.Event()
+
+    def write() -> None:
+        if not over.is_set():
+            raise Passing("no writes today")
+
+    writer = threading.Thread(target=lambda: patience.call(write, "write"))
+    writer.start()
+    for _ in range(10):
+        time.sleep(0.1)
+        patience.call(lambda: None, "read")
+    over.set()
+    writer.join()
+    assert capsys.readouterr().err == "waiting: no writes today\ngoing on: the store answers again\n"

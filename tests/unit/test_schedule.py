@@ -2,6 +2,8 @@
 
 import time
 import tracemalloc
+from dataclasses import dataclass, field
+from itertools import count
 
 import pytest
 
@@ -41,20 +43,76 @@ def test_units_of_a_lost_node_go_to_others_first() -> None:
     assert fill(schedule, 2) == [2, 3]
 
 
-def test_a_unit_that_raises_is_set_aside_after_three_times_and_the_rest_goes_on() -> None:
-    schedule = schedule_of(3)
-    for attempt in range(ATTEMPTS):
-        assert 0 in fill(schedule, 0)
-        failure = schedule.failed(0, 0, f"error {attempt}", f"writer {attempt}")
-        assert (failure is None) == (attempt < ATTEMPTS - 1)
-    assert failure is not None
-    assert failure.errors == ["error 0", "error 1", "error 2"]
-    assert failure.writers == ["writer 0", "writer 1", "writer 2"]
+@dataclass
+class Simulation:
+    """Workers, each good or broken, replaced as the supervisor replaces them. A good one takes `ticks` a unit."""
+
+    schedule: Schedule
+    poison: frozenset[int]
+    ticks: int = 20
+    done: set[int] = field(default_factory=set)
+    replaced: int = 0
+
+    def run(self, broken: list[bool]) -> None:
+        numbers = count()
+        workers = {next(numbers): is_broken for is_broken in broken}
+        clock = 0
+        while not self.schedule.is_done:
+            clock += 1
+            assert clock < 100_000, "it does not end"
+            for worker, is_broken in list(workers.items()):
+                if worker not in self.schedule.in_flight:
+                    fill(self.schedule, worker)
+                if not (units := self.schedule.in_flight.get(worker)) or (clock % self.ticks and not is_broken):
+                    continue
+                if is_broken or units[0] in self.poison:
+                    self.schedule.failed(worker, units[0], "error", f"w{worker}")
+                else:
+                    self.done.add(units[0])
+                    self.schedule.finished(worker, units[0])
+                if self.schedule.is_useless(worker):
+                    self._replace(workers, worker, next(numbers))
+            if self.schedule.waits_for_another_worker and not any(fill(self.schedule, w) for w in workers):
+                self._replace(workers, next(iter(workers)), next(numbers))
+
+    def _replace(self, workers: dict[int, bool], old: int, new: int) -> None:
+        """By a process on the same machine."""
+        self.schedule.lost(old, "replaced", "", by_itself=False)
+        workers[new] = workers.pop(old)
+        self.replaced += 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("poison", [[0], [7], [199], [0, 1], [3, 4, 5, 150, 198, 199]])
+def test_units_that_raise_are_set_aside_after_three_workers_and_the_rest_goes_on(
+    workers: int, poison: list[int]
+) -> None:
+    run = Simulation(schedule_of(200), frozenset(poison))
+    run.run([False] * workers)
+    assert sorted(run.schedule.set_aside) == poison
+    assert run.done == set(range(200)) - set(poison)
+    for failure in run.schedule.set_aside.values():
+        assert failure.errors == ["error"] * ATTEMPTS
+        assert len(set(failure.writers)) == ATTEMPTS  # never twice the same
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_a_broken_worker_sets_nothing_aside(broken: int) -> None:
+    """It fails at once at whatever it gets, and so do the processes that replace it."""
+    run = Simulation(schedule_of(200), frozenset())
+    run.run([False, *[True] * broken])
+    assert run.done == set(range(200))
+    assert run.schedule.set_aside == {}
+
+
+def test_a_unit_that_raised_and_that_others_committed_is_forgotten() -> None:
+    schedule = schedule_of(2)
     fill(schedule, 0)
-    for unit in (1, 2):
-        schedule.finished(0, unit)
+    schedule.finished(0, 1)
+    schedule.failed(0, 0, "error", "w0")
+    assert schedule.waits_for_another_worker
+    assert list(schedule.committed_elsewhere(UnitSet(2, [0]))) == [0]
     assert schedule.is_done
-    assert list(schedule.set_aside) == [0]
 
 
 def test_a_poison_unit_is_found_among_those_it_died_with() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import InputError
-from pipeline.models import describe_model
+from pipeline.models import describe_model, load_base_model
 from pipeline.weights import END_BYTES, SAMPLED_BLOCKS, WHOLE_TENSOR_BYTES, hash_weights
 
 MIB = 2**20
@@ -126,6 +127,20 @@ def test_files_that_the_index_names_and_are_missing(folder: Path) -> None:
     index.write_text('{"weight_map": 5}')
     with pytest.raises(InputError, match="is not an index of weight files"):
         fingerprint(folder)
+
+
+def test_weights_that_are_replaced_after_the_model_was_described(
+    tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    """As seen by a worker that begins later, or on a machine that has others at that path."""
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    info = describe_model(str(folder))
+    load_base_model(info, layers=1, dtype="float32")
+    shutil.copy(make_model("llama", seed=1) / "model.safetensors", folder)
+    with pytest.raises(
+        InputError, match=rf"has the fingerprint \w+, and this run began with {info.fingerprint}: the we"
+    ):
+        load_base_model(info, layers=1, dtype="float32")
 
 
 @pytest.mark.parametrize(
