@@ -38,8 +38,8 @@ from workers.versions import versions
 LOADS_IN_A_ROW = 8
 """Actors that may die or hang while they load, with none that got through in between, before the run gives up."""
 USELESS_AT_FIRST, USELESS_IN_A_ROW = 3, 8
-"""Workers that have finished nothing and may be replaced, one after the other, because units raise in them: in a run that
-has finished nothing yet, and later. Then it is not the units."""
+"""Workers that have finished nothing and may be replaced, one after the other, because units raise in them: in a run
+that has finished nothing yet, and later. Then it is not the units."""
 REVIEW_S = 5.0
 """Seconds between two looks at how many workers there should be."""
 SILENCE_S = 60.0
