@@ -6,13 +6,16 @@ Heavy imports (torch, transformers, Ray) happen inside the verbs that need them,
 import argparse
 import errno
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 REFUSED = 1
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """Errors of files that no code of ours causes: full, read-only or broken disks, and what this user may not touch."""
 
@@ -26,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     verb: Verb = arguments.verb
     try:
-        return verb(arguments)
-    except KeyboardInterrupt:
+        with _terminable():
+            return verb(arguments)
+    except KeyboardInterrupt as interrupt:
         print("\ninterrupted; what is committed stays, and the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
     except BrokenPipeError:
         return REFUSED  # the reader of our output went away, as `head` does
     except Exception as error:  # told apart here; what is not a refusal is raised again
@@ -38,6 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"granary: {message}", file=sys.stderr)
         return int(getattr(error, "exit_status", REFUSED))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C is, from a scheduler."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM raises Terminated, until a harvest or Ray take it into their own hands."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(signum: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refusal(error: BaseException) -> str | None:

@@ -4,15 +4,18 @@ import argparse
 import errno
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from lab import Lab, snapshot
 from ray.exceptions import RayTaskError
 
-from jobs.cli import INTERRUPTED, REFUSED, build_parser, main, refusal
+from jobs.cli import INTERRUPTED, REFUSED, TERMINATED, Terminated, build_parser, main, refusal
 from jobs.progress import ProgressLine, counted, duration, size
 from jobs.spec import SpecError
 from storage.errors import StorageError
@@ -158,6 +161,7 @@ def test_exit_statuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     for error, status, told in [
         (StorageError("gone"), REFUSED, "granary: gone\n"),
         (KeyboardInterrupt(), INTERRUPTED, "\ninterrupted; what is committed stays, and the same command goes on"),
+        (Terminated(), TERMINATED, "\ninterrupted; what is committed stays, and the same command goes on"),
         (BrokenPipeError(), REFUSED, ""),
     ]:
         monkeypatch.setattr("jobs.cli.build_parser", lambda error=error: raising(error))
@@ -169,6 +173,20 @@ def test_exit_statuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr("jobs.cli.build_parser", lambda: raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):  # with its traceback
         main([])
+
+
+def test_sigterm_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verb(_: argparse.Namespace) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        return 0
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(verb=verb)
+    monkeypatch.setattr("jobs.cli.build_parser", lambda: parser)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([]) == TERMINATED
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- progress
