@@ -4,20 +4,13 @@ Heavy imports (torch, transformers, Ray) happen inside the verbs that need them,
 """
 
 import argparse
-import errno
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-REFUSED = 1
-INTERRUPTED, TERMINATED = 130, 143
-OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-"""Errors of files that no code of ours causes: full, read-only or broken disks, and what this user may not touch."""
+from jobs.ending import INTERRUPTED, REFUSED, TERMINATED, Terminated, refusal, terminable
 
 GROW = "append to the store what it lacks of the spec's rows (more rows, or more entries of corpus.path)"
 
@@ -29,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     verb: Verb = arguments.verb
     try:
-        with _terminable():
+        with terminable():
             return verb(arguments)
     except KeyboardInterrupt as interrupt:
         print("\ninterrupted; what is committed stays, and the same command goes on from there", file=sys.stderr)
@@ -42,51 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"granary: {message}", file=sys.stderr)
         return int(getattr(error, "exit_status", REFUSED))
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what Ctrl-C is, from a scheduler."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated, until a harvest or Ray take it into their own hands."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(signum: int, frame: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def refusal(error: BaseException) -> str | None:
-    """The sentence for a mistake of the caller or a failure of the world; None for a bug of ours."""
-    from storage.errors import StorageError
-
-    cause = getattr(error, "cause", None)  # Ray wraps what an actor raised
-    if type(error).__module__.startswith("ray.") and isinstance(cause, BaseException):
-        return refusal(cause)
-    if isinstance(error, StorageError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}: put that right and run the same command again; what is committed stays"
-    # These live beside torch and Ray, which are only loaded if they could have been raised at all.
-    known = [
-        ("jobs.spec", "SpecError"),
-        ("pipeline.errors", "InputError"),
-        ("workers.supervisor", "HarvestFailed"),
-        ("workers.stopping", "HarvestStopped"),
-        ("jobs.submit", "ClusterError"),
-    ]
-    classes = tuple(getattr(sys.modules[m], name) for m, name in known if m in sys.modules)
-    return str(error) if isinstance(error, classes) else None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ from storage.unitsets import UnitSet, shown
 from workers.anchoring import anchors_identity, make_anchors
 from workers.cluster import require_gpus
 from workers.evaluator import EvaluationPlan, evaluate_remotely, is_evaluated
+from workers.giving_up import HarvestFailed
 from workers.harvester import UnitResult
 from workers.harvesting import HarvestJob, declare, run_harvest
 from workers.settings import (
@@ -34,7 +35,6 @@ from workers.settings import (
     ModelSettings,
     TrainSettings,
 )
-from workers.supervisor import HarvestFailed
 from workers.trainer import Progress, TrainerActor, TrainPlan, plan_training, unfinished
 
 POLL_S = 0.5

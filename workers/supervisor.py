@@ -26,6 +26,7 @@ from storage.places import open_place
 from storage.unitsets import UnitRanges, UnitSet
 from workers.cluster import room_for
 from workers.crew import Answer, Crew, Worker, died_by_itself, reason_of
+from workers.giving_up import HarvestFailed, Losses
 from workers.harvester import HarvesterSetup, UnitResult
 from workers.presence import News, Presence
 from workers.pulses import HangLimits
@@ -35,11 +36,6 @@ from workers.stopping import HarvestStopped, StopRequest, say, stop_requests
 from workers.todo import ToDo
 from workers.versions import versions
 
-LOADS_IN_A_ROW = 8
-"""Actors that may die or hang while they load, with none that got through in between, before the run gives up."""
-USELESS_AT_FIRST, USELESS_IN_A_ROW = 3, 8
-"""Workers that have finished nothing and may be replaced, one after the other, because units raise in them: in a run
-that has finished nothing yet, and later. Then it is not the units."""
 REVIEW_S = 5.0
 """Seconds between two looks at how many workers there should be."""
 SILENCE_S = 60.0
@@ -47,10 +43,6 @@ SILENCE_S = 60.0
 LISTEN_S = 0.5
 ALIKE = (CannotWrite, Unreachable, NotAStore, StoreGrown, UnitConflict)
 """What every unit would meet, or what no unit should: the run ends at once."""
-
-
-class HarvestFailed(RuntimeError):
-    """The harvest cannot go on, or has left units out. What is committed stays."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,8 @@ class Supervisor:
         self.crew = Crew(setup, resources, HangLimits(cluster.hang_s, cluster.load_s))
         self.store = open_place(setup.store, waiting=partial(self.crew.outage.heard, "driver"))
         self.failed_before = set(failed_units(self.store, self.harvest, ranges))
-        self.loads_failed = self.useless = self.rows = self.units = self.elsewhere = 0
+        self.losses = Losses()
+        self.rows = self.units = self.elsewhere = 0
         self._reviewed = self._said_no_room = float("-inf")
         self._short_since: float | None = None
         self._news: News | None = None
@@ -193,7 +186,7 @@ class Supervisor:
                     self.crew.placed_now(worker, value)
                 case "load":
                     worker.is_ready, worker.writer = True, value
-                    self.loads_failed = 0
+                    self.losses.a_worker_loaded()
                 case "pulse":
                     self.crew.heard_pulse(worker, value, busy=self._is_busy(worker))
                 case "unit":
@@ -203,7 +196,7 @@ class Supervisor:
     def _finished(self, worker: Worker, result: UnitResult) -> None:
         self.schedule.finished(worker.number, result.unit)
         self.committed.add(result.unit)
-        self.useless = 0
+        self.losses.a_unit_is_settled(finished=True)
         if result.committed:
             self.units += 1
             self.rows += result.rows
@@ -236,32 +229,24 @@ class Supervisor:
     def _replace(self, worker: Worker, error: str) -> None:
         """A worker in which one unit after the other raises: it may be the worker."""
         say(f"a harvester failed at {FAILURES_IN_A_ROW} units one after the other and is replaced ({worker.writer})")
-        self.useless += not self.schedule.has_worked(worker.number)
+        has_worked = self.schedule.has_worked(worker.number)
         self._lose(worker, error, by_itself=False)
-        if self.useless >= (USELESS_IN_A_ROW if self.units else USELESS_AT_FIRST):
-            raise HarvestFailed(
-                f"{self.useless} harvesters one after the other failed at every unit they began and none was finished, "
-                f"so it is not the units; the last: {error}. What is committed stays; put that right and start again"
-            )
+        if not has_worked:
+            self.losses.a_worker_was_useless(error)
 
     def _lose(self, worker: Worker, why: str, *, by_itself: bool) -> None:
-        if not worker.is_ready and by_itself:
-            self.loads_failed += 1
         self.crew.give_up(worker)
         for failure in self.schedule.lost(worker.number, why, worker.writer, by_itself=by_itself):
             self._set_aside(failure)
         self._reviewed = float("-inf")  # its place is free: another may begin at once
-        if self.loads_failed >= LOADS_IN_A_ROW:
-            raise HarvestFailed(
-                f"{self.loads_failed} harvesters died one after the other before they held the model (out of memory?);"
-                f" the last: {why}. Committed units are safe; start again to go on"
-            )
+        if not worker.is_ready and by_itself:
+            self.losses.a_load_failed(why)
 
     def _set_aside(self, failure: Failure) -> None:
         say(f"unit {failure.unit} is set aside after {len(failure.errors)} attempts; the last: {failure.errors[-1]}")
         record = replace(failure, made_with=dict(versions()))
         record_failure(self.store, self.harvest, self.ranges.name(failure.unit), record)
-        self.useless = 0
+        self.losses.a_unit_is_settled(finished=False)
 
     # ---- the store's other drivers, and the end
 

@@ -15,7 +15,8 @@ import pytest
 from lab import Lab, snapshot
 from ray.exceptions import RayTaskError
 
-from jobs.cli import INTERRUPTED, REFUSED, TERMINATED, Terminated, build_parser, main, refusal
+from jobs.cli import build_parser, main
+from jobs.ending import INTERRUPTED, REFUSED, TERMINATED, Terminated, refusal
 from jobs.progress import ProgressLine, counted, duration, size
 from jobs.spec import SpecError
 from storage.errors import StorageError
