@@ -214,6 +214,11 @@ def test_a_corpus_that_cannot_be_used(
         ("no-weights", {}, ["model.id: no weights (*.safetensors) in ", "no-weights"]),
         ("gpt2", {}, ["gpt2 is a 'gpt2' model; supported are the Llama-shaped families llama, mistral, "]),
         (None, {"model.id": "no/such-model"}, ["model.id: no/such-model cannot be loaded: ", "couldn't find"]),
+        (
+            "weights-of-two-layers",
+            {},
+            ["9 tensors that its config.json asks for are not there, the first is layers.1."],
+        ),
         ("cut-weights", {}, ["model.safetensors is damaged: its header describes ", "download it again"]),
         (
             "one-of-two-files",
