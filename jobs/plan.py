@@ -12,7 +12,7 @@ from jobs.economics import (
     training_pass,
 )
 from jobs.progress import ProgressLine
-from jobs.run import cluster_for
+from jobs.run import bytes_of_rows, check_place, check_room, cluster_for, unit_bytes
 from jobs.spec import Spec
 from jobs.tables import Prices, load_prices, storage_costs
 from pipeline.corpora.open import Corpus
@@ -21,6 +21,7 @@ from pipeline.layout import Documents, Sizes
 from pipeline.models import ModelInfo, describe_model
 from storage.arrays import RowArray
 from storage.commits import UNITS_PER_BLOCK, committed_units
+from storage.create import refuse_if_taken
 from storage.harvests import Harvest
 from storage.history import read_history
 from storage.objects import PART_BYTES
@@ -53,11 +54,11 @@ class PlanOptions:
 
 
 def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
-    """Tokenise the corpus, unless a store has it already, count and reckon, and write nothing. Raises the errors that
-    harvesting would."""
+    """Tokenise the corpus, unless a store has it already, count and reckon; leave nothing written. Raises the errors
+    that harvesting would, as far as they show without workers."""
     options = options or PlanOptions()
     prices = load_prices(options.prices)  # before anything that takes long
-    open_place(spec.store).names()  # raises where there is no such bucket
+    check_place(open_place(spec.store))
     info = describe_model(spec.model.id, spec.model.revision)
     check_harvest(info, spec.model, spec.harvest)
     info.check_context(spec.corpus.context)
@@ -77,6 +78,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
                 measured = _measured(spec, info, documents, table.sizes.rows, options.measure_s)
         rows, left_out = table.sizes, table.skipped.to_record()
     per_unit = spec.corpus.unit_size(rows.rows) if store is None else store.info.rows_per_unit
+    _check_room(spec, info, store, jobs, rows.rows)
     arrays = _arrays(spec, info, rows.rows, per_unit)
     done, to_run = _left(store, jobs, UnitRanges(rows.rows, per_unit))
     rate, rate_from = _rate(options, measured, store, jobs)
@@ -116,6 +118,7 @@ def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None
     what contradicts it; a store that has the beginning of the spec's rows does not."""
     place = open_place(spec.store)
     if not (place / "zarr.json").exists():
+        refuse_if_taken(place)
         return None, [], False
     store = open_store(place)
     check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, spec.model.tokenizer or spec.model.id)
@@ -135,6 +138,13 @@ def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> tu
         done += len(kept)
         rows += ranges.num_rows - store.info.rows_in(kept)
     return done, rows
+
+
+def _check_room(spec: Spec, info: ModelInfo, store: Store | None, jobs: list[HarvestJob], rows: int) -> None:
+    """Raise StorageError if the disk has no room for what is to be run."""
+    new = rows if store is None else rows - store.num_rows
+    of_jobs = sum(len(job.units) * unit_bytes(job.ranges.rows_per_unit, job.harvest.sites) for job in jobs)
+    check_room(open_place(spec.store), of_jobs + (bytes_of_rows(spec, info, new) if new > 0 else 0))
 
 
 def _measured(spec: Spec, info: ModelInfo, documents: Documents, rows: int, seconds: float) -> Measured:

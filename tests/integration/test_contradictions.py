@@ -108,7 +108,7 @@ def test_a_spec_trains_on_its_own_model_of_a_store_with_two(two_models: tuple[La
     [
         ("taken", "is not an empty folder (it holds thesis.txt); name another place"),
         ("file", "is a file; a store is a folder"),
-        ("file/store", "cannot be written: "),
+        ("file/store", "/file is a file; a store is a folder"),
     ],
 )
 def test_a_place_that_cannot_become_a_store(lab: Lab, inputs: Path, store: str, expected: str) -> None:
