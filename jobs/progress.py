@@ -2,7 +2,8 @@
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 MIN_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 60
@@ -62,6 +63,11 @@ def duration(seconds: float) -> str:
 def counted(number: int, noun: str) -> str:
     """'1 document', '2,000 documents'."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def left_out(reason: str, entry: Mapping[str, Any]) -> str:
+    """'2 documents left out: empty (first: a.jsonl:3, a.jsonl:9)'."""
+    return f"{counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})"
 
 
 def size(num_bytes: float) -> str:

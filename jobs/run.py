@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jobs.progress import ProgressLine, counted, duration, size
+from jobs.progress import ProgressLine, duration, left_out, size
 from jobs.spec import Spec, SpecError
 from pipeline.models import ModelInfo, describe_model
 from storage.errors import StorageError
@@ -115,7 +115,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         appended = f"appended {store.num_rows - before:,} rows, now " if before else "planned "
         say(f"{appended}{summary_of_rows(store)} in {store.url}")
         for reason, entry in store.info.skipped.items():
-            say(f"  {counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})")
+            say(f"  {left_out(reason, entry)}")
     jobs = prepare_harvests(store, spec.model, info, spec.harvest)
     units = sum(len(job.units) for job in jobs)
     if units == 0:

@@ -248,8 +248,7 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock: Clock) ->
             clock.now += 3
             line.update(done)
     assert file.getvalue() == (
-        "harvesting  38 of 100 rows  1 rows/s  1 min 33 s left\n"
-        "harvesting  78 of 100 rows  1 rows/s  33 s left\n"
+        "harvesting  38 of 100 rows  1 rows/s  1 min 33 s left\nharvesting  78 of 100 rows  1 rows/s  33 s left\n"
     )
 
 
