@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--measure", help="run the model here for its rate and what rounding costs (5 s)", **seconds)
     plan.add_argument("--rows-per-second", type=float, metavar="RATE", help="the rate of a worker, if you know it")
     plan.add_argument("--prices", metavar="FILE", help="your price table (default: the one that comes with Granary)")
+    plan.add_argument("--grow", action="store_true", help="as of harvest; what it would append is counted anyway")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
     stages = {

@@ -3,6 +3,8 @@
 import math
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from jobs.economics import (
     Work,
     bill,
@@ -12,7 +14,7 @@ from jobs.economics import (
     training_pass,
 )
 from jobs.progress import ProgressLine
-from jobs.run import cluster_for
+from jobs.run import bytes_of_rows, check_place, check_room, cluster_for, unit_bytes
 from jobs.spec import Spec
 from jobs.tables import Prices, load_prices, storage_costs
 from pipeline.corpora.open import Corpus
@@ -21,6 +23,7 @@ from pipeline.layout import Documents, Sizes
 from pipeline.models import ModelInfo, describe_model
 from storage.arrays import RowArray
 from storage.commits import UNITS_PER_BLOCK, committed_units
+from storage.create import refuse_if_taken
 from storage.harvests import Harvest
 from storage.history import read_history
 from storage.objects import PART_BYTES
@@ -53,11 +56,11 @@ class PlanOptions:
 
 
 def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
-    """Tokenise the corpus, unless a store has it already, count and reckon, and write nothing. Raises the errors that
-    harvesting would."""
+    """Tokenise the corpus, unless a store has it already, count and reckon; leave nothing written. Raises the errors
+    that harvesting would, as far as they show without workers."""
     options = options or PlanOptions()
     prices = load_prices(options.prices)  # before anything that takes long
-    open_place(spec.store).names()  # raises where there is no such bucket
+    check_place(open_place(spec.store))
     info = describe_model(spec.model.id, spec.model.revision)
     check_harvest(info, spec.model, spec.harvest)
     info.check_context(spec.corpus.context)
@@ -77,11 +80,12 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
                 measured = _measured(spec, info, documents, table.sizes.rows, options.measure_s)
         rows, left_out = table.sizes, table.skipped.to_record()
     per_unit = spec.corpus.unit_size(rows.rows) if store is None else store.info.rows_per_unit
+    _check_room(spec, info, store, jobs, rows.rows)
     arrays = _arrays(spec, info, rows.rows, per_unit)
-    done, to_run = _left(store, jobs, UnitRanges(rows.rows, per_unit))
+    left = _left(store, jobs, UnitRanges(rows.rows, per_unit))
     rate, rate_from = _rate(options, measured, store, jobs)
     work = Work(
-        rows=to_run,
+        rows=left.rows,
         training_rows=held_out_start(rows.rows, per_unit, spec.corpus.holdout),
         rows_per_second=rate,
         workers=spec.harvest.worker_range.maximum,
@@ -92,7 +96,9 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
         "store": str(open_place(spec.store)),
         "exists": store is not None,
         "rows_to_append": 0 if store is None else rows.rows - store.num_rows,
-        "units_done": done,
+        "units_done": left.units_done,
+        "units_left": left.units,
+        "rows_left": left.rows,
         "model": info.id,
         "layers_run": 1 + max(site.layer for site in spec.harvest.parsed_sites()),
         "layers_of_model": info.num_layers,
@@ -116,6 +122,7 @@ def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None
     what contradicts it; a store that has the beginning of the spec's rows does not."""
     place = open_place(spec.store)
     if not (place / "zarr.json").exists():
+        refuse_if_taken(place)
         return None, [], False
     store = open_store(place)
     check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, spec.model.tokenizer or spec.model.id)
@@ -123,18 +130,38 @@ def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None
     return store, prepare_harvests(store, spec.model, info, spec.harvest), is_whole
 
 
-def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> tuple[int, int]:
-    """Units that are done and stay so when the store has all rows of `ranges`, and the rows that are left to run."""
+@dataclass(frozen=True)
+class Left:
+    """What of a spec is left to run once the store has all its rows."""
+
+    units_done: int
+    """Units that have all sites of the spec, and stay so."""
+    units: int
+    """Units to run; one that several harvests lack counts for each, as it is run for each."""
+    rows: int
+    """Of those units."""
+
+
+def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> Left:
     if store is None:
-        return 0, ranges.num_rows
-    done = rows = 0
+        return Left(0, ranges.total, ranges.num_rows)
+    done = np.ones(store.info.num_units, bool)
+    units = rows = 0
     for job in jobs:
         kept = job.units.complement()
         if job.ranges != ranges and job.ranges.short is not None:
             kept.mask[job.ranges.short] = False  # it will be longer
-        done += len(kept)
+        done &= kept.mask.astype(bool)
+        units += ranges.total - len(kept)
         rows += ranges.num_rows - store.info.rows_in(kept)
-    return done, rows
+    return Left(int(done.sum()), units, rows)
+
+
+def _check_room(spec: Spec, info: ModelInfo, store: Store | None, jobs: list[HarvestJob], rows: int) -> None:
+    """Raise StorageError if the disk has no room for what is to be run."""
+    new = rows if store is None else rows - store.num_rows
+    of_jobs = sum(len(job.units) * unit_bytes(job.ranges.rows_per_unit, job.harvest.sites) for job in jobs)
+    check_room(open_place(spec.store), of_jobs + (bytes_of_rows(spec, info, new) if new > 0 else 0))
 
 
 def _measured(spec: Spec, info: ModelInfo, documents: Documents, rows: int, seconds: float) -> Measured:
@@ -162,7 +189,8 @@ def _rate(
             committed = committed_units(store.root, job.harvest.digest, store.info.units)
             rate = read_history(store.root, job.harvest.digest, store.info.units, committed).rows_per_second_per_worker
             if rate is not None:
-                return rate, "of the units in the store"
+                rough = ", of under a second each: a rough guess" if store.info.rows_per_unit < rate else ""
+                return rate, f"of the units in the store{rough}"
     return None, "unknown"
 
 

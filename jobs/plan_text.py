@@ -2,20 +2,18 @@
 
 import math
 
-from jobs.progress import counted, duration, size
+from jobs.progress import counted, duration, left_out, size
 from storage.records import Record
+
+DAYS_PER_MONTH = 365.25 / 12
 
 
 def plan_text(record: Record) -> str:
-    there = f" (exists; {record['units_done']:,} units are done)" if record["exists"] else ""
     lines = [
-        f"store      {record['store']}{there}",
+        f"store      {record['store']}{_there(record)}",
         f"model      {record['model']}, layers 0 to {record['layers_run'] - 1} of {record['layers_of_model']}",
         f"corpus     {record['documents']:,} documents from {len(record['files'])} file(s)",
-        *(
-            f"           {counted(e['count'], 'document')} left out: {reason}"
-            for reason, e in record["left_out"].items()
-        ),
+        *(f"           {left_out(reason, entry)}" for reason, entry in record["left_out"].items()),
         f"rows       {record['rows']:,} in {record['contexts']:,} contexts, {record['units']:,} units",
         *_appended(record["rows_to_append"]),
         *_site_lines(record),
@@ -26,6 +24,14 @@ def plan_text(record: Record) -> str:
         *_precision_lines(record),
     ]
     return "\n".join(lines)
+
+
+def _there(record: Record) -> str:
+    if not record["exists"]:
+        return ""
+    done = f"exists; {record['units_done']:,} of {counted(record['units'], 'unit')} have all that the spec asks for"
+    left = f"; {counted(record['units_left'], 'unit')} of {record['rows_left']:,} rows left to run"
+    return f" ({done}{left if record['units_left'] else ''})"
 
 
 def _appended(rows: int) -> list[str]:
@@ -95,8 +101,15 @@ def _break_even(record: Record, rerun: str) -> list[str]:
     elif months is None:  # as keeping costs nothing
         lines.append(f"for {spec} it is, however long it is kept")
     else:
-        lines.append(f"for {spec} it is, if kept for less than {months:,.1f} months")
+        lines.append(f"for {spec} it is, if kept for less than {_span(months)}")
     return lines
+
+
+def _span(months: float) -> str:
+    days = months * DAYS_PER_MONTH
+    if days < 2:
+        return duration(max(1, days * 86400))
+    return f"{days:.0f} days" if months < 2 else f"{months:,.1f} months"
 
 
 def _precision_lines(record: Record) -> list[str]:

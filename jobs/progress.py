@@ -1,10 +1,13 @@
-"""One line of progress with rate and time left, on a terminal; nothing where the output is not one."""
+"""Progress with rate and time left: one line that changes on a terminal, a line a minute in a log."""
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 MIN_INTERVAL_S = 0.2
+LOG_INTERVAL_S = 60
+"""Where the output is no terminal: often enough to show that a submitted job lives."""
 
 
 class ProgressLine:
@@ -31,7 +34,9 @@ class ProgressLine:
         self.total = self.total if total is None else total
         if self.first_done is None:
             self.first_done, self.started = done, now
-        if not self.stream.isatty() or (now - self.shown < MIN_INTERVAL_S and done != self.total):
+        is_terminal = self.stream.isatty()
+        is_early = now - self.shown < (MIN_INTERVAL_S if is_terminal else LOG_INTERVAL_S)
+        if is_early and not (is_terminal and done == self.total):
             return
         self.shown = now
         rate = (done - self.first_done) / max(now - self.started, 1e-9)
@@ -40,12 +45,15 @@ class ProgressLine:
             parts.append(f"{rate:,.0f} {self.unit}/s")
             if self.total:
                 parts.append(f"{duration((self.total - done) / rate)} left")
-        self.stream.write("\r\x1b[K" + "  ".join([*parts, note] if note else parts))
+        text = "  ".join([*parts, note] if note else parts)
+        self.stream.write(f"\r\x1b[K{text}" if is_terminal else f"{text}\n")
         self.stream.flush()
 
 
 def duration(seconds: float) -> str:
-    """'1 h 05 min', '2 min 10 s', '8 s'."""
+    """'1 h 05 min', '2 min 10 s', '8 s', 'under a second'."""
+    if seconds < 1:
+        return "under a second"
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
@@ -55,6 +63,11 @@ def duration(seconds: float) -> str:
 def counted(number: int, noun: str) -> str:
     """'1 document', '2,000 documents'."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def left_out(reason: str, entry: Mapping[str, Any]) -> str:
+    """'2 documents left out: empty (first: a.jsonl:3, a.jsonl:9)'."""
+    return f"{counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})"
 
 
 def size(num_bytes: float) -> str:

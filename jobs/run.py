@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jobs.progress import ProgressLine, counted, duration, size
+from jobs.progress import ProgressLine, duration, left_out, size
 from jobs.spec import Spec, SpecError
-from pipeline.models import describe_model
+from pipeline.models import ModelInfo, describe_model
 from storage.errors import StorageError
 from storage.harvests import row_bytes
 from storage.places import Place, open_place
@@ -54,7 +54,7 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
         raise SpecError(
             "corpus.holdout is 0, which leaves no rows to evaluate on: hold some out, or run the stages one by one"
         )
-    open_place(spec.store).backend.check_writable()  # before any model is read
+    check_place(open_place(spec.store))  # before any model is read
 
     from workers.harvesting import name_in_store
 
@@ -96,19 +96,14 @@ def _open_harvested(spec: Spec) -> Store:
 def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     from workers import stages
     from workers.harvester import UnitResult
-    from workers.harvesting import check_gpus, check_harvest, layout_of, prepare_harvests
+    from workers.harvesting import check_gpus, check_harvest, prepare_harvests
     from workers.planning import ensure_store
 
     info = describe_model(spec.model.id, spec.model.revision)
     check_harvest(info, spec.model, spec.harvest)  # before the plan, so that a refused spec leaves nothing
 
     def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
-        per_unit = spec.corpus.unit_size(num_rows)
-        units = -(-num_rows // per_unit)
-        sites = {
-            site: layout_of(info.d_model, stored, per_unit) for site, stored in spec.harvest.stored_types().items()
-        }
-        _check_room(open_place(spec.store), units * unit_bytes(per_unit, sites))
+        check_room(open_place(spec.store), bytes_of_rows(spec, info, num_rows))
         if spec.harvest.gpus_per_worker:
             cluster.connect()
             check_gpus(spec.model, spec.harvest)
@@ -120,7 +115,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         appended = f"appended {store.num_rows - before:,} rows, now " if before else "planned "
         say(f"{appended}{summary_of_rows(store)} in {store.url}")
         for reason, entry in store.info.skipped.items():
-            say(f"  {counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})")
+            say(f"  {left_out(reason, entry)}")
     jobs = prepare_harvests(store, spec.model, info, spec.harvest)
     units = sum(len(job.units) for job in jobs)
     if units == 0:
@@ -128,7 +123,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         stages.tidy(store, jobs)
         return store, made
     per_unit = store.info.rows_per_unit
-    _check_room(store.root, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
+    check_room(store.root, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
     cluster.connect()
     if spec.harvest.gpus_per_worker and not made:
         check_gpus(spec.model, spec.harvest)
@@ -240,9 +235,28 @@ def unit_bytes(rows: int, sites: dict[str, Record]) -> int:
     return sum(rows * row_bytes(layout) for layout in sites.values())
 
 
-def _check_room(place: Place, needed: int) -> None:
-    if not place.backend.is_local:
+def bytes_of_rows(spec: Spec, info: ModelInfo, num_rows: int) -> int:
+    """Bytes of so many new rows at the spec's sites, in whole units."""
+    from workers.harvesting import layout_of
+
+    per_unit = spec.corpus.unit_size(num_rows)
+    types = spec.harvest.stored_types()
+    sites = {site: layout_of(info.d_model, stored, per_unit) for site, stored in types.items()}
+    return -(-num_rows // per_unit) * unit_bytes(per_unit, sites)
+
+
+def check_place(place: Place) -> None:
+    """Raise StorageError unless a store can be written at a place. Of a local store that is there it is asked when
+    something is to be written: a finished one may be read-only."""
+    if not (place.backend.is_local and (place / "zarr.json").exists()):
+        place.backend.check_writable()
+
+
+def check_room(place: Place, needed: int) -> None:
+    """Raise StorageError unless a local place can be written and has room for so many bytes."""
+    if not place.backend.is_local or not needed:
         return
+    place.backend.check_writable()
     path = place.path
     existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free

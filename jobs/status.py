@@ -1,6 +1,6 @@
 """`granary status`: what a store holds and how far its harvests are, from the store alone."""
 
-from jobs.progress import counted, duration, size
+from jobs.progress import counted, duration, left_out, size
 from jobs.tables import storage_costs
 from storage.anchors import anchor_names, read_anchors
 from storage.harvests import Harvest, row_bytes
@@ -94,7 +94,7 @@ def status_text(record: Record) -> str:
         ]
     if record["grown_from"]:
         lines.append(f"grown     from {', then '.join(f'{rows:,}' for rows in record['grown_from'])} rows")
-    lines += [f"left out  {counted(e['count'], 'document')}: {reason}" for reason, e in record["left_out"].items()]
+    lines += [f"documents {left_out(reason, entry)}" for reason, entry in record["left_out"].items()]
     for h in record["harvests"]:
         lines += _harvest_lines(h)
     lines += [f"anchors   {name}: {count} directions" for name, count in record["anchors"].items()]

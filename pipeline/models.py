@@ -6,6 +6,8 @@ Everything that can be wrong with a model is found from its config, before weigh
 import hashlib
 import json
 import platform
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +22,7 @@ from pipeline.errors import InputError
 from pipeline.families import FAMILIES, TEXT_PART_WEIGHTS, TEXT_PARTS
 from pipeline.placement import Placement, check_dtype
 from pipeline.sites import Site
-from pipeline.weights import hash_weights
+from pipeline.weights import hash_weights, tensor_shapes
 
 ON_CPU = Placement()
 
@@ -122,11 +124,35 @@ def load_base_model(
     info: ModelInfo, *, layers: int, dtype: str, attention: str = "sdpa", placement: Placement = ON_CPU
 ) -> nn.Module:
     """Load the first `layers` decoder layers of the base model (no lm_head), ready to run."""
-    config = _config(info.id, info.revision)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    config = _first_layers(_config(info.id, info.revision), layers)
     return _load(transformers.AutoModel, info, config, dtype, attention, placement)
+
+
+def check_weights(info: ModelInfo, layers: int) -> None:
+    """Raise InputError if a local checkpoint lacks tensors of the first `layers` layers, as loading them would.
+
+    transformers itself loads tensors without content, of the names and shapes that the files' headers give: it alone
+    knows how names of checkpoints become those of a model. Takes up to some seconds, and no memory to speak of.
+    """
+    folder = Path(info.id).expanduser()
+    config = _first_layers(_config(info.id, info.revision), layers)
+    shapes = tensor_shapes(folder) if folder.is_dir() else None
+    if shapes is None or getattr(config, "quantization_config", None):  # whose tensors are of other shapes
+        return
+    with _quiet():
+        _, loaded = transformers.MODEL_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict={
+                name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()
+            },
+            device_map={"": "meta"},
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,  # which loading refuses with words of its own
+            output_loading_info=True,
+            **_renamed(config),
+        )
+    _check_none_missing(info, loaded["missing_keys"])
 
 
 def load_causal_model(
@@ -208,7 +234,6 @@ def _folders_in(folder: Path) -> list[str]:
 
 def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, placement: Placement) -> nn.Module:
     check_dtype(DTYPES[dtype], placement.input_device)
-    renamed = {"key_mapping": TEXT_PART_WEIGHTS} if config.model_type in TEXT_PARTS.values() else {}
     try:
         model, loaded = placement.load(
             loader,
@@ -217,15 +242,11 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
-            **renamed,
+            **_renamed(config),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {_first_line(error)}") from None
-    if missing := sorted(loaded["missing_keys"]):  # which transformers makes up, with a warning that no one sees
-        raise InputError(
-            f"model.id: the weights of {info.id} cannot be loaded: {len(missing)} tensors that its config.json asks "
-            f"for are not there, the first is {missing[0]}"
-        )
+    _check_none_missing(info, loaded["missing_keys"])
     if (now := describe_model(info.id, info.revision).fingerprint) != info.fingerprint:  # changed since, or elsewhere
         raise InputError(
             f"model.id: {info.id} on {platform.node()} has the fingerprint {now}, and this run began with "
@@ -233,6 +254,50 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
         )
     ready: nn.Module = model.eval().requires_grad_(False)
     return ready
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its list of the layers that are left out: this is a person's terminal."""
+    log = transformers.logging
+    verbosity, had_bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if had_bar:
+            log.enable_progress_bar()
+
+
+def _first_layers(config: Any, layers: int) -> Any:
+    """The config, changed to that of a model of so many layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _renamed(config: Any) -> dict[str, Any]:
+    """How transformers is told the names that a checkpoint of text and images gives the weights of its text part."""
+    return {"key_mapping": TEXT_PART_WEIGHTS} if config.model_type in TEXT_PARTS.values() else {}
+
+
+def _check_none_missing(info: ModelInfo, names: Collection[str]) -> None:
+    """transformers makes up what a checkpoint lacks, with a warning that no one sees."""
+    if not names:
+        return
+    first = min(names)
+    which = (
+        f"a tensor that its config.json asks for is not there ({first})"
+        if len(names) == 1
+        else f"{len(names)} tensors that its config.json asks for are not there, the first is {first}"
+    )
+    raise InputError(
+        f"model.id: the weights of {info.id} cannot be loaded: {which}; download the checkpoint again, or give it the "
+        "config.json that it was saved with"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ Reads headers and samples, never the whole: 16 GB are fingerprinted in about a s
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,28 +15,73 @@ BLOCK_BYTES = 64 * 1024
 WHOLE_TENSOR_BYTES = 64 * 1024
 """Tensors up to this size (norms, biases, routers of small models) are hashed whole."""
 END_BYTES = 4 * 1024
+PART_NAME = re.compile(r"(.+-)(\d+)-of-(\d+)(\.safetensors|\.bin)")
+
+
+ENTRIES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers looks for in a folder, in its order: the weights, or an index of the files that they are in."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, sorted. Raises InputError if there are none, or some that the index names are not
-    there."""
+    """The weight files of a folder, sorted. Raises InputError if there are none, or not all that loading takes."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     if not files:
         raise InputError(f"model.id: no weights (*.safetensors) in {folder}")
-    index = folder / "model.safetensors.index.json"
-    # transformers takes model.safetensors first, and then has no use for the index
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"model.id: {index} is not an index of weight files: {error}") from None
-        missing = [name for name in named if not (folder / name).is_file()]
-        if missing:
-            raise InputError(
-                f"model.id: the weights of {folder} cannot be loaded: {len(missing)} of the {len(named)} files that "
-                f"{index.name} names are missing, the first is {missing[0]}; download the rest of the checkpoint"
-            )
+    loaded_files(folder)
     return files
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """The files that a model is loaded from: a folder may have others. Raises InputError if some are missing."""
+    entry = next((folder / name for name in ENTRIES if (folder / name).is_file()), None)
+    if entry is None:
+        raise InputError(
+            f"model.id: the weights of {folder} cannot be loaded: it has neither model.safetensors nor "
+            f"model.safetensors.index.json, which says what is in which of several files{_parts_missing(folder)}; "
+            "download the rest of the checkpoint"
+        )
+    if entry.suffix != ".json":
+        return [entry]
+    try:
+        named = sorted(set(json.loads(entry.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"model.id: {entry} is not an index of weight files: {error}") from None
+    missing = [name for name in named if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"model.id: the weights of {folder} cannot be loaded: {len(missing)} of the {len(named)} files that "
+            f"{entry.name} names are missing, the first is {missing[0]}; download the rest of the checkpoint"
+        )
+    return [folder / name for name in named]
+
+
+def _parts_missing(folder: Path) -> str:
+    """What a folder without an index lacks besides, as the names of the files say that are there."""
+    parts = [match for file in sorted(folder.iterdir()) if (match := PART_NAME.fullmatch(file.name))]
+    if not parts:
+        return ""
+    stem, total, ending = parts[0][1], parts[0][3], parts[0][4]
+    names = [f"{stem}{number:0{len(total)}}-of-{total}{ending}" for number in range(1, int(total) + 1)]
+    missing = [name for name in names if not (folder / name).is_file()]
+    return f", and {len(missing)} of {len(names)} files are missing, the first is {missing[0]}" if missing else ""
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]] | None:
+    """Name -> shape of every tensor that a model is loaded from; None where that is not safetensors, whose headers say
+    so. Raises InputError as `hash_weights` does."""
+    shapes: dict[str, list[int]] = {}
+    for file in loaded_files(folder):
+        if file.suffix != ".safetensors":
+            return None
+        with file.open("rb") as handle:
+            _, tensors = _header(file, file.stat().st_size, handle)
+        shapes |= {name: entry["shape"] for name, entry in tensors.items()}
+    return shapes
 
 
 def hash_weights(folder: Path, sha: Any) -> None:
@@ -59,12 +105,25 @@ def hash_weights(folder: Path, sha: Any) -> None:
 
 
 def _hash_tensors(file: Path, size: int, handle: BinaryIO, sha: Any) -> None:
+    header, tensors = _header(file, size, handle)
+    first = 8 + len(header)
+    sha.update(header)
+    for start, stop in sorted(entry["data_offsets"] for entry in tensors.values()):
+        if stop - start <= WHOLE_TENSOR_BYTES:
+            _hash_range(handle, first + start, stop - start, sha)
+        else:
+            _hash_range(handle, first + start, END_BYTES, sha)
+            _hash_range(handle, first + stop - END_BYTES, END_BYTES, sha)
+
+
+def _header(file: Path, size: int, handle: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    """The header of a safetensors file, and what it says of each tensor. Raises InputError for a file that is cut."""
     length = int.from_bytes(handle.read(8), "little")
     header = handle.read(length) if length < size else b""
     try:
-        tensors = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
-        end = 8 + length + max((stop for _, stop in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise InputError(
             f"model.id: the weights of {file.parent} cannot be loaded: {file.name} has no safetensors header; "
             "download it again"
@@ -74,13 +133,7 @@ def _hash_tensors(file: Path, size: int, handle: BinaryIO, sha: Any) -> None:
             f"model.id: the weights of {file.parent} cannot be loaded: {file.name} is damaged: its header describes "
             f"{end:,} bytes and it has {size:,}; download it again"
         )
-    sha.update(header)
-    for start, stop in sorted(tensors.values()):
-        if stop - start <= WHOLE_TENSOR_BYTES:
-            _hash_range(handle, 8 + length + start, stop - start, sha)
-        else:
-            _hash_range(handle, 8 + length + start, END_BYTES, sha)
-            _hash_range(handle, 8 + length + stop - END_BYTES, END_BYTES, sha)
+    return header, tensors
 
 
 def _hash_range(handle: BinaryIO, start: int, length: int, sha: Any) -> None:

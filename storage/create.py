@@ -269,6 +269,7 @@ def refuse_if_taken(place: Place) -> None:
         path = place.path
         if path.exists() and not path.is_dir():
             raise StorageError(f"{path} is a file; a store is a folder")
+        open_place(path.parent).backend.check_writable()  # where it is made, under another name
         names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     else:
         place.backend.check_writable()

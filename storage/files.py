@@ -11,6 +11,7 @@ process left.
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from storage.errors import StorageError
 from storage.places import Buffer
 
 StagedFile = tuple[Path, Path]
@@ -156,7 +158,18 @@ class LocalFiles:
         return create_file(self._path(key), content)
 
     def check_writable(self) -> None:
-        """Nothing is asked before it is needed: a local disk tells at once."""
+        """Raise StorageError unless files can be made here, or in the nearest folder above that exists. Leaves nothing:
+        the file has no name where the file system can do that."""
+        nearest = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not nearest.is_dir():
+            raise StorageError(f"{nearest} is a file; a store is a folder, in a folder: name another place")
+        try:
+            tempfile.TemporaryFile(dir=nearest).close()
+        except OSError as error:
+            raise StorageError(
+                f"the store at {self.root} cannot be written: {error.strerror}, when a file was to be made in "
+                f"{nearest}; make that writable, or put the store elsewhere"
+            ) from None
 
     def exists(self, key: str) -> bool:
         return self._path(key).exists()

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 import transformers
 import yaml
 from conftest import write_corpus
@@ -186,6 +187,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, llama: Path, texts: list[st
     weights = model("weights-of-two-layers") / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(weights).items() if ".layers.1." not in name}
     save_file(kept, weights, metadata={"format": "pt"})
+    weights = model("weights-of-another-shape") / "model.safetensors"
+    doubled = {name: torch.cat([tensor, tensor]) for name, tensor in load_file(weights).items()}
+    save_file(doubled, weights, metadata={"format": "pt"})
     weights = model("one-of-two-files") / "model.safetensors"
     files = {name: f"model-0000{1 + ('.layers.1.' in name)}-of-00002.safetensors" for name in load_file(weights)}
     weights.rename(weights.with_name("model-00001-of-00002.safetensors"))

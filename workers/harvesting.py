@@ -7,7 +7,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from pipeline.models import DTYPES as TORCH_DTYPES
-from pipeline.models import ModelInfo
+from pipeline.models import ModelInfo, check_weights
 from pipeline.placement import check_dtype
 from pipeline.sites import parse_site
 from storage.arrays import DTYPES
@@ -50,7 +50,7 @@ def prepare_harvests(
     Sites that the store has already, or is getting, belong to their own harvest; the others become a new one. Raises
     InputError for a site the model lacks and StoreMismatch when a site is stored under other settings.
     """
-    check_harvest(info, model, settings)
+    _check_settings(info, model, settings)
     identity = _identity(store, model, info, settings)
     name = name_in_store(store, info)
     types = settings.stored_types()
@@ -65,7 +65,13 @@ def prepare_harvests(
 
 
 def check_harvest(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:
-    """Raise InputError for what a model, or this machine where it is to run on CPU, cannot do. Touches no store."""
+    """Raise InputError for what a model, or this machine where it is to run on CPU, cannot do, and for weights that are
+    missing. Touches no store."""
+    _check_settings(info, model, settings)
+    check_weights(info, 1 + max(site.layer for site in settings.parsed_sites()))
+
+
+def _check_settings(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:
     info.check_sites(settings.parsed_sites())
     info.check_attention(settings.attention)
     if settings.gpus_per_worker == 0:

@@ -22,6 +22,7 @@ from pipeline.corpora.recipe import Recipe
 from pipeline.corpora.records import Piece
 from pipeline.errors import InputError
 from pipeline.layout import (
+    NO_ROWS,
     Documents,
     Sizes,
     first_rows,
@@ -110,15 +111,25 @@ def plan_table(
     plan = reading.ordered(roles)
     found = plan.sizes.rows
     if found == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in plan.skipped.counts.items()) or "no records"
         where = "; ".join(corpus.summary for corpus in corpora)
-        raise InputError(f"the corpus gives no rows: it has {reasons} ({where})")
+        raise InputError(f"the corpus gives no rows: {_why_none(plan, recipe)} ({where})")
     if rows is not None and found < rows:
         raise InputError(
             f"corpus.rows asks for {rows:,} rows and the corpus has {found:,}: ask for at most that many, "
             "or leave corpus.rows out to take them all"
         )
     return plan
+
+
+def _why_none(plan: TablePlan, recipe: Recipe) -> str:
+    counts = plan.skipped.counts
+    left_out = [f"{count:,} for {reason!r}" for reason, count in counts.items()]
+    why = f"its records are left out, {', '.join(left_out)}" if left_out else "it has no records"
+    if NO_ROWS not in counts:
+        return why
+    return (
+        f"{why}; corpus.roles asks for {', '.join(recipe.roles)} and its messages are of {', '.join(plan.role_names)}"
+    )
 
 
 class _Reading:

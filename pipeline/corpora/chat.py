@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from pipeline.corpora.contents import Encoded
+from pipeline.corpora.contents import UNDECODABLE, Encoded, is_unicode
 from pipeline.errors import InputError
 
 NO_ROLE = "a message without a role"
@@ -75,6 +75,8 @@ class ChatEncoder:
         whole = self._text(messages)
         if whole is None:
             return REFUSED, "", []
+        if not all(map(is_unicode, [whole, *(message["role"] for message in messages)])):
+            return UNDECODABLE, "", []
         parts: list[tuple[int, str]] = []
         before = ""
         for count, message in enumerate(messages, 1):

@@ -15,6 +15,7 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 EMPTY = "empty"
+UNDECODABLE = "undecodable"
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,20 @@ class TextEncoder:
             try:
                 text = content.decode("utf-8") if isinstance(content, bytes) else content or ""
             except UnicodeDecodeError:
-                bad[number] = "undecodable"
+                bad[number] = UNDECODABLE
             if not isinstance(text, str):
                 bad[number], text = "not text", ""
             elif not text.strip():
                 bad.setdefault(number, EMPTY)
                 text = ""
-            elif not _is_unicode(text):
-                bad[number], text = "undecodable", ""
+            elif not is_unicode(text):
+                bad[number], text = UNDECODABLE, ""
             texts.append(text)
         ids = encode_texts(self.tokenizer, texts)
         return Encoded.of([np.array(i, dtype=np.int32) for i in ids], bad)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """JSON may hold halves of surrogate pairs, which are no text."""
     try:
         text.encode("utf-8")

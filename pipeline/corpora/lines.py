@@ -1,6 +1,6 @@
 """Records in JSON lines (.jsonl, also .gz and .zst), and texts of one document a file (.txt).
 
-A line that is no JSON object is counted with its number, from 1, and is no reason to stop.
+A line that is no JSON object, or has no content, is counted with its number, from 1, and is no reason to stop.
 """
 
 import gzip
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_labels
+from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_labels, label_array
 from pipeline.errors import InputError
 
 PIECE_BYTES = 64 * 2**20
@@ -21,6 +21,8 @@ PIECE_BYTES = 64 * 2**20
 DECOMPRESSED_BYTES = 4
 """Bytes of text in a compressed one, about."""
 BROKEN = "broken JSON"
+KEYS_TOLD = 8
+"""Keys of a chunk's records that a refusal names at least, if there are so many."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,17 @@ class JsonLines:
         has_content = False
         with file.open() as handle, reading(file.url):
             for first, lines in _grouped(_lines(handle, file, piece), piece.first_record):
-                chunk, records = self._parse(first, lines, file)
-                seen.update(key for record in records[:8] for key in record)
-                has_content |= any(self.columns.content in record for record in records)
+                chunk, keys = self._parse(first, lines, file)
+                seen.update(keys)
+                has_content |= len(chunk.numbers) > 0
                 yield chunk
         if seen and not has_content:
             self.columns.check_present(sorted(seen), file.url)
 
-    def _parse(self, first: int, lines: list[bytes], file: CorpusFile) -> tuple[Chunk, list[dict[str, Any]]]:
+    def _parse(self, first: int, lines: list[bytes], file: CorpusFile) -> tuple[Chunk, set[str]]:
+        """A chunk, and keys that its records have."""
         numbers, records, broken = [], [], []
+        keys: set[str] = set()
         for number, line in enumerate(lines, first):
             if not line.strip():
                 continue
@@ -63,15 +67,20 @@ class JsonLines:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict):
+            if not isinstance(record, dict):
+                broken.append((number, BROKEN))
+                continue
+            if len(keys) < KEYS_TOLD:
+                keys.update(record)
+            if self.columns.content in record:
                 numbers.append(number)
                 records.append(record)
             else:
-                broken.append((number, BROKEN))
+                broken.append((number, f"no key {self.columns.content!r}"))
         at = np.array(numbers, dtype=np.int64)
-        labels = {name: _label(name, [r.get(name) for r in records], file) for name in self.columns.labels}
+        labels = {name: label_array(name, [r.get(name) for r in records], at, file) for name in self.columns.labels}
         check_labels(labels, at, file)
-        return Chunk(at, [r.get(self.columns.content) for r in records], labels, broken), records
+        return Chunk(at, [r[self.columns.content] for r in records], labels, broken), keys
 
 
 @dataclass(frozen=True)
@@ -136,10 +145,3 @@ def _grouped(lines: Iterator[bytes], first: int) -> Iterator[tuple[int, list[byt
             first, group, size = first + len(group), [], 0
     if group:
         yield first, group
-
-
-def _label(name: str, values: list[Any], file: CorpusFile) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(f"corpus.labels: {name!r} has values of different types in {file.url}: {error}") from None

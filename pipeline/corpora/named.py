@@ -9,10 +9,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import Chunk, Columns, check_labels
+from pipeline.corpora.records import Chunk, Columns, check_labels, label_array
 from pipeline.errors import InputError
 
 RECORDS_AT_ONCE = 256
@@ -56,7 +55,10 @@ class NamedDataset:
             while records := list(islice(stream, RECORDS_AT_ONCE)):
                 self.columns.check_present(sorted(records[0]), f"the dataset {self.path}")
                 numbers = np.arange(first, first + len(records))
-                labels = {name: pa.array([r.get(name) for r in records]) for name in self.columns.labels}
+                labels = {
+                    name: label_array(name, [r.get(name) for r in records], numbers, self.file)
+                    for name in self.columns.labels
+                }
                 check_labels(labels, numbers, self.file)
                 yield Chunk(numbers, [r.get(self.columns.content) for r in records], labels)
                 first += len(records)

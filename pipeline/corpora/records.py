@@ -77,15 +77,45 @@ class Format(Protocol):
         ...
 
 
+def label_array(name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile) -> pa.Array:
+    """The values of a label in the records `numbers`, as JSON has them. Raises InputError for what is no label."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
+        for number, value in zip(numbers.tolist(), values, strict=True):
+            if problem := _no_label(value):
+                raise InputError(f"corpus.labels: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
+        raise InputError(f"corpus.labels: {name!r} has values of different types in {file.url}: {error}") from None
+
+
+TAKEN = "labels are texts, numbers or truth values: turn such values into those, or leave the label out"
+
+
+def _no_label(value: Any) -> str | None:
+    """Why a JSON value cannot be a label."""
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'dictionary'}"
+    try:
+        pa.array([value])
+    except UnicodeEncodeError:
+        return "a text with half of a surrogate pair (no Unicode)"
+    except OverflowError:
+        return "a whole number of more than 64 bits"
+    return None
+
+
 def check_labels(labels: dict[str, pa.Array], numbers: npt.NDArray[np.int64], file: CorpusFile) -> None:
-    """Raise InputError for a label without a value: a row whose subpopulation is unknown would spoil every mean."""
+    """Raise InputError for labels that are no scalars, and for one without a value: a row whose subpopulation is
+    unknown would spoil every mean."""
     for name, values in labels.items():
         missing = values.is_null(nan_is_null=True)
         if (first := missing.index(True).as_py()) >= 0:
             raise InputError(
-                f"corpus.labels: {name!r} has no value in record {numbers[first]} of {file.url}; fill or drop such "
-                "records"
+                f"corpus.labels: {name!r} has no value in {file.url}:{numbers[first]}; fill or drop such records"
             )
+        if len(values) and pa.types.is_nested(values.type):
+            where = f"{file.url}:{numbers[0]}"
+            raise InputError(f"corpus.labels: {name!r} is no single value but {values.type} in {where}; {TAKEN}")
 
 
 def content_list(column: pa.Array, kind: str) -> list[Any]:

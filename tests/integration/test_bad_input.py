@@ -159,7 +159,7 @@ TOKENS = {"corpus.labels": [], "corpus.text": GONE, "corpus.tokens": "ids"}
         (
             "unlabelled.parquet",
             {},
-            ["corpus.labels: 'language' has no value in record 1 of ", "unlabelled.parquet; fill or drop"],
+            ["corpus.labels: 'language' has no value in ", "unlabelled.parquet:1; fill or drop"],
         ),
         (None, {"corpus.text": "year"}, ["corpus.text: column 'year' of ", "holds int64, not text"]),
         (None, {"corpus.labels": ["lang"]}, ["corpus.labels: no column 'lang' in ", "it has text, language, year"]),
@@ -169,7 +169,11 @@ TOKENS = {"corpus.labels": [], "corpus.text": GONE, "corpus.tokens": "ids"}
             ["the ending of ", "lines.csv says nothing of its format; known are .parquet", "corpus.format"],
         ),
         ("mixed", {}, ["mixed has files of several formats (", "a.parquet, ", "b.jsonl); give a pattern"]),
-        ("broken.jsonl", {"corpus.labels": []}, ["gives no rows: it has 3 broken JSON (1 file(s), the first is "]),
+        (
+            "broken.jsonl",
+            {"corpus.labels": []},
+            ["gives no rows: its records are left out, 3 for 'broken JSON' (1 file(s), the first is "],
+        ),
         ("cut.jsonl.gz", {"corpus.labels": []}, ["cut.jsonl.gz is damaged, it cannot be read to its end"]),
         ("chats.jsonl", CHAT, ["corpus.messages: the tokenizer has no chat template"]),
         (
@@ -210,6 +214,11 @@ def test_a_corpus_that_cannot_be_used(
         ("no-weights", {}, ["model.id: no weights (*.safetensors) in ", "no-weights"]),
         ("gpt2", {}, ["gpt2 is a 'gpt2' model; supported are the Llama-shaped families llama, mistral, "]),
         (None, {"model.id": "no/such-model"}, ["model.id: no/such-model cannot be loaded: ", "couldn't find"]),
+        (
+            "weights-of-two-layers",
+            {},
+            ["9 tensors that its config.json asks for are not there, the first is layers.1."],
+        ),
         ("cut-weights", {}, ["model.safetensors is damaged: its header describes ", "download it again"]),
         (
             "one-of-two-files",

@@ -1,5 +1,6 @@
 """Places where no store can be: found within seconds, before a model is read or Ray is started, in one sentence."""
 
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,36 @@ def test_a_bucket_that_does_not_exist(lab: Lab, verb: str) -> None:
     dictionary = {"name": "sae", "input": ["resid_post.1"], "latents": 64}
     spec = lab.spec({"store": "s3://nobody-has-this/acts", **sections, "train": {"dictionaries": [dictionary]}})
     assert "s3://nobody-has-this/acts cannot be used: there is no such bucket; make it" in lab.refused(verb, spec)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_folder_that_takes_no_files(lab: Lab) -> None:
+    message = refused(lab, "/proc/eyes/acts")
+    assert "the store at /proc/eyes/acts cannot be written: " in message
+    assert "when a file was to be made in /proc; make that writable" in message
+
+
+def test_plan_refuses_what_harvest_would(lab: Lab, bucket: str, faulty_s3: Callable[..., FaultyS3]) -> None:
+    (lab.folder / "a.parquet").write_text("x")
+    (lab.folder / "taken").mkdir()
+    (lab.folder / "taken" / "notes.txt").write_text("x")
+    faulty_s3(read_only=True)
+    for store, words in [
+        ("/proc/eyes/acts", "when a file was to be made in /proc"),
+        (str(lab.folder / "a.parquet" / "x"), "a.parquet is a file; a store is a folder"),
+        (str(lab.folder / "taken"), "taken is not an empty folder (it holds notes.txt)"),
+        (f"{bucket}/acts", f"{bucket}/acts cannot be written: AccessDenied (Access Denied)"),
+    ]:
+        for verb in ("plan", "harvest"):
+            assert words in refused(lab, store, verb)
+    assert open_place(bucket).names() == []
+
+
+def test_plan_refuses_a_disk_without_room(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(lab.folder)
+    monkeypatch.setattr("jobs.run.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    for verb in ("plan", "harvest"):
+        assert "is too full: the harvest needs 816.0 KiB and 1000 B are free" in refused(lab, str(lab.store), verb)
 
 
 @pytest.mark.usefixtures("s3")

@@ -64,7 +64,7 @@ def test_a_finished_store_is_found_and_left_as_it_is(stored: Lab) -> None:
     stored.run("harvest", spec)  # writes the bitmap of the commits, which the fixture has not
     before = snapshot(stored.folder)
     assert "all 4 units of resid_post.1, mlp_in.0, mlp_out.0 are there" in stored.run("harvest", spec)
-    assert "(exists; 4 units are done)" in stored.run("plan", spec)
+    assert "(exists; 4 of 4 units have all that the spec asks for)" in stored.run("plan", spec)
     assert snapshot(stored.folder) == before
 
 
@@ -108,7 +108,7 @@ def test_a_spec_trains_on_its_own_model_of_a_store_with_two(two_models: tuple[La
     [
         ("taken", "is not an empty folder (it holds thesis.txt); name another place"),
         ("file", "is a file; a store is a folder"),
-        ("file/store", "cannot be written: "),
+        ("file/store", "/file is a file; a store is a folder"),
     ],
 )
 def test_a_place_that_cannot_become_a_store(lab: Lab, inputs: Path, store: str, expected: str) -> None:

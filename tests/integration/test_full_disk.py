@@ -178,6 +178,7 @@ def test_a_disk_that_is_read_only(lab: Lab, harvested: Store, mount: Callable[[s
     for name, changes in {
         "new": {"store": "new"},
         "same": {},
+        "more": {"harvest.sites": ["resid_mid.0"]},
         "anchored": {"anchors": {"name": "a", "by": "language", "min_rows": 10}},
     }.items():
         specs[name] = lab.spec(changes).rename(disk.path / f"{name}.yaml")
@@ -185,6 +186,8 @@ def test_a_disk_that_is_read_only(lab: Lab, harvested: Store, mount: Callable[[s
     assert f"the store at {disk.path / 'new'} cannot be written: Read-only file system" in lab.refused(
         "harvest", specs["new"]
     )
+    for verb in ("plan", "harvest"):
+        assert "cannot be written: Read-only file system, when" in lab.refused(verb, specs["more"])
     assert "Read-only file system" in lab.refused("anchors", specs["anchored"])
     assert "Read-only file system" in lab.refused("report", lab.store)
     assert "are there" in lab.run("harvest", specs["same"])

@@ -260,19 +260,23 @@ def test_the_last_update_is_shown(clock: Clock) -> None:
         assert terminal.shown().startswith("training  10 of 10 steps")
 
 
-def test_progress_is_quiet_where_there_is_no_terminal(clock: Clock) -> None:
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock: Clock) -> None:
     file = io.StringIO()
     with ProgressLine("harvesting", "rows", 100, stream=file) as line:
-        for done in range(101):
-            clock.now += 1
+        for done in range(0, 101, 2):
+            clock.now += 3
             line.update(done)
-    assert file.getvalue() == ""
+    assert file.getvalue() == (
+        "harvesting  38 of 100 rows  1 rows/s  1 min 33 s left\nharvesting  78 of 100 rows  1 rows/s  33 s left\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (0.2, "0 s"),
+        (0, "under a second"),
+        (0.99, "under a second"),
+        (1, "1 s"),
         (8.4, "8 s"),
         (59.6, "1 min 00 s"),
         (130, "2 min 10 s"),

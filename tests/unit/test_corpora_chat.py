@@ -140,7 +140,11 @@ def test_chats_without_rows_of_those_roles_are_counted(tmp_path: Path, chat_mode
     path = write(tmp_path / "c.jsonl", CHATS)
     table = plan(path, chat_model(PLAIN), messages="messages", roles="system")
     assert table.skipped.to_record() == {"no row of the roles asked for": {"count": 1, "first": ["c.jsonl:1"]}}
-    with pytest.raises(InputError, match="gives no rows: it has 2 no row of the roles asked for"):
+    with pytest.raises(
+        InputError,
+        match=r"records are left out, 2 for 'no row of the roles asked for'; corpus\.roles asks "
+        "for wizard and its messages are of assistant, system, user ",
+    ):
         plan(path, chat_model(PLAIN), messages="messages", roles="wizard")
 
 
@@ -161,7 +165,7 @@ def test_a_template_that_rewrites_messages_needs_markers(tmp_path: Path, chat_mo
         [("assistant", " three towns")],
         [("assistant", "every fieldin summer café")],
     ]
-    with pytest.raises(InputError, match="it has 2 the chat template does not show where each message ends"):
+    with pytest.raises(InputError, match="left out, 2 for 'the chat template does not show where each message ends' "):
         plan(path, chat_model(LAST_ONLY), messages="messages")
 
 
@@ -175,6 +179,14 @@ def test_chats_that_cannot_be_used_are_counted(tmp_path: Path, chat_model: Any) 
         "empty": {"count": 3, "first": ["c.jsonl:2", "c.jsonl:3", "c.jsonl:4"]},
         "the chat template refuses the chat": {"count": 1, "first": ["c.jsonl:8"]},
     }
+
+
+@pytest.mark.parametrize("template", [PLAIN, LAST_MARKED])
+def test_chats_with_half_a_surrogate_pair_are_counted(tmp_path: Path, chat_model: Any, template: str) -> None:
+    user, assistant = CHATS[0]
+    chats = [CHATS[0], [{**user, "content": "hi \ud800 there"}, assistant], [user, {**assistant, "role": "\ud800"}]]
+    table = plan(write(tmp_path / "c.jsonl", chats), chat_model(template), messages="messages")
+    assert table.skipped.to_record() == {"undecodable": {"count": 2, "first": ["c.jsonl:2", "c.jsonl:3"]}}
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path, llama: Path) -> None:

@@ -83,11 +83,11 @@ def test_columns_that_are_not_token_ids_or_messages(tmp_path: Path) -> None:
 def test_a_label_without_a_value_names_the_label_and_the_record(tmp_path: Path) -> None:
     table = pa.table({"text": ["a"] * 10, "language": [*["en"] * 7, None, "en", "en"]})
     pq.write_table(table, tmp_path / "c.parquet", row_group_size=3)
-    with pytest.raises(InputError, match=r"'language' has no value in record 7 of .*c\.parquet"):
+    with pytest.raises(InputError, match=r"'language' has no value in .*/c\.parquet:7; fill"):
         read_corpus(tmp_path, labels=["language"])
     (tmp_path / "c.parquet").unlink()
     (tmp_path / "c.jsonl").write_text('{"text": "a", "language": "en"}\n\n{"text": "b"}\n')
-    with pytest.raises(InputError, match=r"'language' has no value in record 3 of .*c\.jsonl"):
+    with pytest.raises(InputError, match=r"'language' has no value in .*/c\.jsonl:3; fill"):
         read_corpus(tmp_path, labels=["language"])
 
 
@@ -100,6 +100,31 @@ def test_labels_of_different_types_are_refused(tmp_path: Path, llama: Path) -> N
     (tmp_path / "one" / "x.jsonl").write_text('{"text": "a", "year": 1}\n{"text": "b", "year": "x"}\n')
     with pytest.raises(InputError, match="'year' has values of different types"):
         read_corpus(tmp_path / "one", labels=["year"])
+
+
+@pytest.mark.parametrize(
+    ("label", "problem"),
+    [
+        ('"\\ud800"', r"a text with half of a surrogate pair \(no Unicode\) in .*c\.jsonl:3; labels are"),
+        (str(2**64), r"a whole number of more than 64 bits in .*c\.jsonl:3; labels are"),
+        ("[1, 2]", r"a list in .*c\.jsonl:3; labels are texts, numbers or truth values"),
+        ('{"a": 1}', r"a dictionary in .*c\.jsonl:3; labels are"),
+    ],
+)
+def test_labels_that_are_no_scalars_are_refused_with_their_line(tmp_path: Path, label: str, problem: str) -> None:
+    (tmp_path / "c.jsonl").write_text(f'{{"text": "a", "n": 1}}\n\n{{"text": "b", "n": {label}}}\n')
+    with pytest.raises(InputError, match=rf"corpus\.labels: 'n' is {problem}"):
+        read_corpus(tmp_path, labels=["n"])
+
+
+def test_labels_that_are_lists_everywhere_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "c.parquet", text=["a"], n=[[1, 2]])
+    with pytest.raises(InputError, match=r"'n' is no single value but list<.*> in .*c\.parquet:0; labels are"):
+        read_corpus(tmp_path, labels=["n"])
+    (tmp_path / "c.parquet").unlink()
+    (tmp_path / "c.jsonl").write_text('{"text": "a", "n": [1]}\n{"text": "b", "n": [2]}\n')
+    with pytest.raises(InputError, match=r"'n' is no single value but list<.*> in .*c\.jsonl:1; labels are"):
+        read_corpus(tmp_path, labels=["n"])
 
 
 def test_labels_of_types_that_agree_become_one_type(tmp_path: Path, llama: Path) -> None:
@@ -160,9 +185,9 @@ def test_an_empty_corpus_says_why_it_is_empty(tmp_path: Path, llama: Path) -> No
     path = write(tmp_path / "corpus.parquet", text=pa.array([], pa.string()))
     with pytest.raises(InputError, match="gives no rows: it has no records"):
         plan(path, llama)
-    with pytest.raises(InputError, match="gives no rows: it has 3 empty"):
+    with pytest.raises(InputError, match="records are left out, 3 for 'empty'"):
         plan(write(path, text=["", " \n", None]), llama)
-    with pytest.raises(InputError, match="gives no rows: it has 2 too short to give a row"):
+    with pytest.raises(InputError, match="records are left out, 2 for 'too short to give a row'"):
         plan(write(path, text=["a", "b"]), llama, skip_first=5)
 
 
@@ -206,7 +231,7 @@ def test_broken_lines_are_counted_with_file_and_number(
     table = plan(tmp_path, llama)
     assert skipped(table) == {
         "broken JSON": {"count": 3, "first": ["c.jsonl:3", "c.jsonl:8", "c.jsonl:15"]},
-        "empty": {"count": 1, "first": ["c.jsonl:18"]},
+        "no key 'text'": {"count": 1, "first": ["c.jsonl:18"]},
         "not text": {"count": 1, "first": ["c.jsonl:16"]},
     }
     assert table.sizes.documents == 15
@@ -214,7 +239,7 @@ def test_broken_lines_are_counted_with_file_and_number(
 
 def test_a_file_of_broken_lines_is_refused(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "c.jsonl").write_text("not json\n" * 7)
-    with pytest.raises(InputError, match="gives no rows: it has 7 broken JSON"):
+    with pytest.raises(InputError, match="records are left out, 7 for 'broken JSON'"):
         plan(tmp_path, llama)
 
 

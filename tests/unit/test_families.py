@@ -22,7 +22,7 @@ from pipeline.batches import batches_of
 from pipeline.capture import capture, splice
 from pipeline.errors import InputError
 from pipeline.families import FAMILIES
-from pipeline.models import describe_model, load_base_model, load_causal_model
+from pipeline.models import check_weights, describe_model, load_base_model, load_causal_model
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
 from pipeline.unit import UnitRunner
@@ -61,6 +61,13 @@ Rows = dict[Site, Tensor]
 
 def test_every_family_is_tested() -> None:
     assert MODELS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_no_weights_of_a_whole_checkpoint_are_missing(make_model: Callable[..., Path], family: str) -> None:
+    info = describe_model(str(make_model(family, **MODELS[family])))
+    for layers in (1, LAYERS):
+        check_weights(info, layers)
 
 
 def some_contexts() -> list[ContextRows]:
@@ -296,6 +303,7 @@ def test_the_text_part_of_gemma3(tmp_path: Path, make_model: Callable[..., Path]
             parameter.normal_(0, 0.3)
     whole.save_pretrained(tmp_path / "gemma3")
     info = describe_model(str(tmp_path / "gemma3"))
+    check_weights(info, LAYERS)
     assert (info.num_layers, info.d_model) == (LAYERS, D_MODEL)
     found = harvested(tmp_path / "gemma3", "sdpa")
     for context in some_contexts():

@@ -266,7 +266,7 @@ def test_streamed_datasets_do_not_grow(growing: Lab) -> None:
 def test_plan_and_status_tell_of_growth(growing: Lab, files: list[Path], start: Callable[..., Harvesting]) -> None:
     two = {"corpus.path": ["texts", str(files[1])], "corpus.rows": 4000}
     spec = growing.spec(two)
-    assert "2,500 of them would be appended by `granary harvest --grow`" in growing.run("plan", spec)
+    assert "2,500 of them would be appended by `granary harvest --grow`" in growing.run("plan", spec, "--grow")
     assert json.loads(growing.run("plan", spec, "--json"))["rows_to_append"] == 2500
     assert "would be appended" not in growing.run("plan", growing.spec())
     loaded = load_spec(growing.spec(two))

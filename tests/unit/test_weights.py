@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import InputError
-from pipeline.models import describe_model, load_base_model
+from pipeline.models import check_weights, describe_model, load_base_model
 from pipeline.weights import END_BYTES, SAMPLED_BLOCKS, WHOLE_TENSOR_BYTES, hash_weights
 
 MIB = 2**20
@@ -141,6 +141,35 @@ def test_weights_that_are_replaced_after_the_model_was_described(
         InputError, match=rf"has the fingerprint \w+, and this run began with {info.fingerprint}: the we"
     ):
         load_base_model(info, layers=1, dtype="float32")
+
+
+@pytest.mark.parametrize("there", [(1,), (1, 2), (2,)])
+def test_several_files_without_an_index(folder: Path, there: tuple[int, ...]) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    for number in there:
+        (folder / f"model-0000{number}-of-00002.safetensors").write_bytes(whole)
+    absent = {1, 2}.difference(there)
+    also = f", and 1 of 2 files are missing, the first is model-0000{absent.pop()}-of-00002" if absent else "; download"
+    with pytest.raises(InputError, match=f"neither model.safetensors nor model.safetensors.index.json, .* files{also}"):
+        fingerprint(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_tensors_that_are_missing_are_told_without_loading(
+    make_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    for file in make_model(family).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    info = describe_model(str(tmp_path))
+    check_weights(info, info.num_layers)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in sorted(tensors) if "layers.1." in name and name.endswith("q_proj.weight"))
+    save_file({name: t for name, t in tensors.items() if name != lost}, tmp_path / "model.safetensors")
+    check_weights(info, 1)  # what is not loaded may be missing
+    message = r"a tensor .* is not there \(layers\.1\.self_attn\.q_proj\.weight\); download the checkpoint again"
+    with pytest.raises(InputError, match=message):
+        check_weights(info, 2)
 
 
 @pytest.mark.parametrize(
