@@ -5,6 +5,9 @@ Everything that can be wrong with a model is found from its config, before weigh
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -207,15 +210,16 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
     check_dtype(DTYPES[dtype], placement.input_device)
     renamed = {"key_mapping": TEXT_PART_WEIGHTS} if config.model_type in TEXT_PARTS.values() else {}
     try:
-        model, loaded = placement.load(
-            loader,
-            info.id,
-            revision=info.revision,
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            **renamed,
-        )
+        with _silence():
+            model, loaded = placement.load(
+                loader,
+                info.id,
+                revision=info.revision,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                **renamed,
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {_first_line(error)}") from None
     if missing := sorted(loaded["missing_keys"]):  # which transformers makes up, with a warning that no one sees
@@ -225,6 +229,24 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
         )
     ready: nn.Module = model.eval().requires_grad_(False)
     return ready
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without transformers' progress bar, its table of the weights that are left out, which reads like a fault, and
+    accelerate's word on those on disk: what is wrong with a checkpoint we say ourselves."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels, has_bar = [logger.level for logger in loggers], transformers.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if has_bar:
+            transformers.logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
