@@ -66,6 +66,7 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
         "units_failed": [{"unit": f.unit, "errors": list(f.errors)} for f in progress.failed],
         "drivers": [driver.id for driver in progress.drivers],
         "drivers_silent": progress.silent,
+        "drivers_unreadable": progress.unreadable,
         "rows_per_second": rate,
         "seconds_left": rows_left / rate if rate and rows_left else None,
         "commits_read": history.commits,
@@ -120,6 +121,7 @@ def _harvest_lines(h: Record) -> list[str]:
         _indented(f"unit {failed['unit']} failed {len(failed['errors'])} times: {failed['errors'][-1]}")
         for failed in h["units_failed"]
     ]
+    lines += [_indented(f"note: {unreadable}") for unreadable in h["drivers_unreadable"]]
     errors: dict[str, list[str]] = {}
     for site, rounding in h["rounding"].items():
         if rounding["relative_error"] is not None:

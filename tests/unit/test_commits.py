@@ -13,6 +13,7 @@ from storage.drivers import (
     ALIVE_S,
     GONE_S,
     Driver,
+    DriverRecords,
     DriverWatch,
     driver_path,
     read_drivers,
@@ -25,6 +26,7 @@ from storage.harvests import declare_harvest
 from storage.moments import MomentKey, Moments
 from storage.places import Place, open_place
 from storage.progress import harvest_progress
+from storage.records import encode
 from storage.store import Store
 from storage.units import UnitBlock, rewrite_unit, write_unit
 from storage.unitsets import UnitRanges
@@ -128,7 +130,6 @@ def test_a_zombie_after_a_repair_changes_nothing(store: Store) -> None:
 def test_a_changed_byte_anywhere_in_a_record_is_found(store: Store) -> None:
     harvest = store.harvests[0]
     record_failure(store.root, harvest.digest, "00000001", Failure(1, ["e"], ["w"]))
-    write_driver(store.root, harvest.digest, Driver("d"))
     readers = {
         commit_path(store.root, harvest.digest, "00000000"): lambda: read_commit(
             store.root, harvest.digest, "00000000"
@@ -137,7 +138,6 @@ def test_a_changed_byte_anywhere_in_a_record_is_found(store: Store) -> None:
         store.root / "failures" / harvest.digest / "00000001.json": lambda: read_failure(
             store.root, harvest.digest, "00000001"
         ),
-        driver_path(store.root, harvest.digest, "d"): lambda: read_drivers(store.root, harvest.digest),
     }
     rng = random.Random(0)
     for place, read in readers.items():
@@ -176,9 +176,28 @@ def test_failures_and_drivers_come_and_go(tmp_path: Path, url: str) -> None:
     assert failed_units(root, "h", UNITS) == [12]
     driver = Driver("me", counter=3, units_done=4, in_flight=[7, 8])
     write_driver(root, "h", driver)
-    assert read_drivers(root, "h") == [driver]
+    assert read_drivers(root, "h") == DriverRecords([driver], [])
     remove_driver(root, "h", "me")
-    assert read_drivers(root, "h") == []
+    assert read_drivers(root, "h").drivers == []
+
+
+def test_a_driver_s_record_that_cannot_be_read_is_left_out_and_told(store: Store) -> None:
+    harvest = store.harvests[0].digest
+    write_driver(store.root, harvest, Driver("sound"))
+    sound = driver_path(store.root, harvest, "sound").read()
+    place, rng = driver_path(store.root, harvest, "x"), random.Random(0)
+    for at in rng.sample(range(len(sound)), 60):
+        changed = bytearray(sound)
+        changed[at] ^= 1 << rng.randrange(8)
+        place.write(bytes(changed))
+        found = read_drivers(store.root, harvest)
+        assert found.drivers == [Driver("sound")]
+        assert f"the record {place} is damaged: " in found.unreadable[0]
+        assert f"`granary verify {store.root} --repair` removes it" in found.unreadable[0]
+    place.write(encode({"id": "x", "counter": 1}))
+    assert read_drivers(store.root, harvest) == DriverRecords(
+        [Driver("sound")], [f"the driver's record {place} lacks 'interval_s': another version of Granary wrote it"]
+    )
 
 
 def heard(watch: DriverWatch, now: float, **counters: int) -> list[str]:

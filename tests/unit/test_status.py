@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ from conftest import start_harvest, write_store
 from lab import SITES, Lab
 
 import storage.history
+from jobs.cli import main
 from jobs.status import status_record, status_text
-from storage.commits import committed_units, read_commit
-from storage.drivers import Driver, write_driver
+from storage.commits import committed_units, read_bitmap, read_commit
+from storage.drivers import Driver, driver_path, write_driver
 from storage.failures import Failure, record_failure
 from storage.history import COMMITS_READ, history_of, read_history
-from storage.records import Record
+from storage.records import Record, encode
 from storage.store import Store, open_store
+from workers.presence import Presence
 
 
 def commit(unit: int, at: float, writer: str = "a", **more: Any) -> Record:
@@ -178,6 +181,34 @@ def test_a_driver_that_stands_still(half: Store) -> None:
     (h,) = record["harvests"]
     assert (h["drivers"], h["drivers_silent"], h["units_in_progress"]) == ([], ["host-2-dead"], [])
     assert "no driver at work; 1 was killed or stands still" in status_text(record)
+
+
+def test_a_driver_s_record_that_is_damaged_is_a_note(half: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    place = driver_path(half.root, half.harvests[0].digest, "x")
+    place.write(b"{}")
+    assert main(["status", str(half.path)]) == 0
+    text = capsys.readouterr().out
+    assert f"note: the record {place} is damaged: it has no checksum; `granary verify {half.root} --repair`" in text
+    assert main(["verify", str(half.path)]) == 1
+    assert "it has no checksum" in capsys.readouterr().out
+    assert main(["verify", str(half.path), "--repair"]) == 0
+    assert status_record(half)["harvests"][0]["drivers_unreadable"] == []
+
+
+@pytest.mark.parametrize("content", [b"{}", encode({"id": "x", "counter": 1})])
+def test_presence_goes_on_beside_a_record_that_cannot_be_read(
+    half: Store, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bitmap is written, and drivers see each other."""
+    digest, units = half.harvests[0].digest, half.info.units
+    driver_path(half.root, digest, "x").write(content)
+    with Presence(half.root, digest, Driver("me"), units, committed_units(half.root, digest, units)) as presence:
+        deadline = time.monotonic() + 10
+        while presence.news is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert presence.news is not None
+    assert read_bitmap(half.root, digest, units) == {0, 1, 2}
+    assert "cannot be kept up to date" not in capsys.readouterr().err
 
 
 def test_a_complete_harvest_of_exact_rows(lab: Lab, llama: Path, corpus: Path) -> None:
