@@ -1,6 +1,9 @@
 """Commits, failures and drivers' records, on a local disk and on an object store's rules (memory://)."""
 
+import errno
+import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from storage.drivers import (
     remove_driver,
     write_driver,
 )
-from storage.errors import NotAStore, StorageError, UnitConflict
+from storage.errors import CannotWrite, NotAStore, StorageError, UnitConflict
 from storage.failures import Failure, clear_failure, failed_units, read_failure, record_failure
+from storage.files import LocalFiles, StagedFile
 from storage.harvests import declare_harvest
 from storage.moments import MomentKey, Moments
 from storage.places import Place, open_place
@@ -86,11 +90,52 @@ def test_the_loser_of_the_race_compares(store: Store, monkeypatch: pytest.Monkey
 
 
 def test_the_answer_to_a_create_that_was_lost(store: Store) -> None:
-    """The commit is ours, and its repetition is told that it exists: the bytes are equal, nothing is raised."""
+    """The commit is ours, and its repetition is told that it exists: the bytes are equal, so it counts as ours."""
     harvest = store.harvests[0].digest
     stored = read_commit(store.root, harvest, "00000000")
-    assert commit_unit(store.root, "00000000", stored) is False
+    assert commit_unit(store.root, "00000000", stored) is True
     assert read_commit(store.root, harvest, "00000000") == stored
+
+
+@pytest.mark.parametrize("seed", [None, 99])
+def test_whose_temporary_files_were_swept_compares(
+    store: Store, seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another commits while we write, and a run that finds all units there sweeps what we have staged."""
+    publish = LocalFiles.publish
+
+    def lose(self: LocalFiles, staged: Sequence[StagedFile]) -> None:
+        monkeypatch.setattr(LocalFiles, "publish", publish)
+        assert write(store, 1, writer="faster") is True
+        self.discard(staged)
+        publish(self, staged)
+
+    monkeypatch.setattr(LocalFiles, "publish", lose)
+    if seed is None:
+        assert write(store, 1) is False
+    else:
+        with pytest.raises(UnitConflict, match=r"unit 1 .*writer other .*writer faster"):
+            write(store, 1, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; committed units are safe, start again when there is room"),
+        (errno.EDQUOT, "Disk quota exceeded; committed units are safe, start again when there is room"),
+        (errno.EIO, "Input/output error; committed units are safe, start again when it can be written"),
+        (errno.EACCES, "Permission denied; committed units are safe, start again when it can be written"),
+    ],
+)
+def test_what_to_do_about_a_disk_depends_on_its_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def fail(self: LocalFiles, staged: Sequence[StagedFile]) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(LocalFiles, "publish", fail)
+    with pytest.raises(CannotWrite, match=words):
+        write(store, 1)
 
 
 @pytest.mark.parametrize("what", ["chunk", "commit", "moments"])
