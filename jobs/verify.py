@@ -91,7 +91,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     if arguments.repair and report.faults:
         remaining = _repair(report, models, placement)
     elif report.faults:
-        report.say("`granary verify STORE --repair` puts right what the store or the model determines")
+        report.say(f"`granary verify {arguments.store} --repair` puts right what the store or the model determines")
     if arguments.json:
         print(json.dumps(report.to_record(remaining), indent=2))
     return 1 if remaining else 0
@@ -156,12 +156,15 @@ def _repair(report: Report, models: list[tuple[str, str]], placement: "Placement
         objects = [fault.to_record(report.root)["object"] for fault in refused.faults]
         report.refused.append({"objects": objects, "reason": refused.reason})
         report.say(f"refused   {', '.join(objects)}: {refused.reason}")
+    refused_objects = {name for refused in report.refused for name in refused["objects"]}
+    if not report.repaired:
+        report.say(f"repaired  nothing: {counted(len(refused_objects), 'fault')} left")
+        return len(refused_objects)
     units: dict[str, list[int]] = {}
     for fault in report.faults:
         if isinstance(fault.remedy, Remake):
             units.setdefault(fault.remedy.harvest, []).append(fault.remedy.unit)
     left = [finding for finding in _verify(report, units) if isinstance(finding, Fault)]
-    refused_objects = {name for refused in report.refused for name in refused["objects"]}
     again = {fault.to_record(report.root)["object"] for fault in left}
     report.say(f"verified  what was repaired: {counted(len(again | refused_objects), 'fault')} left")
     return len(again | refused_objects)

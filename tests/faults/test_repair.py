@@ -2,6 +2,7 @@
 found by running the model again; the rest is refused and left as it is."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,6 +100,37 @@ def test_repair_gives_back_every_byte(mended: Lab, damage: Callable[[Path], None
     assert contents(mended.store) == {name: content for name, content in before.items() if name not in gone}
     status, report = verify(mended)
     assert (status, report["faults"], report["notes"]) == (0, [], [])
+
+
+def test_what_verify_says(stored: Lab) -> None:
+    store = open_store(stored.store)
+    harvest = store.harvests[0]
+    row_folder = stored.store / "activations" / harvest.model / SITE / "c"
+    flip(row_folder / "1" / "0")
+    commit = commit_path(store.root, harvest.digest, store.info.units.name(3)).path
+    flip(commit)
+    swapped = commit.with_name("00000002.json")
+    swapped.write_bytes(commit.with_name("00000000.json").read_bytes())
+    bitmap = commit.parent.parent / "committed.json"
+    bitmap.write_bytes(b"{}")
+    assert main(["verify", str(stored.store)]) == 1
+    text = stored.capsys.readouterr().out
+    assert "expected the commit of unit 3; found it is damaged: " in text
+    assert "expected the commit of unit 2; found it is of another unit or harvest" in text
+    assert "expected the bitmap of committed units; found it is damaged: it has no checksum" in text
+    assert re.search("chunk 1 has the crc32c [0-9a-f]{8}, stored is ([0-9a-f]{8}), committed [0-9a-f]{8}", text)
+    assert f"`granary verify {stored.store} --repair` puts right" in text
+    assert "STORE" not in text
+
+
+def test_nothing_is_said_to_be_verified_where_nothing_was_repaired(mended: Lab) -> None:
+    flip(mended.store / "corpus" / "token" / "c" / "0")
+    assert main(["verify", str(mended.store), "--repair"]) == 1
+    text = mended.capsys.readouterr().out
+    assert text.endswith("repaired  nothing: 1 fault left\n")
+    flip(mended.store / "norms" / open_store(mended.store).harvests[0].model / SITES[1] / "c" / "0")
+    assert main(["verify", str(mended.store), "--repair"]) == 1
+    assert mended.capsys.readouterr().out.endswith("verified  what was repaired: 1 fault left\n")
 
 
 def test_a_driver_that_looks_on_reads_committed_rows_all_the_time(mended: Lab) -> None:
