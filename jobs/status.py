@@ -71,6 +71,7 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
         "seconds_left": rows_left / rate if rate and rows_left else None,
         "commits_read": history.commits,
         "padding_share": history.padding_share,
+        "idle_share": history.idle_share,
         "rounding": {
             site: {
                 "dtype": layout["dtype"],
@@ -113,6 +114,7 @@ def _harvest_lines(h: Record) -> list[str]:
     complete = h["units_committed"] == h["units"]
     done = "complete" if complete else f"{h['units_committed']:,} of {h['units']:,} units"
     wasted = "" if h["padding_share"] is None else f"; {100 * h['padding_share']:.1f} % padding"
+    wasted += "" if h["idle_share"] is None else f"; GPUs idle {100 * h['idle_share']:.1f} % of the time"
     what = f"{', '.join(h['sites'])} of {h['model']}, {h['dtype']} x {h['d_model']}"
     lines = [f"harvest   {what}, {size(h['bytes'])}: {done}{wasted}"]
     if not complete:

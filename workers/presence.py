@@ -101,6 +101,9 @@ class Presence:
             self._compacted = now
 
     def _rate(self, now: float, rows: int) -> float:
+        """Rows per second since the first unit was seen finished: before it workers load, which says nothing."""
+        if rows == 0:
+            return 0.0
         self._rates.append((now, rows))
         while now - self._rates[0][0] > RATE_S:
             self._rates.popleft()

@@ -15,12 +15,13 @@ from lab import SITES, Lab
 import storage.history
 from jobs.cli import main
 from jobs.status import status_record, status_text
-from storage.commits import committed_units, read_bitmap, read_commit
+from storage.commits import commit_path, committed_units, read_bitmap, read_commit
 from storage.drivers import Driver, driver_path, write_driver
 from storage.failures import Failure, record_failure
 from storage.history import COMMITS_READ, history_of, read_history
-from storage.records import Record, encode
+from storage.records import Record, encode, read_record
 from storage.store import Store, open_store
+from storage.unitsets import UnitSet
 from workers.presence import Presence
 
 
@@ -71,6 +72,12 @@ def test_padding_and_errors_add_up() -> None:
     assert history_of([commit(0, 1.0, **rounding(0.0, 0.0))]).relative_errors == {"resid_post.1": 0}
 
 
+def test_the_idle_share_is_the_mean_of_the_commits_that_hold_one() -> None:
+    idle = [commit(unit, at=unit, idle_share=share) for unit, share in enumerate([None, 0.02, 0.04])]
+    assert history_of([*idle, commit(3, at=3)]).idle_share == pytest.approx(0.03)
+    assert history_of(idle[:1]).idle_share is None
+
+
 def test_a_bounded_number_of_commits_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = write_store(tmp_path / "store", num_rows=4 * 700, rows_per_unit=4, chunk_rows=4, sites=["resid_post.0"])
     (harvest,) = store.harvests
@@ -115,6 +122,24 @@ def test_figures_are_those_of_the_commits(half: Store) -> None:
     assert h["seconds_left"] == pytest.approx((half.num_rows - 3072) / h["rows_per_second"])
     assert set(h["rounding"]) == set(SITES)
     assert all(1e-7 < of_site["relative_error"] < 4e-6 for of_site in h["rounding"].values())
+
+
+def test_idle_gpus_are_told(half: Store) -> None:
+    assert "GPUs idle" not in status_text(status_record(half))
+    for unit in (0, 1):
+        place = commit_path(half.root, half.harvests[0].digest, half.info.units.name(unit))
+        place.write(encode({**read_record(place), "idle_share": 0.03 + 0.01 * unit}))
+    record = status_record(half)
+    assert record["harvests"][0]["idle_share"] == pytest.approx(0.035)
+    assert "% padding; GPUs idle 3.5 % of the time" in status_text(record)
+
+
+def test_the_rate_of_a_driver_has_no_loading_in_it(half: Store) -> None:
+    """60 s of loading, then a unit of 1,000 rows every 10 s."""
+    presence = Presence(half.root, half.harvests[0].digest, Driver("me"), half.info.units, UnitSet(4))
+    rates = [presence._rate(now, 1000 * max(0, (now - 60) // 10)) for now in range(0, 100, 5)]
+    assert rates[:15] == [0] * 15  # nothing yet at 65 s; at 70 s the first unit, from which on is counted
+    assert rates[16:] == pytest.approx([100, 1000 / 15, 100, 2000 / 25])
 
 
 def test_nobody_at_work(half: Store) -> None:
