@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print JSON")
 
     verify = add("verify", _verify, "check every byte of a store", "granary verify /data/acts --audit 3 --repair")
-    verify.add_argument("store", help="the store, or a spec that names it and its model")
+    verify.add_argument("store", help="the store, or a spec that names it, its model and where that runs")
     verify.add_argument("--audit", type=_count, default=0, metavar="N", help="run N random units with the model again")
     verify.add_argument("--seed", type=int, default=0, help="seed of the audit's choice (default: 0)")
     verify.add_argument("--repair", action="store_true", help="write again what the store or the model determines")

@@ -66,10 +66,12 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
         "units_failed": [{"unit": f.unit, "errors": list(f.errors)} for f in progress.failed],
         "drivers": [driver.id for driver in progress.drivers],
         "drivers_silent": progress.silent,
+        "drivers_unreadable": progress.unreadable,
         "rows_per_second": rate,
         "seconds_left": rows_left / rate if rate and rows_left else None,
         "commits_read": history.commits,
         "padding_share": history.padding_share,
+        "idle_share": history.idle_share,
         "rounding": {
             site: {
                 "dtype": layout["dtype"],
@@ -112,6 +114,7 @@ def _harvest_lines(h: Record) -> list[str]:
     complete = h["units_committed"] == h["units"]
     done = "complete" if complete else f"{h['units_committed']:,} of {h['units']:,} units"
     wasted = "" if h["padding_share"] is None else f"; {100 * h['padding_share']:.1f} % padding"
+    wasted += "" if h["idle_share"] is None else f"; GPUs idle {100 * h['idle_share']:.1f} % of the time"
     what = f"{', '.join(h['sites'])} of {h['model']}, {h['dtype']} x {h['d_model']}"
     lines = [f"harvest   {what}, {size(h['bytes'])}: {done}{wasted}"]
     if not complete:
@@ -120,6 +123,7 @@ def _harvest_lines(h: Record) -> list[str]:
         _indented(f"unit {failed['unit']} failed {len(failed['errors'])} times: {failed['errors'][-1]}")
         for failed in h["units_failed"]
     ]
+    lines += [_indented(f"note: {unreadable}") for unreadable in h["drivers_unreadable"]]
     errors: dict[str, list[str]] = {}
     for site, rounding in h["rounding"].items():
         if rounding["relative_error"] is not None:

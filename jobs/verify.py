@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jobs.progress import ProgressLine, counted, size
 from storage.errors import StorageError
@@ -14,6 +15,9 @@ from storage.places import Place, open_place
 from storage.records import Record
 from storage.store import open_store
 from storage.verify import Units, stored_bytes, verify
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a plain `verify` needs none
+    from pipeline.placement import Placement
 
 MIB = 2**20
 
@@ -64,7 +68,7 @@ def fault_text(fault: Fault, root: Place) -> str:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Run the command; return 1 if a fault is left."""
-    root, models = _store_and_models(arguments)
+    root, models, placement = _asked(arguments)
     report = Report(root, arguments.json)
     if arguments.audit:
         _require_models(root, models)  # before hours of reading
@@ -82,12 +86,12 @@ def run_verify(arguments: argparse.Namespace) -> int:
         f"{size(report.num_bytes / max(report.seconds, 1e-9))}/s: {counted(len(report.faults), 'fault')}"
     )
     if arguments.audit:
-        _audit(report, models, arguments.audit, arguments.seed)
+        _audit(report, models, placement, arguments.audit, arguments.seed)
     remaining = len(report.faults)
     if arguments.repair and report.faults:
-        remaining = _repair(report, models)
+        remaining = _repair(report, models, placement)
     elif report.faults:
-        report.say("`granary verify STORE --repair` puts right what the store or the model determines")
+        report.say(f"`granary verify {arguments.store} --repair` puts right what the store or the model determines")
     if arguments.json:
         print(json.dumps(report.to_record(remaining), indent=2))
     return 1 if remaining else 0
@@ -109,7 +113,9 @@ def _verify(report: Report, only: Units | None) -> Iterable[Fault | Note]:
         yield from verify(report.root, on_bytes if only is None else lambda read: None, only)
 
 
-def _audit(report: Report, models: list[tuple[str, str]], number: int, seed: int) -> None:
+def _audit(
+    report: Report, models: list[tuple[str, str]], placement: "Placement | None", number: int, seed: int
+) -> None:
     from workers.rerun import Rerunner, find_model, sample_units
 
     faulty = {(f.remedy.harvest, f.remedy.unit) for f in report.faults if isinstance(f.remedy, Remake)}
@@ -121,7 +127,7 @@ def _audit(report: Report, models: list[tuple[str, str]], number: int, seed: int
     with ProgressLine("auditing", "units", total) as line:
         line.update(0)
         for digest, units in chosen.items():
-            rerunner = Rerunner(store, harvests[digest], find_model(harvests[digest], models))
+            rerunner = Rerunner(store, harvests[digest], find_model(harvests[digest], models), placement)
             for unit in units:
                 outcome = "damaged"
                 if (digest, unit) not in faulty:
@@ -138,7 +144,7 @@ def _audit(report: Report, models: list[tuple[str, str]], number: int, seed: int
     report.say(f"audited   {counted(total, 'unit')} of {len(chosen)} harvest(s), run again with the model: {told}")
 
 
-def _repair(report: Report, models: list[tuple[str, str]]) -> int:
+def _repair(report: Report, models: list[tuple[str, str]], placement: "Placement | None") -> int:
     """Repair, look again at what was repaired, and return how many faults are left."""
     from workers.repair import repair
 
@@ -146,30 +152,33 @@ def _repair(report: Report, models: list[tuple[str, str]]) -> int:
         report.repaired.append(what)
         report.say(f"repaired  {what}")
 
-    for refused in repair(report.root, report.faults, models, on_repair):
+    for refused in repair(report.root, report.faults, models, on_repair, placement):
         objects = [fault.to_record(report.root)["object"] for fault in refused.faults]
         report.refused.append({"objects": objects, "reason": refused.reason})
         report.say(f"refused   {', '.join(objects)}: {refused.reason}")
+    refused_objects = {name for refused in report.refused for name in refused["objects"]}
+    if not report.repaired:
+        report.say(f"repaired  nothing: {counted(len(refused_objects), 'fault')} left")
+        return len(refused_objects)
     units: dict[str, list[int]] = {}
     for fault in report.faults:
         if isinstance(fault.remedy, Remake):
             units.setdefault(fault.remedy.harvest, []).append(fault.remedy.unit)
     left = [finding for finding in _verify(report, units) if isinstance(finding, Fault)]
-    refused_objects = {name for refused in report.refused for name in refused["objects"]}
     again = {fault.to_record(report.root)["object"] for fault in left}
     report.say(f"verified  what was repaired: {counted(len(again | refused_objects), 'fault')} left")
     return len(again | refused_objects)
 
 
-def _store_and_models(arguments: argparse.Namespace) -> tuple[Place, list[tuple[str, str]]]:
-    """The store's place, and the models that the caller names: by --model, or in a spec."""
+def _asked(arguments: argparse.Namespace) -> tuple[Place, list[tuple[str, str]], "Placement | None"]:
+    """The store's place, the models that the caller names (by --model, or in a spec), and where a spec has them run."""
     models = [_model(name) for name in arguments.model]
     if not arguments.store.endswith((".yaml", ".yml")):
-        return open_place(arguments.store), models
+        return open_place(arguments.store), models, None
     from jobs.spec import load_spec
 
     spec = load_spec(arguments.store)
-    return open_place(spec.store), [*models, (spec.model.id, spec.model.revision)]
+    return open_place(spec.store), [*models, (spec.model.id, spec.model.revision)], spec.harvest.placement
 
 
 def _model(name: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ Everything that can be wrong with a model is found from its config, before weigh
 
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def check_weights(info: ModelInfo, layers: int) -> None:
     shapes = tensor_shapes(folder) if folder.is_dir() else None
     if shapes is None or getattr(config, "quantization_config", None):  # whose tensors are of other shapes
         return
-    with _quiet():
+    with _silence():
         _, loaded = transformers.MODEL_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
@@ -235,15 +236,16 @@ def _folders_in(folder: Path) -> list[str]:
 def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, placement: Placement) -> nn.Module:
     check_dtype(DTYPES[dtype], placement.input_device)
     try:
-        model, loaded = placement.load(
-            loader,
-            info.id,
-            revision=info.revision,
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            **_renamed(config),
-        )
+        with _silence():
+            model, loaded = placement.load(
+                loader,
+                info.id,
+                revision=info.revision,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                **_renamed(config),
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {_first_line(error)}") from None
     _check_none_missing(info, loaded["missing_keys"])
@@ -257,18 +259,21 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bar and its list of the layers that are left out: this is a person's terminal."""
-    log = transformers.logging
-    verbosity, had_bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+def _silence() -> Iterator[None]:
+    """Without transformers' progress bar, its table of the weights that are left out, which reads like a fault, and
+    accelerate's word on those on disk: what is wrong with a checkpoint we say ourselves."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels, has_bar = [logger.level for logger in loggers], transformers.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
-        log.set_verbosity(verbosity)
-        if had_bar:
-            log.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if has_bar:
+            transformers.logging.enable_progress_bar()
 
 
 def _first_layers(config: Any, layers: int) -> Any:

@@ -7,6 +7,7 @@ are never compared. A record whose counter stands still is what a killed driver 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 
+from storage.errors import StorageError, Unreachable
 from storage.places import Place
 from storage.records import encode, read_record
 
@@ -52,15 +53,32 @@ def remove_driver(store: Place, harvest: str, driver: str) -> None:
     driver_path(store, harvest, driver).remove()
 
 
-def read_drivers(store: Place, harvest: str) -> list[Driver]:
-    """Every driver's record: those at work, and those that were killed. Raises StorageError for a damaged one."""
-    found = []
+@dataclass(frozen=True)
+class DriverRecords:
+    """What lies among the records of drivers."""
+
+    drivers: list[Driver]
+    """Those at work, and those that were killed."""
+    unreadable: list[str]
+    """A sentence for each record that is left out."""
+
+
+def read_drivers(store: Place, harvest: str) -> DriverRecords:
+    """Every driver's record. One that is damaged, or of another version, is left out: nothing rests on it."""
+    found = DriverRecords([], [])
     for name in (store / "commits" / harvest / "drivers").names():
+        place = store / "commits" / harvest / "drivers" / name
         try:
-            record = read_record(store / "commits" / harvest / "drivers" / name)
+            record = read_record(place)
+            found.drivers.append(Driver(**{f.name: record[f.name] for f in fields(Driver)}))
         except FileNotFoundError:
             continue  # it ended since
-        found.append(Driver(**{f.name: record[f.name] for f in fields(Driver)}))
+        except Unreachable:
+            raise
+        except StorageError as error:
+            found.unreadable.append(f"{error}; `granary verify {store} --repair` removes it")
+        except KeyError as error:
+            found.unreadable.append(f"the driver's record {place} lacks {error}: another version of Granary wrote it")
     return found
 
 

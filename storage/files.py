@@ -35,17 +35,26 @@ def write_file(path: Path, buffers: Sequence[Buffer]) -> None:
 
 
 def create_file(path: Path, content: bytes) -> bool:
-    """Write `path` only if it does not exist. Return whether this call made it; of several callers exactly one does."""
+    """Write `path` only if it does not exist. Return whether this call made it; of several callers with contents of
+    their own exactly one does."""
     temporary, _ = stage(path, [content])
     try:
         _flush(temporary)
         os.link(temporary, path)  # fails if the name is taken, in one step
-    except FileExistsError:
-        return False
+    except FileExistsError:  # perhaps by us: over NFS the answer to a first request may be lost
+        if not _holds(path, content):
+            return False
     finally:
         temporary.unlink(missing_ok=True)
     in_threads(_flush, sorted(_folders([path])))
     return True
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:  # removed since
+        return False
 
 
 def stage(path: Path, buffers: Sequence[Buffer]) -> StagedFile:

@@ -3,6 +3,7 @@
 A fault names one object, what it should be and what it is. Nothing here reads more than one object or writes any.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,6 +99,11 @@ Check = Callable[[], Checked]
 def below(place: Place, root: Place) -> str:
     """The name of a place as seen from the store's root."""
     return place.key[len(root.key) :].lstrip("/")
+
+
+def reason(error: Exception, place: Place) -> str:
+    """What an error says is wrong with a place, without the place's name: the fault has it."""
+    return re.sub(rf"^(the \w+ )?{re.escape(str(place))} is ", "it is ", str(error))
 
 
 def read_whole(place: Place, expected: str, remedy: Remedy) -> bytes | Fault:

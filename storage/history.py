@@ -7,7 +7,7 @@ half from all over the rows. Times are those of the writers' clocks and used for
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class History:
     """The median over workers; None unless one committed two units."""
     padding_share: float | None
     """Share of the positions run that belong to no context."""
+    idle_share: float | None
+    """Mean share of the time of a unit that its GPU spent outside forward passes; None where all ran on CPU."""
     relative_errors: dict[str, float]
     """Site -> E||x - stored(x)||^2 / E||stored(x)||^2, with x as the model computed it."""
 
@@ -59,11 +61,13 @@ def history_of(commits: Sequence[Record], last: int = COMMITS_READ) -> History:
     per_worker = [rate for of_writer in by_writer.values() if (rate := _rate(of_writer)) is not None]
     positions = sum(commit.get("positions_run", 0) for commit in commits)
     padding = sum(commit.get("padding", 0) for commit in commits)
+    idle = [share for commit in commits if (share := commit.get("idle_share")) is not None]
     return History(
         commits=len(commits),
         rows_per_second=_rate(_since_last_pause(recent)),
         rows_per_second_per_worker=median(per_worker) if per_worker else None,
         padding_share=padding / positions if positions else None,
+        idle_share=fmean(idle) if idle else None,
         relative_errors=_relative_errors(commits),
     )
 

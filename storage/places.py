@@ -5,7 +5,8 @@ A `Place` is a key and the backend it is on. Three backends know the few operati
 (`storage.remote`). All keep these promises:
 
 - what is read under a name is whole: a name appears only with all its bytes, which are durable then;
-- of several callers that `create` one name exactly one is told that it did, even if the answer to its request was lost;
+- of several callers that `create` one name, each with a content of its own, exactly one is told that it did, even if
+  the answer to its request was lost (but see `storage.remote`);
 - a name that is not there is a FileNotFoundError; a backend that does not answer for long is a StorageError.
 """
 

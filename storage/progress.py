@@ -21,6 +21,8 @@ class HarvestProgress:
     """At work now: their counters moved while we watched."""
     silent: list[str]
     """Ids of drivers whose record did not move: killed, or stopped."""
+    unreadable: list[str]
+    """A sentence for each driver's record that cannot be read."""
 
     @property
     def in_flight(self) -> frozenset[int]:
@@ -35,13 +37,14 @@ class HarvestProgress:
 def harvest_progress(store: Place, harvest: str, ranges: UnitRanges) -> HarvestProgress:
     """Look at a harvest. Where drivers' records are, this takes a little longer than their interval, to see which
     counters move; else it only reads."""
-    watch, first = DriverWatch(), read_drivers(store, harvest)
+    watch, records = DriverWatch(), read_drivers(store, harvest)
+    first = records.drivers
     watch.observe(first, time.monotonic())
     deadline = time.monotonic() + 1.5 * max((driver.interval_s for driver in first), default=0.0)
     drivers: list[Driver] = []
     while first and len(drivers) < len(first) and time.monotonic() < deadline:
         time.sleep(0.5)
-        watch.observe(read_drivers(store, harvest), time.monotonic())
+        watch.observe(read_drivers(store, harvest).drivers, time.monotonic())
         drivers = watch.alive(time.monotonic())
     committed = committed_units(store, harvest, ranges)
     failed = [unit for unit in failed_units(store, harvest, ranges) if unit not in committed]
@@ -51,4 +54,5 @@ def harvest_progress(store: Place, harvest: str, ranges: UnitRanges) -> HarvestP
         [read_failure(store, harvest, ranges.name(unit)) for unit in failed],
         drivers,
         [driver.id for driver in first if driver.id not in living],
+        records.unreadable,
     )

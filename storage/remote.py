@@ -1,10 +1,13 @@
 """Any other file system that fsspec knows, by its URL.
 
-Slower than `storage.objects`, and only as atomic as the file system's own puts; for what obstore does not reach.
+Slower than `storage.objects`, and only as atomic as the file system's own puts; for what obstore does not reach. Many
+file systems of fsspec create a file by looking for it and then writing it, as its base class does: `create` looks again
+afterwards, which leaves a gap that docs/object-stores.md describes.
 """
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar, cast
@@ -22,6 +25,8 @@ OURS = (TypeError, AttributeError, AssertionError, KeyError)
 """Errors that mean a mistake in a program; everything else is the world's."""
 _CREATING = threading.Lock()
 """Some file systems (memory://) look and then write."""
+MOST_PAUSE_S = 10.0
+"""Of the wait before `create` looks again; well below the limit at which a worker is taken for hung."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,15 @@ class FsspecFiles:
         def request(path: str) -> bool:
             try:
                 with _CREATING:
+                    started = time.monotonic()
                     self._put(path, content, mode="create")
+                    took = time.monotonic() - started
+                # Whoever looked before we wrote, and saw nothing, writes over ours meanwhile: the last has made it.
+                time.sleep(min(2 * took, MOST_PAUSE_S))
             except OSError:  # "exists" has several names here; what is there decides
                 if not self.files.exists(path):
                     raise
-                return bool(self.files.cat_file(path) == content)
-            return True
+            return bool(self.files.cat_file(path) == content)
 
         return self._call(key, request, "write")
 

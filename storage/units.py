@@ -4,6 +4,7 @@ Whoever computes a unit computes the same bytes, so it may be written any number
 is committed compares. docs/decisions/0007-commits-and-supervision.md goes through every step.
 """
 
+import errno
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -59,9 +60,16 @@ def write_unit(
         store.require_newest()
     moments = encode_moments(block.moments)
     name = store.info.units.name(unit)
-    if commit_path(store.root, harvest.digest, name).exists():  # another was faster: its bytes are not touched
+
+    def is_committed() -> bool:
+        """Whether another was faster, with the same bytes."""
+        if not commit_path(store.root, harvest.digest, name).exists():
+            return False
         mine = _commit(store, harvest, unit, _checksums(store, harvest, block), moments, writer)
         require_same(read_commit(store.root, harvest.digest, name), mine)
+        return True
+
+    if is_committed():
         return False
     try:
         sites = _write(store, harvest, unit, block, moments, on_step)
@@ -69,7 +77,7 @@ def write_unit(
         return commit_unit(store.root, name, commit)
     except FileNotFoundError:
         # A run that found all units committed swept our temporary files away: ours was one of those units.
-        if commit_path(store.root, harvest.digest, name).exists():
+        if is_committed():
             return False
         raise
     except OSError as error:
@@ -163,7 +171,8 @@ def _write(
 
 
 def _cannot_write(store: Store, unit: int, error: OSError) -> CannotWrite:
+    when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it can be written"
     return CannotWrite(
         f"unit {unit} cannot be written to {store.url}: {error.strerror or error}; committed units are safe, "
-        "start again when there is room"
+        f"start again when {when}"
     )

@@ -26,6 +26,7 @@ from storage.findings import (
     Remove,
     check_record,
     read_sound,
+    reason,
 )
 from storage.harvests import Harvest, model_attributes, read_harvest
 from storage.places import Place
@@ -55,7 +56,8 @@ def verify(root: Place, on_bytes: OnBytes = lambda read: None, only: Units | Non
     except (NotAStore, Unreachable):
         raise
     except StorageError as error:
-        yield Fault(root / "zarr.json", "the root record", str(error), ByHand(RESTORE))
+        place = root / "zarr.json"
+        yield Fault(place, "the root record", reason(error, place), ByHand(RESTORE))
         yield Note("without the root record nothing else can be checked")
         return
     yield from corpus_findings(store, partial(_run, store, on_bytes), data=only is None)
@@ -74,7 +76,7 @@ def verify(root: Place, on_bytes: OnBytes = lambda read: None, only: Units | Non
         except Unreachable:
             raise
         except (StorageError, OSError) as error:
-            yield Fault(place, expected, str(error), ByHand(advice))
+            yield Fault(place, expected, reason(error, place), ByHand(advice))
     ordered = [harvest for _, harvest in sorted(harvests, key=lambda of: (of[0], of[1].digest))]
     yield from _run(store, on_bytes, _metadata_checks(store, ordered))
     for harvest in ordered:
@@ -144,7 +146,8 @@ def _record_checks(store: Store, harvest: Harvest) -> Iterator[Check]:
         except Unreachable:
             raise
         except (StorageError, OSError) as error:
-            return Checked((Fault(folder / BITMAP, "the bitmap of committed units", str(error), Remove()),))
+            place, expected = folder / BITMAP, "the bitmap of committed units"
+            return Checked((Fault(place, expected, reason(error, place), Remove()),))
         del claimed  # that each of its units has a commit shows when the commits are read
         return Checked()
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from storage.arrays import RowArray, group_metadata
 from storage.errors import StorageError, Unreachable
-from storage.findings import ByHand, Check, Checked, Fault, check_record, read_sound, read_whole
+from storage.findings import ByHand, Check, Checked, Fault, check_record, read_sound, read_whole, reason
 from storage.places import Place
 from storage.runs import CHECKPOINT, CURVE, DICTIONARY, EVALUATION, RUN
 from storage.store import Store
@@ -39,7 +39,8 @@ def _check_anchors(folder: Place) -> Checked:
         except Unreachable:
             raise
         except (StorageError, OSError) as error:
-            faults.append(Fault(place / "zarr.json", "an array's metadata", str(error), again))
+            metadata = place / "zarr.json"
+            faults.append(Fault(metadata, "an array's metadata", reason(error, metadata), again))
             continue
         faults += check_object(array, 0, [written["crc32c"]], again).faults
     return Checked(tuple(faults))

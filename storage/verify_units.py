@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.arrays import CRC_BYTES, Array, RowArray, checksum
-from storage.commits import DETERMINED, commit_path, read_commit
-from storage.errors import CorruptChunk, NotAStore, StorageError, Unreachable
+from storage.commits import DETERMINED, commit_path
+from storage.errors import CorruptChunk, NotAStore
 from storage.files import in_threads
-from storage.findings import Check, Checked, Fault, Remake, Remedy, read_whole
+from storage.findings import Check, Checked, Fault, Remake, Remedy, read_sound, read_whole
 from storage.harvests import CHECKSUMS, Harvest, moments_path
 from storage.records import Record
 from storage.scaled import SiteRows
@@ -35,12 +35,9 @@ def unit_checks(store: Store, harvest: Harvest, units: Sequence[int]) -> Iterato
         name = store.info.units.name(unit)
         place = commit_path(store.root, harvest.digest, name)
         expected, remedy = f"the commit of unit {unit}", Remake(harvest.digest, unit, from_rows=False)
-        try:
-            commit = read_commit(store.root, harvest.digest, name)
-        except Unreachable:
-            raise
-        except (StorageError, OSError) as error:
-            return Fault(place, expected, str(error), remedy)
+        commit = read_sound(place, expected, remedy)
+        if isinstance(commit, Fault):
+            return commit
         if wrong := _contradictions(store, harvest, unit, commit):
             return Fault(place, expected, wrong, remedy)
         return commit
@@ -85,6 +82,8 @@ def _checks_of(store: Store, harvest: Harvest, unit: int, commit: Record) -> Ite
 
 def _contradictions(store: Store, harvest: Harvest, unit: int, commit: Record) -> str | None:
     """What a sound commit says that cannot be, if anything."""
+    if (commit.get("unit"), commit.get("harvest")) != (unit, harvest.digest):
+        return "it is of another unit or harvest"
     if lacking := [name for name in DETERMINED if name not in commit]:
         return f"it lacks {', '.join(lacking)}"
     start, stop = store.info.unit_rows(unit)
@@ -126,7 +125,9 @@ def check_object(array: RowArray, number: int, committed: Sequence[int] | None, 
                 stored = int.from_bytes(content[-CRC_BYTES:].tobytes(), "little")
                 said = stored if committed is None else committed[chunk - first]
                 if not crc == stored == said:
-                    wrong.append(f"chunk {chunk} has the crc32c {crc}, stored is {stored}, committed {said}")
+                    wrong.append(
+                        f"chunk {chunk} has the crc32c {crc:08x}, stored is {stored:08x}, committed {said:08x}"
+                    )
         if array.shard_rows is not None:
             index = array.shard_index(len(chunks))
             tail = _buffer(len(index))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import transformers
 
 from pipeline.errors import InputError
 from pipeline.layout import Documents
@@ -69,8 +68,6 @@ def measure(
             "--rows-per-second"
         )
     torch.set_num_threads(settings.threads_per_worker)
-    transformers.logging.set_verbosity_error()  # this is a person's terminal: no list of the layers that are left out
-    transformers.logging.disable_progress_bar()
     places = {Site(site.layer, site.kind): model.dtype for site in settings.parsed_sites()}
     loaded = load_base_model(
         info,

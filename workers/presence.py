@@ -90,7 +90,7 @@ class Presence:
             return
         said = replace(self.driver, counter=self._counter, rows_per_second=self._rate(now, self.driver.rows_done))
         write_driver(self._store, self._harvest, said)
-        self._watch.observe(read_drivers(self._store, self._harvest), now)
+        self._watch.observe(read_drivers(self._store, self._harvest).drivers, now)
         others = self._watch.alive(now)
         committed = committed_units(self._store, self._harvest, self._ranges) if others or look else None
         self.news = News(others, committed)
@@ -101,6 +101,9 @@ class Presence:
             self._compacted = now
 
     def _rate(self, now: float, rows: int) -> float:
+        """Rows per second since the first unit was seen finished: before it workers load, which says nothing."""
+        if rows == 0:
+            return 0.0
         self._rates.append((now, rows))
         while now - self._rates[0][0] > RATE_S:
             self._rates.popleft()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
+from pipeline.placement import Placement
 from storage.commits import BITMAP, committed_units, compact
 from storage.errors import StorageError, Unreachable
 from storage.findings import ByHand, Fault, Remake, Remove, Rewrite
@@ -28,8 +29,17 @@ class Refused:
     reason: str
 
 
-def repair(root: Place, faults: Sequence[Fault], models: Sequence[ModelName], on_repair: OnRepair) -> Iterator[Refused]:
-    """Repair what can be; yield what cannot. Records first: units need their harvest's."""
+def repair(
+    root: Place,
+    faults: Sequence[Fault],
+    models: Sequence[ModelName],
+    on_repair: OnRepair,
+    placement: Placement | None = None,
+) -> Iterator[Refused]:
+    """Repair what can be; yield what cannot. Records first: units need their harvest's.
+
+    `placement`: where models run, if a spec says it.
+    """
     for fault in faults:
         if isinstance(fault.remedy, ByHand):
             yield Refused((fault,), fault.remedy.advice)
@@ -53,7 +63,7 @@ def repair(root: Place, faults: Sequence[Fault], models: Sequence[ModelName], on
                 compact(root, harvest.digest, ranges, committed_units(root, harvest.digest, ranges))
                 on_repair(f"wrote {root / 'commits' / harvest.digest / BITMAP}")
             mine = {unit: of for (digest, unit), of in sorted(units.items()) if digest == harvest.digest}
-            yield from _repair_units(store, harvest, mine, models, on_repair)
+            yield from _repair_units(store, harvest, mine, models, on_repair, placement)
 
 
 def _repair_units(
@@ -62,6 +72,7 @@ def _repair_units(
     units: dict[int, list[Fault]],
     models: Sequence[ModelName],
     on_repair: OnRepair,
+    placement: Placement | None,
 ) -> Iterator[Refused]:
     rerunner: Rerunner | None = None
     refusal = ""
@@ -72,7 +83,7 @@ def _repair_units(
             continue
         if rerunner is None and not refusal:
             try:
-                rerunner = Rerunner(store, harvest, find_model(harvest, models))
+                rerunner = Rerunner(store, harvest, find_model(harvest, models), placement)
             except InputError as error:
                 refusal = str(error)
         if rerunner is None:

@@ -7,6 +7,7 @@ had, or by one that the caller gives, and must have the fingerprint of the harve
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from pipeline.errors import InputError
 from pipeline.models import ModelInfo, describe_model
 from pipeline.placement import Placement
 from pipeline.rounding import Rounded
+from pipeline.sites import parse_site
 from storage.arrays import Array
 from storage.commits import committed_units, read_commit
 from storage.findings import ByHand, Fault, Remake
@@ -56,28 +58,50 @@ def find_model(harvest: Harvest, names: Sequence[ModelName]) -> ModelInfo:
     )
 
 
+def placement_for(harvest: Harvest, given: Placement | None) -> Placement:
+    """Where the model of a harvest is to run: on the device that it was made on, or on CPU where there is no GPU.
+
+    `given`: where a spec has it; whole on one device, if there is none. Layers that were compiled cannot be moved.
+    """
+    how = harvest.identity["harvest"]
+    on_gpu = how["device"] != "cpu" and torch.cuda.is_available()
+    if given is None or how["compile"]:
+        return Placement(how["device"] if on_gpu else "cpu")
+    if on_gpu:
+        return given if given.device != "cpu" else replace(given, device=how["device"])
+    return replace(given, device="cpu")
+
+
 class Rerunner:
     """The units of one harvest, computed again. Holds the model: make one after the other."""
 
-    def __init__(self, store: Store, harvest: Harvest, info: ModelInfo):
+    def __init__(self, store: Store, harvest: Harvest, info: ModelInfo, given: Placement | None = None):
+        """`given`: see `placement_for`. Raises InputError when the model cannot be loaded."""
         how = harvest.identity["harvest"]
-        device = how["device"] if how["device"] == "cpu" or torch.cuda.is_available() else "cpu"
+        placement = placement_for(harvest, given)
         self.store, self.harvest = store, harvest
-        self.on_its_device = device == how["device"]
-        self.harvester = Harvester(
-            HarvesterSetup(
-                store=store.url,
-                harvest=harvest,
-                model=info,
-                layers=1 + max(int(site.rpartition(".")[2]) for site in harvest.sites),
-                model_dtype=harvest.identity["model"]["dtype"],
-                attention=how["attention"],
-                compile=how["compile"] and self.on_its_device,
-                batch_tokens=how["batch_tokens"],
-                threads=how["threads_per_worker"] or os.cpu_count() or 1,
-                placement=Placement(device),
-            )
+        self.on_its_device = placement.input_device == how["device"]
+        setup = HarvesterSetup(
+            store=store.url,
+            harvest=harvest,
+            model=info,
+            layers=1 + max(parse_site(site).layer for site in harvest.sites),
+            model_dtype=harvest.identity["model"]["dtype"],
+            attention=how["attention"],
+            compile=how["compile"] and self.on_its_device,
+            batch_tokens=how["batch_tokens"],
+            threads=how["threads_per_worker"] or os.cpu_count() or 1,
+            placement=placement,
         )
+        try:
+            self.harvester = Harvester(setup)
+        except InputError as error:
+            if given is None and isinstance(error.__context__, RuntimeError):  # torch's error for too little memory
+                raise InputError(
+                    f"{error}; if one device has no room for it, give `granary verify` the spec in place of the store, "
+                    "with harvest.offload or several gpus_per_worker"
+                ) from None
+            raise
 
     def repair(self, unit: int, *, instead: bool) -> None:
         """Compute a unit and write it again. Raises InputError, or UnitConflict, before anything is written."""

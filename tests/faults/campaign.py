@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # for tests/s3.py, where this i
 import objects
 import processes
 import yaml
+from disks import CannotMount
 from processes import Run, check_same, write_spec
 from s3 import S3Server, running_server
 
 from jobs.demo.corpus import write_corpus
 
-Disturb = Callable[[Path, int, int], int]
+Disturb = Callable[[Path, int, int], Iterator[None]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Campaign:
     per_run: int
 
 
-def over_the_cluster(spec: Path, seed: int, times: int) -> int:
+def over_the_cluster(spec: Path, seed: int, times: int) -> Iterator[None]:
     corpus = Path(yaml.safe_load(spec.read_text())["corpus"]["path"])
     return processes.lose_nodes(
         lambda address: write_spec(spec.parent, corpus, cluster={**processes.QUICK, "address": address}), seed, times
@@ -49,6 +50,7 @@ CAMPAIGNS = {
     "driver": Campaign("SIGKILL of the driver", processes.kill_driver, 20, 4),
     "node": Campaign("a Ray node lost", over_the_cluster, 10, 3),
     "hang": Campaign("SIGSTOP, later SIGCONT", processes.stop_and_continue, 10, 2),
+    "disk": Campaign("disk full, later room", processes.fill_disk, 10, 3),
 }
 RATES, RUNS_PER_RATE = (0.05, 0.2), 5
 """Shares of the requests to an S3 server that fail: as 503, 500, reset, stall, or with their answer swallowed."""
@@ -93,14 +95,17 @@ def run(campaign: Campaign, folder: Path, kind: str, seed: int, times: int) -> t
     while done < times and runs < 5 * times:
         spec = write_spec(folder / f"{kind}-{runs}", folder / "corpus.parquet", cluster=processes.QUICK)
         case = f"{campaign.what}, seed {seed + runs}"
+        did = 0
         try:
-            did = campaign.disturb(spec, seed + runs, min(campaign.per_run, times - done))
+            for _ in campaign.disturb(spec, seed + runs, min(campaign.per_run, times - done)):
+                did += 1
             check_same(spec.parent / "store", folder / "undisturbed" / "store")
             sound += 1
             print(f"{case}: {did} times, sound", flush=True)
+        except CannotMount as error:
+            return f"| {campaign.what} | 0 | 0 | not tried: {error} | 0 |", 0
         except Exception:  # noqa: BLE001 (the others are to be run too)
-            did = campaign.per_run
-            print(f"{case}: FAILED\n{traceback.format_exc()}", flush=True)
+            print(f"{case}: FAILED after {did} times\n{traceback.format_exc()}", flush=True)
         done += did
         runs += 1
     seconds = time.monotonic() - started

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import psutil
 import yaml
+from disks import mounted
 
 from storage.commits import committed_units
 from storage.store import open_store
@@ -118,10 +120,10 @@ def until(condition: Callable[[], object], run: Run | None = None) -> bool:
     return True
 
 
-# ---- what is done to a run; each returns how many times it was done
+# ---- what is done to a run; each yields whenever it was done, so that it can be counted though the run fails later
 
 
-def kill_harvesters(spec: Path, seed: int, times: int) -> int:
+def kill_harvesters(spec: Path, seed: int, times: int) -> Iterator[None]:
     """SIGKILL a random harvester at random moments, the loading of the model included."""
     rng, run, killed = random.Random(seed), Run.start("harvest", spec), 0
     try:
@@ -130,13 +132,13 @@ def kill_harvesters(spec: Path, seed: int, times: int) -> int:
             if alive := run.harvesters():
                 rng.choice(alive).kill()
                 killed += 1
+                yield
         run.wait()
     finally:
         run.end()
-    return killed
 
 
-def kill_driver(spec: Path, seed: int, times: int) -> int:
+def kill_driver(spec: Path, seed: int, times: int) -> Iterator[None]:
     """SIGKILL the driver at random moments and start it again at once: its harvesters may still be at work."""
     rng, killed = random.Random(seed), 0
     runs = [Run.start("harvest", spec)]
@@ -147,15 +149,15 @@ def kill_driver(spec: Path, seed: int, times: int) -> int:
                 break
             runs[-1].process.kill()
             killed += 1
+            yield
             runs.append(Run.start("harvest", spec))
         runs[-1].wait()
     finally:
         for run in runs:
             run.end()
-    return killed
 
 
-def stop_and_continue(spec: Path, seed: int, times: int) -> int:
+def stop_and_continue(spec: Path, seed: int, times: int) -> Iterator[None]:
     """SIGSTOP a random harvester, which hangs, and SIGCONT it later, if it is still there: a zombie."""
     rng, run, stopped = random.Random(seed), Run.start("harvest", spec), 0
     asleep: list[tuple[float, psutil.Process]] = []
@@ -173,6 +175,7 @@ def stop_and_continue(spec: Path, seed: int, times: int) -> int:
                 victim.suspend()
                 stopped += 1
                 asleep.append((now + rng.uniform(0, 25), victim))
+                yield
             assert now - started < DEADLINE_S, run.log.read_text()
             time.sleep(rng.uniform(0.02, 0.5))
         run.wait()
@@ -181,10 +184,9 @@ def stop_and_continue(spec: Path, seed: int, times: int) -> int:
             if process.is_running():
                 process.resume()
         run.end()
-    return stopped
 
 
-def lose_nodes(spec_of: Callable[[str], Path], seed: int, times: int) -> int:
+def lose_nodes(spec_of: Callable[[str], Path], seed: int, times: int) -> Iterator[None]:
     """Take whole Ray nodes away from a running harvest, ungracefully, and give new ones."""
     from ray.cluster_utils import Cluster
 
@@ -200,19 +202,52 @@ def lose_nodes(spec_of: Callable[[str], Path], seed: int, times: int) -> int:
             time.sleep(rng.uniform(0, 3))
             cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
             lost += 1
+            yield
             nodes.append(cluster.add_node(num_cpus=1))
         run.wait()
     finally:
         run.end()
         cluster.shutdown()
-    return lost
+
+
+def fill_disk(spec: Path, seed: int, times: int) -> Iterator[None]:
+    """Fill the store's disk, which is a small one of its own, until the run has ended; make room and start it again.
+    The store lies beside the spec afterwards. Raises CannotMount."""
+    rng, filled = random.Random(seed), 0
+    with mounted(spec.parent / "disk", "256m") as disk:
+        store = disk.path / "store"
+        spec.write_text(yaml.safe_dump({**yaml.safe_load(spec.read_text()), "store": str(store)}))
+        runs = [Run.start("harvest", spec)]
+        try:
+            while filled < times:
+                enough = len(_commits(store)) + rng.randint(1, 5)
+                if not until(lambda enough=enough: len(_commits(store)) >= enough, runs[-1]):
+                    break
+                disk.fill(leave=rng.randrange(300_000))
+                if runs[-1].process.wait(DEADLINE_S) == 0:
+                    break  # it had written all it needed
+                log = runs[-1].log.read_text()
+                assert "No space left on device; committed units are safe, start again when there is room" in log, log
+                filled += 1
+                yield
+                disk.empty()
+                runs.append(Run.start("harvest", spec))
+            runs[-1].wait()
+        finally:
+            for run in runs:
+                run.end()
+        shutil.copytree(store, spec.parent / "store")
 
 
 # ---- the oracle
 
 
 def commits(spec: Path) -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in (spec.parent / "store" / "commits").rglob("0*.json")]
+    return [json.loads(p.read_text()) for p in _commits(spec.parent / "store")]
+
+
+def _commits(store: Path) -> list[Path]:
+    return list((store / "commits").rglob("0*.json"))
 
 
 def rows_of(store: Path) -> dict[str, str]:

@@ -2,15 +2,23 @@
 found by running the model again; the rest is refused and left as it is."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import start_harvest
 from lab import SITE, Lab, snapshot
+from torch import nn
 from whole import SITES
 
+from jobs.cli import main
+from pipeline.models import ModelInfo, load_base_model
+from pipeline.placement import Offload, Placement
 from pipeline.rounding import Rounded
 from storage.commits import DETERMINED, commit_path, read_commit
 from storage.places import Place
@@ -18,6 +26,7 @@ from storage.records import decode, encode, read_record
 from storage.store import Store, open_store
 from storage.units import UnitBlock, rewrite_unit
 from workers.harvester import unit_block
+from workers.rerun import placement_for
 from workers.tensors import to_torch
 
 INFORMATIVE = ("writer", "started_at", "seconds", "committed_at")
@@ -53,8 +62,6 @@ def mended(lab: Lab, whole: Store) -> Lab:
 
 
 def verify(lab: Lab, *options: str | Path) -> tuple[int, dict[str, Any]]:
-    from jobs.cli import main
-
     lab.capsys.readouterr()
     status = main(["verify", str(lab.store), "--json", *map(str, options)])
     return status, json.loads(lab.capsys.readouterr().out)
@@ -93,6 +100,37 @@ def test_repair_gives_back_every_byte(mended: Lab, damage: Callable[[Path], None
     assert contents(mended.store) == {name: content for name, content in before.items() if name not in gone}
     status, report = verify(mended)
     assert (status, report["faults"], report["notes"]) == (0, [], [])
+
+
+def test_what_verify_says(stored: Lab) -> None:
+    store = open_store(stored.store)
+    harvest = store.harvests[0]
+    row_folder = stored.store / "activations" / harvest.model / SITE / "c"
+    flip(row_folder / "1" / "0")
+    commit = commit_path(store.root, harvest.digest, store.info.units.name(3)).path
+    flip(commit)
+    swapped = commit.with_name("00000002.json")
+    swapped.write_bytes(commit.with_name("00000000.json").read_bytes())
+    bitmap = commit.parent.parent / "committed.json"
+    bitmap.write_bytes(b"{}")
+    assert main(["verify", str(stored.store)]) == 1
+    text = stored.capsys.readouterr().out
+    assert "expected the commit of unit 3; found it is damaged: " in text
+    assert "expected the commit of unit 2; found it is of another unit or harvest" in text
+    assert "expected the bitmap of committed units; found it is damaged: it has no checksum" in text
+    assert re.search("chunk 1 has the crc32c [0-9a-f]{8}, stored is ([0-9a-f]{8}), committed [0-9a-f]{8}", text)
+    assert f"`granary verify {stored.store} --repair` puts right" in text
+    assert "STORE" not in text
+
+
+def test_nothing_is_said_to_be_verified_where_nothing_was_repaired(mended: Lab) -> None:
+    flip(mended.store / "corpus" / "token" / "c" / "0")
+    assert main(["verify", str(mended.store), "--repair"]) == 1
+    text = mended.capsys.readouterr().out
+    assert text.endswith("repaired  nothing: 1 fault left\n")
+    flip(mended.store / "norms" / open_store(mended.store).harvests[0].model / SITES[1] / "c" / "0")
+    assert main(["verify", str(mended.store), "--repair"]) == 1
+    assert mended.capsys.readouterr().out.endswith("verified  what was repaired: 1 fault left\n")
 
 
 def test_a_driver_that_looks_on_reads_committed_rows_all_the_time(mended: Lab) -> None:
@@ -291,6 +329,74 @@ def test_a_seed_chooses_the_units(stored: Lab) -> None:
 
     assert chosen(1) == chosen(1)
     assert len({tuple(chosen(seed)) for seed in range(6)}) > 1
+
+
+def test_a_site_in_two_types_is_audited_and_repaired(lab: Lab, llama: Path, corpus: Path) -> None:
+    sites = [SITE, f"{SITE}@int8"]
+    start_harvest(lab.store, llama, corpus, sites).run()
+    before = contents(lab.store)
+    status, report = verify(lab, "--audit", "2")
+    assert (status, [a["outcome"] for a in report["audited"]]) == (0, ["bit-exact", "bit-exact"])
+    model = open_store(lab.store).harvests[0].model
+    for site in sites:
+        flip(lab.store / "activations" / model / site / "c" / "1" / "0")
+    status, report = verify(lab, "--repair")
+    assert (status, report["refused"]) == (0, [])
+    assert contents(lab.store) == before
+
+
+def test_a_spec_says_where_a_large_model_runs(stored: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audited and repaired with most of its weights on disk, as it was harvested."""
+    before, loaded = contents(stored.store), []
+
+    def load(info: ModelInfo, **options: Any) -> nn.Module:
+        model = load_base_model(info, **options)
+        on_disk = [p.device.type == "meta" for p in model.parameters()]
+        loaded.append(sum(on_disk) / len(on_disk))
+        return model
+
+    monkeypatch.setattr("workers.harvester.load_base_model", load)
+    spec = stored.spec({"harvest.offload": {"folder": "weights", "cpu_memory_gib": 40_000 / 2**30}})
+    assert "2 bit-exact" in stored.run("verify", spec, "--audit", "2")
+    flip(stored.store / "activations" / open_store(stored.store).harvests[0].model / SITE / "c" / "1" / "0")
+    assert "0 faults left" in stored.run("verify", spec, "--repair")
+    assert contents(stored.store) == before
+    assert len(loaded) == 2
+    assert min(loaded) > 0.5
+
+
+def test_a_model_that_one_device_has_no_room_for(stored: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Placement, *arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB")
+
+    monkeypatch.setattr(Placement, "load", load)
+    # The audit reads the store first, and says so: what it prints is no part of the refusal.
+    assert main(["verify", str(stored.store), "--audit", "1"]) == 1
+    err = stored.capsys.readouterr().err
+    assert "CUDA out of memory" in err
+    assert "give `granary verify` the spec in place of the store, with harvest.offload or several gpus" in err
+    assert main(["verify", str(stored.spec()), "--audit", "1"]) == 1
+    assert "in place of the store" not in stored.capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_models_run_on_the_device_of_their_harvest(
+    harvested: Store, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    offload = Offload("weights")
+
+    def placed(device: str, compiled: bool, given: Placement | None) -> Placement:
+        how = {"device": device, "compile": compiled}
+        return placement_for(replace(harvested.harvests[0], identity={"harvest": how}), given)
+
+    gpu = "cuda" if on_gpu else "cpu"
+    assert placed("cuda", False, None) == Placement(gpu)
+    assert placed("cuda", False, Placement("auto", offload)) == Placement("auto" if on_gpu else "cpu", offload)
+    assert placed("cuda", False, Placement("cpu", offload)) == Placement(gpu, offload)
+    assert placed("cuda", True, Placement("auto", offload)) == Placement(gpu)  # compiled, so it was whole
+    assert placed("cpu", False, Placement("auto", offload)) == Placement("cpu", offload)
+    assert placed("cpu", False, None) == Placement("cpu")
 
 
 # ---- refusals

@@ -1,15 +1,15 @@
 """A disk that is too small, full, or read-only, at every point where the commands write. Small tmpfs mounts."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Harvesting, start_harvest
+from disks import CannotMount, Disk, mounted
 from lab import SITE, SITES, Lab, check_message, snapshot
 
 from jobs.cli import main
@@ -21,44 +21,18 @@ from storage.unitsets import UnitSet
 pytestmark = pytest.mark.usefixtures("no_ray")
 
 
-@dataclass(frozen=True)
-class Disk:
-    """A file system of its own."""
-
-    path: Path
-
-    @property
-    def free(self) -> int:
-        return shutil.disk_usage(self.path).free
-
-    def fill(self, leave: int) -> None:
-        with (self.path / "ballast").open("wb") as ballast:
-            os.posix_fallocate(ballast.fileno(), 0, max(1, self.free - leave))
-
-    def empty(self) -> None:
-        (self.path / "ballast").unlink()
-
-
 @pytest.fixture
 def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Disk]]:
     """`mount("3m")` gives a disk of that size."""
-    places = []
+    with ExitStack() as disks:
 
-    def make(size: str) -> Disk:
-        place = tmp_path_factory.mktemp("disk")
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip("there is no `mount` here to make a small disk with")
-        if done.returncode:
-            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-        places.append(place)
-        return Disk(place)
+        def make(size: str) -> Disk:
+            try:
+                return disks.enter_context(mounted(tmp_path_factory.mktemp("disk"), size))
+            except CannotMount as error:
+                pytest.skip(str(error))
 
-    yield make
-    for place in places:
-        subprocess.run(["umount", str(place)], check=True)
+        yield make
 
 
 def on(disk: Disk, lab: Lab) -> Lab:

@@ -1,6 +1,9 @@
 """Commits, failures and drivers' records, on a local disk and on an object store's rules (memory://)."""
 
+import errno
+import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,21 @@ from storage.drivers import (
     ALIVE_S,
     GONE_S,
     Driver,
+    DriverRecords,
     DriverWatch,
     driver_path,
     read_drivers,
     remove_driver,
     write_driver,
 )
-from storage.errors import NotAStore, StorageError, UnitConflict
+from storage.errors import CannotWrite, NotAStore, StorageError, UnitConflict
 from storage.failures import Failure, clear_failure, failed_units, read_failure, record_failure
+from storage.files import LocalFiles, StagedFile
 from storage.harvests import declare_harvest
 from storage.moments import MomentKey, Moments
 from storage.places import Place, open_place
 from storage.progress import harvest_progress
+from storage.records import encode
 from storage.store import Store
 from storage.units import UnitBlock, rewrite_unit, write_unit
 from storage.unitsets import UnitRanges
@@ -84,11 +90,52 @@ def test_the_loser_of_the_race_compares(store: Store, monkeypatch: pytest.Monkey
 
 
 def test_the_answer_to_a_create_that_was_lost(store: Store) -> None:
-    """The commit is ours, and its repetition is told that it exists: the bytes are equal, nothing is raised."""
+    """The commit is ours, and its repetition is told that it exists: the bytes are equal, so it counts as ours."""
     harvest = store.harvests[0].digest
     stored = read_commit(store.root, harvest, "00000000")
-    assert commit_unit(store.root, "00000000", stored) is False
+    assert commit_unit(store.root, "00000000", stored) is True
     assert read_commit(store.root, harvest, "00000000") == stored
+
+
+@pytest.mark.parametrize("seed", [None, 99])
+def test_whose_temporary_files_were_swept_compares(
+    store: Store, seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another commits while we write, and a run that finds all units there sweeps what we have staged."""
+    publish = LocalFiles.publish
+
+    def lose(self: LocalFiles, staged: Sequence[StagedFile]) -> None:
+        monkeypatch.setattr(LocalFiles, "publish", publish)
+        assert write(store, 1, writer="faster") is True
+        self.discard(staged)
+        publish(self, staged)
+
+    monkeypatch.setattr(LocalFiles, "publish", lose)
+    if seed is None:
+        assert write(store, 1) is False
+    else:
+        with pytest.raises(UnitConflict, match=r"unit 1 .*writer other .*writer faster"):
+            write(store, 1, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; committed units are safe, start again when there is room"),
+        (errno.EDQUOT, "Disk quota exceeded; committed units are safe, start again when there is room"),
+        (errno.EIO, "Input/output error; committed units are safe, start again when it can be written"),
+        (errno.EACCES, "Permission denied; committed units are safe, start again when it can be written"),
+    ],
+)
+def test_what_to_do_about_a_disk_depends_on_its_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def fail(self: LocalFiles, staged: Sequence[StagedFile]) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(LocalFiles, "publish", fail)
+    with pytest.raises(CannotWrite, match=words):
+        write(store, 1)
 
 
 @pytest.mark.parametrize("what", ["chunk", "commit", "moments"])
@@ -128,7 +175,6 @@ def test_a_zombie_after_a_repair_changes_nothing(store: Store) -> None:
 def test_a_changed_byte_anywhere_in_a_record_is_found(store: Store) -> None:
     harvest = store.harvests[0]
     record_failure(store.root, harvest.digest, "00000001", Failure(1, ["e"], ["w"]))
-    write_driver(store.root, harvest.digest, Driver("d"))
     readers = {
         commit_path(store.root, harvest.digest, "00000000"): lambda: read_commit(
             store.root, harvest.digest, "00000000"
@@ -137,7 +183,6 @@ def test_a_changed_byte_anywhere_in_a_record_is_found(store: Store) -> None:
         store.root / "failures" / harvest.digest / "00000001.json": lambda: read_failure(
             store.root, harvest.digest, "00000001"
         ),
-        driver_path(store.root, harvest.digest, "d"): lambda: read_drivers(store.root, harvest.digest),
     }
     rng = random.Random(0)
     for place, read in readers.items():
@@ -176,9 +221,28 @@ def test_failures_and_drivers_come_and_go(tmp_path: Path, url: str) -> None:
     assert failed_units(root, "h", UNITS) == [12]
     driver = Driver("me", counter=3, units_done=4, in_flight=[7, 8])
     write_driver(root, "h", driver)
-    assert read_drivers(root, "h") == [driver]
+    assert read_drivers(root, "h") == DriverRecords([driver], [])
     remove_driver(root, "h", "me")
-    assert read_drivers(root, "h") == []
+    assert read_drivers(root, "h").drivers == []
+
+
+def test_a_driver_s_record_that_cannot_be_read_is_left_out_and_told(store: Store) -> None:
+    harvest = store.harvests[0].digest
+    write_driver(store.root, harvest, Driver("sound"))
+    sound = driver_path(store.root, harvest, "sound").read()
+    place, rng = driver_path(store.root, harvest, "x"), random.Random(0)
+    for at in rng.sample(range(len(sound)), 60):
+        changed = bytearray(sound)
+        changed[at] ^= 1 << rng.randrange(8)
+        place.write(bytes(changed))
+        found = read_drivers(store.root, harvest)
+        assert found.drivers == [Driver("sound")]
+        assert f"the record {place} is damaged: " in found.unreadable[0]
+        assert f"`granary verify {store.root} --repair` removes it" in found.unreadable[0]
+    place.write(encode({"id": "x", "counter": 1}))
+    assert read_drivers(store.root, harvest) == DriverRecords(
+        [Driver("sound")], [f"the driver's record {place} lacks 'interval_s': another version of Granary wrote it"]
+    )
 
 
 def heard(watch: DriverWatch, now: float, **counters: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import KINDS, start_harvest
 from pydantic import ValidationError
 from test_families import ALL_SITES, MODELS, TOKENS, harvested, some_contexts
@@ -108,6 +109,27 @@ def test_layers_that_move_are_not_compiled(llama: Path) -> None:
         settings = HarvestSettings(sites=("resid_post.0",), **moved)
         assert not compile_layers(settings, describe_model(str(llama)), 10**15, 3)
     assert compile_layers(HarvestSettings(sites=("resid_post.0",)), describe_model(str(llama)), 10**15, 3)
+
+
+@pytest.mark.parametrize("where", ["whole", "offloaded"])
+def test_loading_says_nothing(
+    tmp_path: Path, llama: Path, where: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No bar, and no table of the layers that are left out, which reads like a fault; also in a process that has not
+    silenced transformers itself."""
+    placement = Placement() if where == "whole" else offloaded(tmp_path)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
+    transformers.logging.enable_propagation()
+    try:
+        load_base_model(describe_model(str(llama)), layers=1, dtype="float32", placement=placement)
+        assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+        assert transformers.logging.is_progress_bar_enabled()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.disable_propagation()
+    assert (capfd.readouterr(), caplog.records) == (("", ""), [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,15 +2,19 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from fsspec.implementations.memory import MemoryFileSystem
 from s3 import FaultyS3, S3Server
 
 from storage.errors import StorageError
@@ -191,7 +195,63 @@ def test_places_join_and_show_themselves(place: Place) -> None:
     assert place.joinpath("a", "b") == place / "a" / "b"
 
 
+class Looking(MemoryFileSystem):  # type: ignore[misc]
+    """Creates as fsspec's base class does: it looks, and then writes."""
+
+    store: ClassVar[dict[str, Any]] = {}
+    cachable = False
+
+    def __init__(self, both_looked: threading.Barrier, lag_s: float):
+        super().__init__()
+        self.both_looked, self.lag_s = both_looked, lag_s
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if mode == "create":
+            time.sleep(0.1)
+            if self.exists(path):
+                raise FileExistsError
+            self.both_looked.wait(10)
+            time.sleep(self.lag_s)
+        super().pipe_file(path, value)
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 0.02, 0.08])
+def test_of_two_that_looked_before_either_wrote_one_is_told_it_made_the_file(
+    lag_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.remote._CREATING", nullcontext())  # which two processes do not share
+    barrier, root, made = threading.Barrier(2), f"/race-{lag_s}", []
+
+    def create(writer: bytes, lag_s: float) -> None:
+        if FsspecFiles("looking://race", Looking(barrier, lag_s), root).create("name", writer):
+            made.append(writer)
+
+    threads = [threading.Thread(target=create, args=args) for args in ((b"first", 0.0), (b"last", lag_s))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [Looking(barrier, 0).cat_file(f"{root}/name")]
+
+
 # ---- lost answers
+
+
+def test_a_link_whose_answer_is_lost_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over NFS, whose client repeats the request and is told that the name is there."""
+    link = os.link
+
+    def twice(*paths: Path) -> None:
+        link(*paths)
+        link(*paths)
+
+    monkeypatch.setattr(os, "link", twice)
+    place = open_place(tmp_path)
+    assert (place / "a").create(b"mine")
+    assert not (place / "a").create(b"theirs")
+    assert (place / "a").read() == b"mine"
+    assert place.names() == ["a"]
+
 
 LOST = {"rate": 1.0, "kinds": ["swallow"]}
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,16 @@ from conftest import start_harvest, write_store
 from lab import SITES, Lab
 
 import storage.history
+from jobs.cli import main
 from jobs.status import status_record, status_text
-from storage.commits import committed_units, read_commit
-from storage.drivers import Driver, write_driver
+from storage.commits import commit_path, committed_units, read_bitmap, read_commit
+from storage.drivers import Driver, driver_path, write_driver
 from storage.failures import Failure, record_failure
 from storage.history import COMMITS_READ, history_of, read_history
-from storage.records import Record
+from storage.records import Record, encode, read_record
 from storage.store import Store, open_store
+from storage.unitsets import UnitSet
+from workers.presence import Presence
 
 
 def commit(unit: int, at: float, writer: str = "a", **more: Any) -> Record:
@@ -68,6 +72,12 @@ def test_padding_and_errors_add_up() -> None:
     assert history_of([commit(0, 1.0, **rounding(0.0, 0.0))]).relative_errors == {"resid_post.1": 0}
 
 
+def test_the_idle_share_is_the_mean_of_the_commits_that_hold_one() -> None:
+    idle = [commit(unit, at=unit, idle_share=share) for unit, share in enumerate([None, 0.02, 0.04])]
+    assert history_of([*idle, commit(3, at=3)]).idle_share == pytest.approx(0.03)
+    assert history_of(idle[:1]).idle_share is None
+
+
 def test_a_bounded_number_of_commits_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = write_store(tmp_path / "store", num_rows=4 * 700, rows_per_unit=4, chunk_rows=4, sites=["resid_post.0"])
     (harvest,) = store.harvests
@@ -112,6 +122,24 @@ def test_figures_are_those_of_the_commits(half: Store) -> None:
     assert h["seconds_left"] == pytest.approx((half.num_rows - 3072) / h["rows_per_second"])
     assert set(h["rounding"]) == set(SITES)
     assert all(1e-7 < of_site["relative_error"] < 4e-6 for of_site in h["rounding"].values())
+
+
+def test_idle_gpus_are_told(half: Store) -> None:
+    assert "GPUs idle" not in status_text(status_record(half))
+    for unit in (0, 1):
+        place = commit_path(half.root, half.harvests[0].digest, half.info.units.name(unit))
+        place.write(encode({**read_record(place), "idle_share": 0.03 + 0.01 * unit}))
+    record = status_record(half)
+    assert record["harvests"][0]["idle_share"] == pytest.approx(0.035)
+    assert "% padding; GPUs idle 3.5 % of the time" in status_text(record)
+
+
+def test_the_rate_of_a_driver_has_no_loading_in_it(half: Store) -> None:
+    """60 s of loading, then a unit of 1,000 rows every 10 s."""
+    presence = Presence(half.root, half.harvests[0].digest, Driver("me"), half.info.units, UnitSet(4))
+    rates = [presence._rate(now, 1000 * max(0, (now - 60) // 10)) for now in range(0, 100, 5)]
+    assert rates[:15] == [0] * 15  # nothing yet at 65 s; at 70 s the first unit, from which on is counted
+    assert rates[16:] == pytest.approx([100, 1000 / 15, 100, 2000 / 25])
 
 
 def test_nobody_at_work(half: Store) -> None:
@@ -178,6 +206,34 @@ def test_a_driver_that_stands_still(half: Store) -> None:
     (h,) = record["harvests"]
     assert (h["drivers"], h["drivers_silent"], h["units_in_progress"]) == ([], ["host-2-dead"], [])
     assert "no driver at work; 1 was killed or stands still" in status_text(record)
+
+
+def test_a_driver_s_record_that_is_damaged_is_a_note(half: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    place = driver_path(half.root, half.harvests[0].digest, "x")
+    place.write(b"{}")
+    assert main(["status", str(half.path)]) == 0
+    text = capsys.readouterr().out
+    assert f"note: the record {place} is damaged: it has no checksum; `granary verify {half.root} --repair`" in text
+    assert main(["verify", str(half.path)]) == 1
+    assert "it has no checksum" in capsys.readouterr().out
+    assert main(["verify", str(half.path), "--repair"]) == 0
+    assert status_record(half)["harvests"][0]["drivers_unreadable"] == []
+
+
+@pytest.mark.parametrize("content", [b"{}", encode({"id": "x", "counter": 1})])
+def test_presence_goes_on_beside_a_record_that_cannot_be_read(
+    half: Store, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bitmap is written, and drivers see each other."""
+    digest, units = half.harvests[0].digest, half.info.units
+    driver_path(half.root, digest, "x").write(content)
+    with Presence(half.root, digest, Driver("me"), units, committed_units(half.root, digest, units)) as presence:
+        deadline = time.monotonic() + 10
+        while presence.news is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert presence.news is not None
+    assert read_bitmap(half.root, digest, units) == {0, 1, 2}
+    assert "cannot be kept up to date" not in capsys.readouterr().err
 
 
 def test_a_complete_harvest_of_exact_rows(lab: Lab, llama: Path, corpus: Path) -> None:
