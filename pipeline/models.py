@@ -1,33 +1,21 @@
-"""Loading Llama-family models and tokenizers, and saying exactly which ones they are.
+"""Which Llama-family models and tokenizers these are: read from their files, before any weights are loaded.
 
 Everything that can be wrong with a model is found from its config, before weights are read or a store is touched.
 """
 
 import hashlib
 import json
-import logging
-import platform
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from safetensors import SafetensorError
-from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.families import FAMILIES, TEXT_PART_WEIGHTS, TEXT_PARTS
-from pipeline.placement import Placement, check_dtype
+from pipeline.families import FAMILIES, TEXT_PARTS
 from pipeline.sites import Site
-from pipeline.weights import hash_weights, tensor_shapes
-
-ON_CPU = Placement()
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from pipeline.weights import hash_weights
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ class ModelInfo:
 
 def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
     """Read a model's config, local folder or hub id. Raises InputError when it cannot be used."""
-    config = _config(model_id, revision)
+    config = read_config(model_id, revision)
     sha = hashlib.sha256()
     folder = Path(model_id).expanduser()
     if folder.is_dir():
@@ -121,49 +109,6 @@ _CONFIG_NOISE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"
 """Config fields that say where or how it was saved, not what the model computes."""
 
 
-def load_base_model(
-    info: ModelInfo, *, layers: int, dtype: str, attention: str = "sdpa", placement: Placement = ON_CPU
-) -> nn.Module:
-    """Load the first `layers` decoder layers of the base model (no lm_head), ready to run."""
-    config = _first_layers(_config(info.id, info.revision), layers)
-    return _load(transformers.AutoModel, info, config, dtype, attention, placement)
-
-
-def check_weights(info: ModelInfo, layers: int) -> None:
-    """Raise InputError if a local checkpoint lacks tensors of the first `layers` layers, as loading them would.
-
-    transformers itself loads tensors without content, of the names and shapes that the files' headers give: it alone
-    knows how names of checkpoints become those of a model. Takes up to some seconds, and no memory to speak of.
-    """
-    folder = Path(info.id).expanduser()
-    config = _first_layers(_config(info.id, info.revision), layers)
-    shapes = tensor_shapes(folder) if folder.is_dir() else None
-    if shapes is None or getattr(config, "quantization_config", None):  # whose tensors are of other shapes
-        return
-    with _silence():
-        _, loaded = transformers.MODEL_MAPPING[type(config)].from_pretrained(
-            None,
-            config=config,
-            state_dict={
-                name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()
-            },
-            device_map={"": "meta"},
-            dtype=torch.bfloat16,
-            ignore_mismatched_sizes=True,  # which loading refuses with words of its own
-            output_loading_info=True,
-            **_renamed(config),
-        )
-    _check_none_missing(info, loaded["missing_keys"])
-
-
-def load_causal_model(
-    info: ModelInfo, *, dtype: str, attention: str = "sdpa", placement: Placement = ON_CPU
-) -> nn.Module:
-    """Load the whole language model, for measuring its loss."""
-    config = _config(info.id, info.revision)
-    return _load(transformers.AutoModelForCausalLM, info, config, dtype, attention, placement)
-
-
 def load_tokenizer(model_id: str, revision: str = "main") -> Any:
     """Load a fast tokenizer, local folder or hub id. Raises InputError when there is none."""
     try:
@@ -175,7 +120,7 @@ def load_tokenizer(model_id: str, revision: str = "main") -> Any:
         elif model_id.startswith((".", "~", "/")) and not folder.is_dir():
             reason = "there is no such folder"
         else:
-            reason = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+            reason = f"it cannot be loaded ({type(error).__name__}: {first_line(error)})"
         raise InputError(f"no tokenizer at {model_id}: {reason}; give model.tokenizer a folder that has one") from None
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"the tokenizer of {model_id} has no fast version (tokenizer.json); convert it first")
@@ -197,7 +142,7 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in encodings]
 
 
-def _config(model_id: str, revision: str) -> Any:
+def read_config(model_id: str, revision: str) -> Any:
     """The config of a model's language part. Raises InputError for a model that cannot be used."""
     folder = Path(model_id).expanduser()
     if not folder.is_dir() and _is_path(model_id):
@@ -208,7 +153,7 @@ def _config(model_id: str, revision: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(model_id, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.id: {model_id} cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"model.id: {model_id} cannot be loaded: {first_line(error)}") from None
     kind = getattr(config, "model_type", "?")
     if kind in TEXT_PARTS:
         commit, config = getattr(config, "_commit_hash", None), config.text_config
@@ -233,77 +178,5 @@ def _folders_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
-def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, placement: Placement) -> nn.Module:
-    check_dtype(DTYPES[dtype], placement.input_device)
-    try:
-        with _silence():
-            model, loaded = placement.load(
-                loader,
-                info.id,
-                revision=info.revision,
-                config=config,
-                dtype=DTYPES[dtype],
-                attn_implementation=attention,
-                **_renamed(config),
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {_first_line(error)}") from None
-    _check_none_missing(info, loaded["missing_keys"])
-    if (now := describe_model(info.id, info.revision).fingerprint) != info.fingerprint:  # changed since, or elsewhere
-        raise InputError(
-            f"model.id: {info.id} on {platform.node()} has the fingerprint {now}, and this run began with "
-            f"{info.fingerprint}: the weights were replaced, or this machine has others; put the same ones everywhere"
-        )
-    ready: nn.Module = model.eval().requires_grad_(False)
-    return ready
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without transformers' progress bar, its table of the weights that are left out, which reads like a fault, and
-    accelerate's word on those on disk: what is wrong with a checkpoint we say ourselves."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
-    levels, has_bar = [logger.level for logger in loggers], transformers.logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if has_bar:
-            transformers.logging.enable_progress_bar()
-
-
-def _first_layers(config: Any, layers: int) -> Any:
-    """The config, changed to that of a model of so many layers."""
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    return config
-
-
-def _renamed(config: Any) -> dict[str, Any]:
-    """How transformers is told the names that a checkpoint of text and images gives the weights of its text part."""
-    return {"key_mapping": TEXT_PART_WEIGHTS} if config.model_type in TEXT_PARTS.values() else {}
-
-
-def _check_none_missing(info: ModelInfo, names: Collection[str]) -> None:
-    """transformers makes up what a checkpoint lacks, with a warning that no one sees."""
-    if not names:
-        return
-    first = min(names)
-    which = (
-        f"a tensor that its config.json asks for is not there ({first})"
-        if len(names) == 1
-        else f"{len(names)} tensors that its config.json asks for are not there, the first is {first}"
-    )
-    raise InputError(
-        f"model.id: the weights of {info.id} cannot be loaded: {which}; download the checkpoint again, or give it the "
-        "config.json that it was saved with"
-    )
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]

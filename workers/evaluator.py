@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pipeline.dictionary import Dictionary, load_dictionary
 from pipeline.language import loss_recovered
+from pipeline.loading import ON_CPU, load_causal_model
 from pipeline.metrics import auroc, measure_code
-from pipeline.models import ON_CPU, ModelInfo, load_causal_model
+from pipeline.models import ModelInfo
 from pipeline.placement import Placement
 from pipeline.sites import parse_site
 from storage.anchors import read_anchors

@@ -17,7 +17,8 @@ from queue import SimpleQueue
 import torch
 
 from pipeline.errors import InputError
-from pipeline.models import ModelInfo, load_base_model
+from pipeline.loading import load_base_model
+from pipeline.models import ModelInfo
 from pipeline.placement import Placement
 from pipeline.rounding import Rounded
 from pipeline.rows import ContextRows, contexts_of_rows

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from pipeline.models import DTYPES as TORCH_DTYPES
-from pipeline.models import ModelInfo, check_weights
+from pipeline.loading import DTYPES as TORCH_DTYPES
+from pipeline.loading import check_weights
+from pipeline.models import ModelInfo
 from pipeline.placement import check_dtype
 from pipeline.sites import parse_site
 from storage.arrays import DTYPES

@@ -12,7 +12,8 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.layout import Documents
-from pipeline.models import ModelInfo, load_base_model
+from pipeline.loading import load_base_model
+from pipeline.models import ModelInfo
 from pipeline.rounding import round_rows, square_error
 from pipeline.rows import ContextRows
 from pipeline.sites import STORED_TYPES, Site, parse_site

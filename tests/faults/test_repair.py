@@ -17,7 +17,8 @@ from torch import nn
 from whole import SITES
 
 from jobs.cli import main
-from pipeline.models import ModelInfo, load_base_model
+from pipeline.loading import load_base_model
+from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
 from pipeline.rounding import Rounded
 from storage.commits import DETERMINED, commit_path, read_commit

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import placement
 from pipeline.capture import capture
-from pipeline.models import describe_model, load_base_model
+from pipeline.loading import load_base_model
+from pipeline.models import describe_model
 from pipeline.placement import Offload, Placement, check_dtype
 from pipeline.rows import ContextRows
 from pipeline.sites import KINDS, Site

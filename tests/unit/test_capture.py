@@ -13,7 +13,8 @@ from conftest import KINDS, harvest, start_harvest, write_corpus
 from tokenizers import Tokenizer
 
 from pipeline.layout import Sizes, context_starts, row_column
-from pipeline.models import DTYPES, describe_model, load_base_model
+from pipeline.loading import DTYPES, load_base_model
+from pipeline.models import describe_model
 from pipeline.rows import contexts_of_rows
 from pipeline.sites import parse_site
 from pipeline.unit import UnitRunner

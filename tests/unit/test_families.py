@@ -22,7 +22,8 @@ from pipeline.batches import batches_of
 from pipeline.capture import capture, splice
 from pipeline.errors import InputError
 from pipeline.families import FAMILIES
-from pipeline.models import check_weights, describe_model, load_base_model, load_causal_model
+from pipeline.loading import check_weights, load_base_model, load_causal_model
+from pipeline.models import describe_model
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
 from pipeline.unit import UnitRunner

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from pipeline.errors import InputError
 from pipeline.language import LossRecovered, loss_recovered
-from pipeline.models import describe_model, load_causal_model
+from pipeline.loading import load_causal_model
+from pipeline.models import describe_model
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
 

@@ -15,7 +15,8 @@ from test_families import ALL_SITES, MODELS, TOKENS, harvested, some_contexts
 
 from pipeline.errors import InputError
 from pipeline.language import loss_recovered
-from pipeline.models import describe_model, load_base_model, load_causal_model
+from pipeline.loading import load_base_model, load_causal_model
+from pipeline.models import describe_model
 from pipeline.placement import Offload, Placement, check_dtype
 from pipeline.sites import Site
 from workers.settings import HarvestSettings, OffloadSettings, compile_layers

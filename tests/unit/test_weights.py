@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import InputError
-from pipeline.models import check_weights, describe_model, load_base_model
+from pipeline.loading import check_weights, load_base_model
+from pipeline.models import describe_model
 from pipeline.weights import END_BYTES, SAMPLED_BLOCKS, WHOLE_TENSOR_BYTES, hash_weights
 
 MIB = 2**20

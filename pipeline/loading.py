@@ -1,0 +1,138 @@
+"""Loading a model that was described: its base or the whole, placed on devices, in silence, and nothing made up."""
+
+import logging
+import platform
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.families import TEXT_PART_WEIGHTS, TEXT_PARTS
+from pipeline.models import ModelInfo, describe_model, first_line, read_config
+from pipeline.placement import Placement, check_dtype
+from pipeline.weights import tensor_shapes
+
+ON_CPU = Placement()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base_model(
+    info: ModelInfo, *, layers: int, dtype: str, attention: str = "sdpa", placement: Placement = ON_CPU
+) -> nn.Module:
+    """Load the first `layers` decoder layers of the base model (no lm_head), ready to run."""
+    config = _first_layers(read_config(info.id, info.revision), layers)
+    return _load(transformers.AutoModel, info, config, dtype, attention, placement)
+
+
+def check_weights(info: ModelInfo, layers: int) -> None:
+    """Raise InputError if a local checkpoint lacks tensors of the first `layers` layers, as loading them would.
+
+    transformers itself loads tensors without content, of the names and shapes that the files' headers give: it alone
+    knows how names of checkpoints become those of a model. Takes up to some seconds, and no memory to speak of.
+    """
+    folder = Path(info.id).expanduser()
+    config = _first_layers(read_config(info.id, info.revision), layers)
+    shapes = tensor_shapes(folder) if folder.is_dir() else None
+    if shapes is None or getattr(config, "quantization_config", None):  # whose tensors are of other shapes
+        return
+    with _silence():
+        _, loaded = transformers.MODEL_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict={
+                name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()
+            },
+            device_map={"": "meta"},
+            dtype=torch.bfloat16,
+            ignore_mismatched_sizes=True,  # which loading refuses with words of its own
+            output_loading_info=True,
+            **_renamed(config),
+        )
+    _check_none_missing(info, loaded["missing_keys"])
+
+
+def load_causal_model(
+    info: ModelInfo, *, dtype: str, attention: str = "sdpa", placement: Placement = ON_CPU
+) -> nn.Module:
+    """Load the whole language model, for measuring its loss."""
+    config = read_config(info.id, info.revision)
+    return _load(transformers.AutoModelForCausalLM, info, config, dtype, attention, placement)
+
+
+def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, placement: Placement) -> nn.Module:
+    check_dtype(DTYPES[dtype], placement.input_device)
+    try:
+        with _silence():
+            model, loaded = placement.load(
+                loader,
+                info.id,
+                revision=info.revision,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                **_renamed(config),
+            )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {first_line(error)}") from None
+    _check_none_missing(info, loaded["missing_keys"])
+    if (now := describe_model(info.id, info.revision).fingerprint) != info.fingerprint:  # changed since, or elsewhere
+        raise InputError(
+            f"model.id: {info.id} on {platform.node()} has the fingerprint {now}, and this run began with "
+            f"{info.fingerprint}: the weights were replaced, or this machine has others; put the same ones everywhere"
+        )
+    ready: nn.Module = model.eval().requires_grad_(False)
+    return ready
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without transformers' progress bar, its table of the weights that are left out, which reads like a fault, and
+    accelerate's word on those on disk: what is wrong with a checkpoint we say ourselves."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels, has_bar = [logger.level for logger in loggers], transformers.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if has_bar:
+            transformers.logging.enable_progress_bar()
+
+
+def _first_layers(config: Any, layers: int) -> Any:
+    """The config, changed to that of a model of so many layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _renamed(config: Any) -> dict[str, Any]:
+    """How transformers is told the names that a checkpoint of text and images gives the weights of its text part."""
+    return {"key_mapping": TEXT_PART_WEIGHTS} if config.model_type in TEXT_PARTS.values() else {}
+
+
+def _check_none_missing(info: ModelInfo, names: Collection[str]) -> None:
+    """transformers makes up what a checkpoint lacks, with a warning that no one sees."""
+    if not names:
+        return
+    first = min(names)
+    which = (
+        f"a tensor that its config.json asks for is not there ({first})"
+        if len(names) == 1
+        else f"{len(names)} tensors that its config.json asks for are not there, the first is {first}"
+    )
+    raise InputError(
+        f"model.id: the weights of {info.id} cannot be loaded: {which}; download the checkpoint again, or give it the "
+        "config.json that it was saved with"
+    )
