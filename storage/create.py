@@ -24,7 +24,8 @@ from storage.harvests import writer_id
 from storage.places import PROBE, Place, open_place
 from storage.records import Record, digest, encode, read_record
 from storage.root import CONTEXT_COLUMNS, CorpusInfo, row_columns
-from storage.store import DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP, Store, open_store
+from storage.store import Store, open_store
+from storage.table import DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP
 
 COLUMN_CHUNK_ROWS = 2**18
 """Entries of a chunk of every array under corpus/; part of the format, as the digest is made of digests of chunks."""

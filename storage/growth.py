@@ -20,7 +20,8 @@ from storage.harvests import writer_id
 from storage.places import Place
 from storage.records import Record, encode, read_record
 from storage.root import CorpusInfo, read_root
-from storage.store import DOCUMENTS_PER_FILE, Store, open_store
+from storage.store import Store, open_store
+from storage.table import DOCUMENTS_PER_FILE
 
 GROWTHS = "growths"
 """The folder of the records of growths."""

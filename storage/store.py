@@ -4,34 +4,26 @@ Invariant: a row is given out only when its unit is committed, and only from chu
 is missing or damaged is an error that names it, never a row of zeros.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage.arrays import Array, RowArray
 from storage.commits import committed_units, read_commit
-from storage.errors import CorruptChunk, NotAStore, StorageError, StoreGrown, UncommittedRows
+from storage.errors import StorageError, UncommittedRows
 from storage.harvests import CHECKSUMS, Harvest, kinds_of, read_harvests
 from storage.patience import Waiting
 from storage.places import Place, open_place
 from storage.root import CorpusInfo, read_root
 from storage.scaled import SiteRows
+from storage.table import StoredTable
 from storage.unitsets import UnitSet, shown
 
 if TYPE_CHECKING:
     import duckdb
-
-DOCUMENTS_PER_FILE = 1_000_000
-DOCUMENTS_PER_GROUP = 10_000
-"""Document n is in file n // 1,000,000, in its row group (n % 1,000,000) // 10,000."""
 
 RowIndex = slice | Sequence[int] | Array
 
@@ -45,16 +37,14 @@ def open_store(url: str | Path | Place, *, waiting: Waiting | None = None) -> "S
     return Store(path, read_root(path))
 
 
-class Store:
+class Store(StoredTable):
     """A store that is open for reading. Cheap to make; holds no file open; safe to use from several threads."""
 
     def __init__(self, root: Place, info: CorpusInfo, model: str | None = None):
         """`model`: the model whose sites bare names mean, for a store that holds several (see `for_model`)."""
-        self.root = root
-        self.info = info
+        super().__init__(root, info)
         self.model = model
         self._found: dict[str, tuple[Harvest, str]] = {}
-        self._arrays: dict[Place, RowArray] = {}
         self._committed: dict[str, UnitSet] = {}  # by harvest, as of when it was last asked for
         self._expected: dict[Place, dict[int, int]] = {}  # of an array's chunks, the crc32c that a commit says
         self._compared: set[tuple[str, str, int]] = set()  # harvest, site and unit whose chunks are in there
@@ -62,76 +52,6 @@ class Store:
     def for_model(self, model: str) -> "Store":
         """The same store, with bare site names meaning those of `model` (its name under activations/)."""
         return Store(self.root, self.info, model)
-
-    @property
-    def url(self) -> str:
-        """Where the store is, as another process opens it."""
-        return str(self.root)
-
-    @property
-    def path(self) -> Path:
-        """The folder of a local store."""
-        return self.root.path
-
-    @property
-    def num_rows(self) -> int:
-        return self.info.num_rows
-
-    @cached_property
-    def documents(self) -> pa.Table:
-        """All documents: document, row_start, row_stop (int64), source (string), and every label column."""
-        return self.documents_between(0, self.info.num_documents - 1)
-
-    def documents_between(self, first: int, last: int) -> pa.Table:
-        """The documents numbered first ... last, both included, reading no more than the row groups they are in."""
-        tables = []
-        for part in range(first // DOCUMENTS_PER_FILE, last // DOCUMENTS_PER_FILE + 1):
-            low, high = (
-                max(first - part * DOCUMENTS_PER_FILE, 0),
-                min(last - part * DOCUMENTS_PER_FILE, DOCUMENTS_PER_FILE),
-            )
-            path = self.table / "documents" / f"part-{part:05d}.parquet"
-            try:
-                with self.as_opened((OSError,)), closing(path.open()) as opened:
-                    file = pq.ParquetFile(opened, page_checksum_verification=True)
-                    after = min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups)
-                    tables.append(file.read_row_groups(list(range(low // DOCUMENTS_PER_GROUP, after))))
-            except (pa.ArrowException, OSError) as error:
-                raise StorageError(f"the documents in {path} cannot be read: {error}") from None
-        table = pa.concat_tables(tables)
-        return table.slice(first - table.column("document")[0].as_py(), last - first + 1)
-
-    @property
-    def table(self) -> Place:
-        """The folder of the table of rows."""
-        return self.root / self.info.folder
-
-    @property
-    def tokenizer_path(self) -> Place:
-        return self.table / "tokenizer"
-
-    def corpus_file(self, name: str) -> bytes:
-        """Read a whole file of the table and compare it with the root record. Raises StorageError."""
-        path = self.table / name
-        with self.as_opened((FileNotFoundError,)):
-            content = path.read()
-        if hashlib.sha256(content).hexdigest() != self.info.files.get(name):
-            raise StorageError(f"{path} is not the file that the store was made with: its sha256 is another")
-        return content
-
-    def columns(self, start: int, stop: int, names: Sequence[str] | None = None) -> dict[str, Array]:
-        """Read row columns (all of `info.row_columns`, if not named) of rows [start, stop), each [stop - start]."""
-        names = tuple(self.info.row_columns) if names is None else names
-        with self.as_opened():
-            return {name: self._open_array(self.table / name).read(start, stop) for name in names}
-
-    def context_tokens(self, first: int, last: int) -> list[Array]:
-        """Read the tokens of contexts first ... last, both included: an int32 array each, from position 0 to the
-        context's last row, positions that are no rows included."""
-        with self.as_opened():
-            starts = self._open_array(self.table / "context_start").read(first, last + 2)
-            tokens = self._open_array(self.table / "context_token").read(int(starts[0]), int(starts[-1]))
-        return np.split(tokens, starts[1:-1] - starts[0])
 
     # ---- activations
 
@@ -230,30 +150,6 @@ class Store:
             self._expected[array.path].update(enumerate(commit["sites"][site][CHECKSUMS[kind]], first))
         self._compared.add((harvest.digest, site, seam))
 
-    @contextmanager
-    def as_opened(self, errors: tuple[type[Exception], ...] = (CorruptChunk, NotAStore)) -> Iterator[None]:
-        """Within the block `errors`, which look like damage, are told from a store that has grown since it was opened:
-        then raises StoreGrown."""
-        try:
-            yield
-        except errors as error:
-            try:
-                self.require_newest()
-            except StoreGrown as grown:
-                raise grown from error
-            except (StorageError, OSError):
-                pass  # then what was found first is what to say
-            raise
-
-    def require_newest(self) -> None:
-        """Raise StoreGrown if the store has grown since it was opened."""
-        now = read_root(self.root)
-        if now.generation > self.info.generation:
-            raise StoreGrown(
-                f"the store at {self.url} has grown since it was opened, from {self.num_rows:,} to {now.num_rows:,} "
-                "rows: open it again, or run the command again"
-            )
-
     def _gather(self, site: str, array: RowArray | SiteRows, rows: RowIndex | None) -> Array:
         with self.as_opened():
             return self._gathered(site, array, self._row_numbers(rows))
@@ -274,11 +170,6 @@ class Store:
             chunk = array.read(first, min(first + array.chunk_rows, array.shape[0]))
             out[members] = chunk[index[members] - first]
         return out
-
-    def _open_array(self, place: Place) -> RowArray:
-        if place not in self._arrays:
-            self._arrays[place] = RowArray.open(place)
-        return self._arrays[place]
 
     def _row_numbers(self, rows: RowIndex | None) -> range | Array:
         if rows is None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.layout import Documents, Sizes, context_starts, documents_table, row_column, rows_between
 from storage.create import COLUMN_CHUNK_ROWS, TableFiles
 from storage.root import row_columns
-from storage.store import DOCUMENTS_PER_FILE
+from storage.table import DOCUMENTS_PER_FILE
 from workers.tabling import TablePlan
 from workers.tasks import Tasks
 
