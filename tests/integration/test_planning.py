@@ -13,7 +13,7 @@ from lab import snapshot
 
 from pipeline.corpora import lines
 from storage import create
-from storage import store as stores
+from storage import table as tables
 from storage.store import Store
 from workers import planning, table_writing, tabling
 from workers.cluster import connected
@@ -47,7 +47,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(create, "COLUMN_CHUNK_ROWS", 256)
     monkeypatch.setattr(table_writing, "COLUMN_CHUNK_ROWS", 256)
     monkeypatch.setattr(table_writing, "WRITE_ROWS", 512)
-    for module in (stores, table_writing, create):
+    for module in (tables, table_writing, create):
         monkeypatch.setattr(module, "DOCUMENTS_PER_FILE", 40)
 
 

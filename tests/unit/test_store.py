@@ -166,7 +166,7 @@ def test_a_root_record_with_a_field_missing(gaps: Store) -> None:
 
 
 def test_documents_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("storage.store", "storage.create"):
+    for module in ("storage.table", "storage.create"):
         monkeypatch.setattr(f"{module}.DOCUMENTS_PER_FILE", 8)
         monkeypatch.setattr(f"{module}.DOCUMENTS_PER_GROUP", 3)
     table = plan_table(num_rows=100, num_documents=29)
