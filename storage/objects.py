@@ -265,4 +265,6 @@ def _explain(error: BaseException) -> str:
     if status := re.search(r"status code: (\d+ [\w ]+)", text):
         return f"the server answers {status[1].strip()}"
     words = re.sub(r"https?://\S+", "...", text.splitlines()[0]).rpartition(" - ")[2]
-    return f"the server does not answer ({words[:200].strip()})"
+    url = re.search(r"https?://([^/\s?]+)", text)
+    at = f" at {url[1].rpartition('@')[2]}" if url else ""  # without a password that somebody put there
+    return f"the server{at} does not answer ({words[:200].strip()})"
