@@ -53,22 +53,28 @@ def announce(failure: str | None) -> None:
 
 class Outage:
     """A store that does not answer, as the processes and threads of one run see it: said when the first of them waits,
-    and once more when none does any longer."""
+    and once more when none does any longer. Who waits says so after `SAID_AFTER_S`, and is heard later still: word that
+    comes so soon after the end is of the outage that is over."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, str] = {}
+        self._is_said = False
+        self._over = float("-inf")
         self._lock = threading.Lock()
 
     def heard(self, who: str, failure: str | None) -> None:
         """`who` waits because of `failure`, or (None) does not wait."""
         with self._lock:
-            before = bool(self._waiting)
             if failure is None:
                 self._waiting.pop(who, None)
             else:
                 self._waiting[who] = failure
-            if bool(self._waiting) != before:
-                announce(failure)
+            if self._waiting and not self._is_said and time.monotonic() - self._over > SAID_AFTER_S:
+                self._is_said = True
+                announce(next(iter(self._waiting.values())))
+            elif not self._waiting and self._is_said:
+                self._is_said, self._over = False, time.monotonic()
+                announce(None)
 
 
 class Patience:

@@ -190,6 +190,14 @@ def test_an_outage_is_said_once_for_all_who_wait(capsys: pytest.CaptureFixture[s
     outage.heard("a", None)
     outage.heard("a", None)
     assert capsys.readouterr().err == "going on: the store answers again\n"
+    outage.heard("a", "a pulse from before")
+    outage.heard("a", None)
+    assert capsys.readouterr().err == ""
+    outage.heard("a", "no network again")
+    time.sleep(patience.SAID_AFTER_S)
+    outage.heard("a", "no network again")
+    outage.heard("a", "no network again")
+    assert capsys.readouterr().err == "waiting: no network again\n"
 
 
 def test_reads_that_work_do_not_end_the_wait_of_a_write(capsys: pytest.CaptureFixture[str]) -> None:
