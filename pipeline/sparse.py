@@ -63,9 +63,10 @@ class Places:
 
     def bag(self, values: Tensor, W: Tensor) -> Tensor:
         """code @ W -> [rows, d]."""
-        return functional.embedding_bag(
+        summed: Tensor = functional.embedding_bag(
             self.latent, W, self.starts, mode="sum", per_sample_weights=values, include_last_offset=True
         )
+        return summed
 
     def transposed_product(self, values: Tensor, dense: Tensor) -> Tensor:
         """code.T @ dense, for dense [rows, d] -> [latents, d]."""
