@@ -59,14 +59,14 @@ class Places:
     def sampled_product(self, left: Tensor, right: Tensor) -> Tensor:
         """The kept entries of left @ right.T, for left [rows, d], right [latents, d] -> [entries]."""
         zero = self._matrix(left.new_zeros(len(self.latent)))
-        return torch.sparse.sampled_addmm(zero, left, right.T, beta=0.0).values()
+        product: Tensor = torch.sparse.sampled_addmm(zero, left, right.T, beta=0.0)
+        return product.values()
 
     def bag(self, values: Tensor, W: Tensor) -> Tensor:
         """code @ W -> [rows, d]."""
-        summed: Tensor = functional.embedding_bag(
+        return functional.embedding_bag(
             self.latent, W, self.starts, mode="sum", per_sample_weights=values, include_last_offset=True
         )
-        return summed
 
     def transposed_product(self, values: Tensor, dense: Tensor) -> Tensor:
         """code.T @ dense, for dense [rows, d] -> [latents, d]."""
