@@ -21,6 +21,7 @@ from pipeline.corpora.open import Corpus
 from pipeline.errors import InputError
 from pipeline.layout import Documents, Sizes
 from pipeline.models import ModelInfo, describe_model
+from pipeline.sites import layers_up_to
 from storage.arrays import RowArray
 from storage.commits import UNITS_PER_BLOCK, committed_units
 from storage.create import refuse_if_taken
@@ -100,7 +101,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
         "units_left": left.units,
         "rows_left": left.rows,
         "model": info.id,
-        "layers_run": 1 + max(site.layer for site in spec.harvest.parsed_sites()),
+        "layers_run": layers_up_to(spec.harvest.parsed_sites()),
         "layers_of_model": info.num_layers,
         "files": [file.name for corpus in source.corpora if isinstance(corpus, Corpus) for file in corpus.files],
         "documents": rows.documents,

@@ -18,6 +18,9 @@ import numpy as np
 
 from pipeline.rows import ContextRows, Int64
 
+COMPOSITION = "packed, best fit"
+"""Names what this module does, in the identity of a harvest: other batches can change the last bits of a row. To be
+changed with it."""
 SHORT_LINE = 256
 """Length of a line that a context of at most half of this begins: a mask's work grows with the length of the line."""
 LONGEST_PACKED = 8192

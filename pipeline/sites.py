@@ -48,6 +48,11 @@ def parse_site(text: str) -> Site:
     return Site(int(layer), kind, stored)
 
 
+def layers_up_to(sites: Iterable[Site]) -> int:
+    """How many decoder layers have to run for these sites."""
+    return 1 + max(site.layer for site in sites)
+
+
 def expand_sites(texts: Iterable[str]) -> list[str]:
     """Expand lists and ranges: resid_post.{4,8,12}, mlp_in.4-12 (both ends included), each perhaps with @type. Order
     kept, repeats dropped."""

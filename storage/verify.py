@@ -3,7 +3,7 @@
 Every record carries its own checksum, chunks carry theirs and are in the commits as well, and files of other formats
 are named with their sha256 by the record that was written after them. So a store needs nothing but itself to be
 checked, and what is found is a list of faults that name the object; what to do about each is in its remedy
-(`workers.repair`). What this cannot find is a store that is consistent and false: `workers.audit` runs the model again.
+(`workers.repair`). What this cannot find is a store that is consistent and false: `workers.rerun` runs the model again.
 
 Reads everything once, in the memory of a few requests; changes nothing.
 """
@@ -142,13 +142,13 @@ def _record_checks(store: Store, harvest: Harvest) -> Iterator[Check]:
 
     def bitmap() -> Checked:
         try:
-            claimed = read_bitmap(root, harvest.digest, store.info.units)
+            # That each of its units has a commit shows when the commits are read.
+            read_bitmap(root, harvest.digest, store.info.units)
         except Unreachable:
             raise
         except (StorageError, OSError) as error:
             place, expected = folder / BITMAP, "the bitmap of committed units"
             return Checked((Fault(place, expected, reason(error, place), Remove()),))
-        del claimed  # that each of its units has a commit shows when the commits are read
         return Checked()
 
     def sealed(place: Place, what: str) -> Checked:

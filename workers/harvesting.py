@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
+from pipeline.batches import COMPOSITION
 from pipeline.loading import DTYPES as TORCH_DTYPES
 from pipeline.loading import check_weights
 from pipeline.models import ModelInfo
 from pipeline.placement import check_dtype
-from pipeline.sites import parse_site
+from pipeline.sites import layers_up_to, parse_site
 from storage.arrays import DTYPES
 from storage.commits import committed_units
 from storage.errors import StorageError
@@ -69,7 +70,7 @@ def check_harvest(info: ModelInfo, model: ModelSettings, settings: HarvestSettin
     """Raise InputError for what a model, or this machine where it is to run on CPU, cannot do, and for weights that are
     missing. Touches no store."""
     _check_settings(info, model, settings)
-    check_weights(info, 1 + max(site.layer for site in settings.parsed_sites()))
+    check_weights(info, layers_up_to(settings.parsed_sites()))
 
 
 def _check_settings(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:
@@ -153,6 +154,7 @@ def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: Har
         "model": {"fingerprint": info.fingerprint, "dtype": model.dtype},
         "rows_per_unit": store.info.rows_per_unit,
         "harvest": {
+            "batches": COMPOSITION,
             "batch_tokens": settings.batch_tokens,
             "attention": settings.attention,
             "compile": compile_layers(settings, info, first["num_rows"], layers),
@@ -170,7 +172,7 @@ def _job(
         store=store.url,
         harvest=harvest,
         model=info,
-        layers=1 + max(parse_site(site).layer for site in harvest.sites),
+        layers=layers_up_to(map(parse_site, harvest.sites)),
         model_dtype=model.dtype,
         attention=settings.attention,
         compile=identity["harvest"]["compile"],

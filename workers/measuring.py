@@ -16,7 +16,7 @@ from pipeline.loading import load_base_model
 from pipeline.models import ModelInfo
 from pipeline.rounding import round_rows, square_error
 from pipeline.rows import ContextRows
-from pipeline.sites import STORED_TYPES, Site, parse_site
+from pipeline.sites import STORED_TYPES, Site, layers_up_to, parse_site
 from pipeline.unit import UnitRunner
 from workers.settings import HarvestSettings, ModelSettings
 
@@ -72,7 +72,7 @@ def measure(
     places = {Site(site.layer, site.kind): model.dtype for site in settings.parsed_sites()}
     loaded = load_base_model(
         info,
-        layers=1 + max(site.layer for site in places),
+        layers=layers_up_to(places),
         dtype=model.dtype,
         attention=settings.attention,
         placement=settings.placement,

@@ -12,11 +12,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from pipeline.batches import COMPOSITION
 from pipeline.errors import InputError
 from pipeline.models import ModelInfo, describe_model
 from pipeline.placement import Placement
 from pipeline.rounding import Rounded
-from pipeline.sites import parse_site
+from pipeline.sites import layers_up_to, parse_site
 from storage.arrays import Array
 from storage.commits import committed_units, read_commit
 from storage.findings import ByHand, Fault, Remake
@@ -85,7 +86,7 @@ class Rerunner:
             store=store.url,
             harvest=harvest,
             model=info,
-            layers=1 + max(parse_site(site).layer for site in harvest.sites),
+            layers=layers_up_to(map(parse_site, harvest.sites)),
             model_dtype=harvest.identity["model"]["dtype"],
             attention=how["attention"],
             compile=how["compile"] and self.on_its_device,
@@ -133,6 +134,9 @@ class Rerunner:
             for name in ("torch", "transformers")
             if made_with.get(name) != here[name]
         ]
+        batches = self.harvest.identity["harvest"]["batches"]
+        if batches != COMPOSITION:
+            found.append(f"batches {batches} there, {COMPOSITION} here")
         device = read_commit(self.store.root, self.harvest.digest, self.store.info.units.name(unit)).get("device")
         if device != self.harvester.device_name:
             found.append(f"{device} there, {self.harvester.device_name} here")

@@ -26,13 +26,7 @@ class Parquet:
 
     def pieces(self, number: int, file: CorpusFile) -> list[Piece]:
         with _parquet(file) as parquet:
-            self.columns.check_present(parquet.schema_arrow.names, file.url)
-            check_kind(
-                self.columns.kind,
-                parquet.schema_arrow.field(self.columns.content).type,
-                self.columns.content,
-                file.url,
-            )
+            _check_schema(self.columns, parquet.schema_arrow, file)
             pieces, first = [], 0
             for group in range(parquet.num_row_groups):
                 about = parquet.metadata.row_group(group)
@@ -59,9 +53,7 @@ class SavedDataset:
 
     def pieces(self, number: int, file: CorpusFile) -> list[Piece]:
         with _arrow(file) as stream:
-            self.columns.check_present(stream.schema.names, file.url)
-            kind = stream.schema.field(self.columns.content).type
-            check_kind(self.columns.kind, kind, self.columns.content, file.url)
+            _check_schema(self.columns, stream.schema, file)
         return [Piece(number, 0, 1, 0, file.num_bytes)]
 
     def read(self, file: CorpusFile, piece: Piece) -> Iterator[Chunk]:
@@ -80,6 +72,11 @@ def saved_files(folder: str) -> list[CorpusFile]:
     with reading(folder):
         names = [f["filename"] for f in json.loads((Path(folder) / "state.json").read_text())["_data_files"]]
         return [CorpusFile(str(Path(folder) / name), (Path(folder) / name).stat().st_size) for name in names]
+
+
+def _check_schema(columns: Columns, schema: pa.Schema, file: CorpusFile) -> None:
+    columns.check_present(schema.names, file.url)
+    check_kind(columns.kind, schema.field(columns.content).type, columns.content, file.url)
 
 
 def _chunks(batches: Iterator[pa.RecordBatch], first: int, columns: Columns, file: CorpusFile) -> Iterator[Chunk]:

@@ -351,6 +351,15 @@ def test_a_spec_that_contradicts_the_store(
     assert sorted(harvested.path.rglob("*")) == before
 
 
+def test_batches_of_another_kind_are_another_harvest(
+    harvested: Store, llama: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version of Granary that puts contexts together otherwise does not go on with the store."""
+    monkeypatch.setattr("workers.harvesting.COMPOSITION", "one context a line")
+    with pytest.raises(StoreMismatch, match=r"harvest\.batches: 'packed, best fit' in the store, 'one context a line'"):
+        start_harvest(harvested.path, llama, corpus, harvested.sites)
+
+
 # ---- making a store
 
 
