@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from jobs.report import write_report as write_report
     from jobs.spec import Spec as Spec
     from jobs.spec import load_spec as load_spec
-    from pipeline.dictionary import Dictionary as Dictionary
-    from pipeline.dictionary import load_dictionary as load_dictionary
+    from pipeline.sdl.dictionary import Dictionary as Dictionary
+    from pipeline.sdl.files import load_dictionary as load_dictionary
     from storage.errors import StorageError as StorageError
     from storage.store import Store as Store
     from storage.store import open_store as open_store
 
 _HOMES = {
-    "Dictionary": "pipeline.dictionary",
+    "Dictionary": "pipeline.sdl.dictionary",
     "Spec": "jobs.spec",
     "StorageError": "storage.errors",
     "Store": "storage.store",
-    "load_dictionary": "pipeline.dictionary",
+    "load_dictionary": "pipeline.sdl.files",
     "load_spec": "jobs.spec",
     "open_store": "storage.store",
     "write_report": "jobs.report",

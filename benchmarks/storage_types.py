@@ -22,25 +22,26 @@ from torch import Tensor
 from benchmarks.machine import machine
 from jobs.demo.corpus import write_corpus
 from jobs.demo.demo import HERE
-from pipeline.dictionary import Dictionary, load_dictionary
-from pipeline.metrics import measure_code
 from pipeline.models import describe_model
+from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.files import load_dictionary
+from pipeline.sdl.metrics import measure_code
 from pipeline.sites import STORED_TYPES
 from storage.commits import read_commit
 from storage.store import Store
+from workers.dictionary_settings import ActivationSettings, DictionarySettings
 from workers.harvester import Harvester
 from workers.harvesting import declare, prepare_harvests
 from workers.planning import ensure_store
 from workers.settings import (
-    ActivationSettings,
     CorpusSettings,
-    DictionarySettings,
     HarvestSettings,
     ModelSettings,
     TrainSettings,
 )
 from workers.tensors import to_torch
-from workers.trainer import Trainer, plan_training
+from workers.trainer import Trainer
+from workers.training_plan import plan_training
 
 PLACES = ("resid_post.2", "mlp_in.2", "mlp_out.2")
 PLACE = PLACES[0]

@@ -172,7 +172,8 @@ def _anchors(spec: Spec, store: Store) -> bool:
 
 def _train(spec: Spec, store: Store, cluster: Cluster) -> bool:
     from workers import stages
-    from workers.trainer import Progress, plan_training, unfinished
+    from workers.trainer import Progress
+    from workers.training_plan import plan_training, unfinished
 
     assert spec.train is not None
     plan = plan_training(store, spec.train)
@@ -214,10 +215,15 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
     for plan in plans:
         record = stages.evaluate(plan)
         loss = record["loss"]
+        recovered = (
+            f", {100 * loss['recovered_against_zero']:.1f} % of the loss recovered "
+            f"({100 * loss['recovered_against_mean']:.1f} % against the mean)"
+            if loss is not None
+            else ""
+        )
         say(
             f"evaluated {plan.run} on {record['rows']:,} held-out rows: FVU {record['fvu']:.3f}, L0 {record['l0']:.1f},"
-            f" {100 * record['dead_share']:.1f} % dead, {100 * loss['recovered_against_zero']:.1f} % of the loss "
-            f"recovered ({100 * loss['recovered_against_mean']:.1f} % against the mean)"
+            f" {100 * record['dead_share']:.1f} % dead{recovered}"
         )
     return True
 

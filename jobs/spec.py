@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from storage.errors import StorageError
 from storage.places import check_url
+from workers.section import NAME_PATTERN, Settings
 from workers.settings import (
-    NAME_PATTERN,
     RANGE_PATTERN,
     AnchorSettings,
     ClusterSettings,
@@ -20,7 +20,6 @@ from workers.settings import (
     EvaluateSettings,
     HarvestSettings,
     ModelSettings,
-    Settings,
     TrainSettings,
 )
 
@@ -59,18 +58,16 @@ class Spec(Settings):
                 if label not in labels
             ]
         for i, dictionary in enumerate(self.train.dictionaries if self.train else ()):
-            for site in {*dictionary.input, *dictionary.output} - set(self.harvest.sites):
-                problems.append(
-                    f"train.dictionaries[{i}]: {site} is not one of harvest.sites ({', '.join(self.harvest.sites)})"
-                )
-            if dictionary.anchors and (self.anchors is None or dictionary.anchors != self.anchors.name):
+            where = f"train.dictionaries[{i}]"
+            here = [site for site in dict.fromkeys((*dictionary.input, *dictionary.output)) if "/" not in site]
+            for site in here:  # those of a named model are of another spec's harvest
+                if site not in self.harvest.sites:
+                    problems.append(f"{where}: {site} is not one of harvest.sites ({', '.join(self.harvest.sites)})")
+            wanted = None if dictionary.anchors is None else dictionary.anchors.name
+            if wanted and (self.anchors is None or wanted != self.anchors.name):
                 given = "there is none" if self.anchors is None else repr(self.anchors.name)
-                problems.append(f"train.dictionaries[{i}].anchors: no anchor set {dictionary.anchors!r} ({given})")
-            if dictionary.activation.k > dictionary.latents:
-                problems.append(
-                    f"train.dictionaries[{i}]: activation.k {dictionary.activation.k} is more than its "
-                    f"{dictionary.latents} latents"
-                )
+                problems.append(f"{where}.anchors: no anchor set {wanted!r} ({given})")
+            problems += [f"{where}: {problem}" for problem in dictionary.problems()]
         return problems
 
 

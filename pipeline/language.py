@@ -4,8 +4,9 @@ loss recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean): 1 for the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from pipeline.capture import Replace, capture, model_inputs, splice
 from pipeline.errors import InputError
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
+
+Interventions = Mapping[Site, Replace]
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,17 @@ class LossRecovered:
 def loss_recovered(
     model: nn.Module,
     reconstruct: Callable[[Tensor], Tensor],
-    input_site: Site,
-    output_site: Site,
-    mean: Tensor,
+    input_sites: Sequence[Site],
+    means: Mapping[Site, Tensor],
     contexts: Sequence[ContextRows],
     batch_tokens: int,
 ) -> LossRecovered:
-    """Run `contexts` through the causal `model` four times: clean, with `output_site` set to
-    reconstruct(activations of `input_site`), to zero, and to `mean` [d_model].
+    """Run `contexts` through the causal `model` four times: clean, with the sites of `means` set to what `reconstruct`
+    makes of the clean activations of `input_sites`, to zero, and to their means [d_model].
 
-    `reconstruct` maps float32 [n, d_in] to [n, d_out]. Only rows are replaced: positions that are no rows (BOS) keep
-    their activations, as no dictionary is trained on them. Raises InputError when nothing is predicted.
+    `reconstruct` maps float32 [n, d_in] to [n, d_out], sites side by side, those of `means` in order. Only rows are
+    replaced: positions that are no rows (BOS) keep their activations, as no dictionary is trained on them. Raises
+    InputError when nothing is predicted.
     """
     # Of a model that accelerate placed some weights are on "meta"; it moves what is put in to where it is needed.
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -65,21 +68,15 @@ def loss_recovered(
             is_row[place + context.positions] = True
             scored[place + context.positions[context.positions < len(context.tokens) - 1]] = True
         is_row, scored = (mask.to(device).view_as(inputs["input_ids"]) for mask in (is_row, scored))
-        with capture(model, [input_site]) as taken:
-
-            def spliced(acts: Tensor, taken: object = taken) -> Tensor:
-                x = taken[input_site]  # type: ignore[index]
-                y: Tensor = reconstruct(x.reshape(-1, x.shape[-1]).float())
-                return y.to(acts.device).reshape(*acts.shape[:-1], -1)
-
-            interventions: list[Replace | None] = [
-                None,
-                spliced,
-                torch.zeros_like,
-                lambda acts: mean.to(acts).expand_as(acts),
+        with capture(model, input_sites) as taken:
+            interventions: list[Interventions] = [
+                {},
+                _spliced(reconstruct, input_sites, list(means), taken),
+                dict.fromkeys(means, torch.zeros_like),
+                {site: partial(_constant, mean) for site, mean in means.items()},
             ]
-            for number, intervention in enumerate(interventions):
-                totals[number] += _summed_loss(model, output_site, intervention, inputs, is_row, scored)
+            for number, replaced in enumerate(interventions):
+                totals[number] += _summed_loss(model, replaced, inputs, is_row, scored)
         predictions += int(scored.sum())
     if predictions == 0:
         raise InputError("no held-out context is long enough to predict a token from a row")
@@ -87,19 +84,38 @@ def loss_recovered(
     return LossRecovered(predictions, clean, with_reconstruction, zero, at_mean)
 
 
-def _summed_loss(
-    model: nn.Module,
-    site: Site,
-    intervention: Replace | None,
-    inputs: Mapping[str, Tensor],
-    is_row: Tensor,
-    scored: Tensor,
-) -> float:
-    def on_rows(acts: Tensor) -> Tensor:
-        assert intervention is not None
-        return torch.where(is_row.to(acts.device).unsqueeze(-1), intervention(acts).to(acts.dtype), acts)
+def _spliced(
+    reconstruct: Callable[[Tensor], Tensor],
+    inputs: Sequence[Site],
+    outputs: Sequence[Site],
+    taken: Mapping[Site, Tensor],
+) -> Interventions:
+    """Each output site's part of the reconstruction of what was taken in the clean pass, computed once a batch."""
+    parts: list[Tensor] = []
 
-    with nullcontext() if intervention is None else splice(model, site, on_rows):
+    def part(number: int, acts: Tensor) -> Tensor:
+        if not parts:
+            x = torch.cat([taken[site].reshape(-1, taken[site].shape[-1]).float().cpu() for site in inputs], dim=1)
+            y = reconstruct(x)
+            parts.extend(y.split(y.shape[1] // len(outputs), dim=1))
+        return parts[number].to(acts.device).reshape(*acts.shape[:-1], -1)
+
+    return {site: partial(part, number) for number, site in enumerate(outputs)}
+
+
+def _constant(mean: Tensor, acts: Tensor) -> Tensor:
+    return mean.to(acts).expand_as(acts)
+
+
+def _summed_loss(
+    model: nn.Module, replaced: Interventions, inputs: Mapping[str, Tensor], is_row: Tensor, scored: Tensor
+) -> float:
+    def on_rows(replace: Replace, acts: Tensor) -> Tensor:
+        return torch.where(is_row.to(acts.device).unsqueeze(-1), replace(acts).to(acts.dtype), acts)
+
+    with ExitStack() as stack:
+        for site, replace in replaced.items():
+            stack.enter_context(splice(model, site, partial(on_rows, replace)))
         logits = model(**inputs, use_cache=False).logits
     targets = inputs["input_ids"].roll(-1, dims=1)
     return float(nn.functional.cross_entropy(logits[scored].float(), targets[scored], reduction="sum"))

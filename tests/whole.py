@@ -14,9 +14,11 @@ from storage.failures import Failure, record_failure
 from storage.runs import open_run
 from storage.store import Store
 from workers.anchoring import make_anchors
+from workers.dictionary_settings import DictionarySettings
 from workers.evaluator import EvaluationPlan, evaluate
-from workers.settings import AnchorSettings, DictionarySettings, EvaluateSettings, TrainSettings
-from workers.trainer import Trainer, plan_training
+from workers.settings import AnchorSettings, EvaluateSettings, TrainSettings
+from workers.trainer import Trainer
+from workers.training_plan import plan_training
 
 SITES, MORE_SITES = ("resid_post.1", "mlp_out.0"), ("attn_out.0",)
 

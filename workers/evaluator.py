@@ -5,18 +5,20 @@ Everything is measured on documents that begin after the training rows end, so t
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import ray
 import torch
 from torch import Tensor
 
-from pipeline.dictionary import Dictionary, load_dictionary
 from pipeline.language import loss_recovered
 from pipeline.loading import ON_CPU, load_causal_model
-from pipeline.metrics import auroc, measure_code
 from pipeline.models import ModelInfo
 from pipeline.placement import Placement
+from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.files import load_dictionary
+from pipeline.sdl.metrics import auroc, measure_code
 from pipeline.sites import parse_site
 from storage.anchors import read_anchors
 from storage.errors import StorageError
@@ -29,6 +31,7 @@ from workers.harvester import read_contexts
 from workers.harvesting import name_in_store
 from workers.settings import EvaluateSettings
 from workers.tensors import to_torch
+from workers.trainer import pair
 
 MAX_CODE_ENTRIES = 2**28
 """Codes kept for AUROC and examples: at most 1 GiB of float32. Wide dictionaries are scored on fewer rows."""
@@ -91,7 +94,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
     dictionary = load_dictionary(str(run.folder)).to(plan.device)
     start = first_held_out_row(store)
     stop = min(store.num_rows, start + plan.settings.rows)
-    stop_codes = min(stop, start + max(1, MAX_CODE_ENTRIES // dictionary.config.latents))
+    stop_codes = min(stop, start + max(1, MAX_CODE_ENTRIES // dictionary.config.total_latents))
     metrics, codes = measure_code(dictionary, _pairs(store, dictionary, start, stop_codes))
     if stop_codes < stop:  # a wide dictionary: the codes of all rows do not fit, the metrics need no codes
         metrics, _ = measure_code(dictionary, _pairs(store, dictionary, start, stop), keep_codes=[])
@@ -136,11 +139,13 @@ def first_held_out_row(store: Store) -> int:
 
 
 def _pairs(store: Store, dictionary: Dictionary, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-    (source,), (target,) = dictionary.config.input, dictionary.config.output
     for first in range(start, stop, READ_ROWS):
         rows = slice(first, min(first + READ_ROWS, stop))
-        x = to_torch(store.read(source, rows)).float()
-        yield x, (x if target == source else to_torch(store.read(target, rows)).float())
+        yield pair(dictionary.config, partial(_rows_of, store, rows))
+
+
+def _rows_of(store: Store, rows: slice, site: str) -> Tensor:
+    return to_torch(store.read(site, rows)).float()
 
 
 def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, start: int, stop: int) -> list[Record]:
@@ -178,32 +183,39 @@ def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, st
         else:
             line |= {"best_latent": int(column.argmax()), "best_auroc": float(column.max())}
         if is_anchored:
-            directions = torch.from_numpy(anchor_set.vectors[dictionary.config.output[0]])
-            cosine = torch.nn.functional.cosine_similarity(dictionary.W_dec[i], directions[i], dim=0)
+            block = dictionary.each_block()[0]
+            direction = np.concatenate([anchor_set.vectors[site][i] for site in dictionary.config.output])
+            cosine = torch.nn.functional.cosine_similarity(block.W_dec[i], torch.from_numpy(direction), dim=0)
             area = None if line["best_auroc"] is None else float(column[i])
             line |= {"anchored_latent": i, "anchored_auroc": area, "anchor_cosine": float(cosine)}
         groups.append(line)
     return groups
 
 
-def _loss(store: Store, dictionary: Dictionary, plan: EvaluationPlan, start: int, stop: int) -> Record:
+def _loss(store: Store, dictionary: Dictionary, plan: EvaluationPlan, start: int, stop: int) -> Record | None:
+    """What the reconstruction costs the model; None for a dictionary over several models, which no one of them runs."""
+    config = dictionary.config
+    found = {site: store.find(site) for site in (*config.input, *config.output)}
+    if len({harvest.model for harvest, _ in found.values()}) > 1:
+        return None
     contexts, _ = read_contexts(store, start, stop)
-    (source,), (target,) = dictionary.config.input, dictionary.config.output
-    _, name = store.find(target)
-    mean = merged_moments(store, target, training_units(store))[MomentKey(name)].mean
+    names = {site: parse_site(name) for site, (_, name) in found.items()}
+    means = {}
+    for site in config.output:
+        moments = merged_moments(store, site, training_units(store))[MomentKey(found[site][1])]
+        means[names[site]] = torch.from_numpy(moments.mean)
     model = load_causal_model(plan.model, dtype=plan.model_dtype, attention=plan.attention, placement=plan.placement)
-    found = loss_recovered(
+    recovered = loss_recovered(
         model,
         lambda x: dictionary(x.to(plan.device)),  # a site of a large model may be on another GPU
-        parse_site(source.rpartition("/")[2]),
-        parse_site(name),
-        torch.from_numpy(mean),
+        [names[site] for site in config.input],
+        means,
         contexts[: plan.settings.contexts],
         plan.batch_tokens,
     )
     return {
-        **asdict(found),
-        "recovered_against_zero": found.against_zero,
-        "recovered_against_mean": found.against_mean,
+        **asdict(recovered),
+        "recovered_against_zero": recovered.against_zero,
+        "recovered_against_mean": recovered.against_mean,
         "contexts": min(len(contexts), plan.settings.contexts),
     }

@@ -4,38 +4,18 @@
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.errors import InputError
 from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
-from pipeline.sites import Site, expand_sites, parse_site
+from pipeline.sites import Site, parse_site
+from workers.dictionary_settings import DictionarySettings
+from workers.section import Count, Name, Names, Seconds, Settings, Sites
 
-
-class Settings(BaseModel):
-    """A frozen section that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_sites(value: Any) -> Any:
-    value = _as_list(value)
-    return expand_sites(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
-Sites = Annotated[tuple[str, ...], BeforeValidator(_as_sites)]
-Count = Annotated[int, Field(gt=0)]
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 RANGE_PATTERN = r"^[0-9]+-[0-9]+$"
-Seconds = Annotated[float, Field(gt=0)]
 
 
 class ModelSettings(Settings):
@@ -214,31 +194,6 @@ class AnchorSettings(Settings):
     """Label columns; each value with enough rows becomes an anchor."""
     min_rows: Count = 1000
     """Values with fewer training rows give no anchor: their mean would be noise."""
-
-
-class ActivationSettings(Settings):
-    kind: Literal["topk"] = "topk"
-    k: Count = 32
-
-
-class DictionarySettings(Settings):
-    name: Name
-    input: Annotated[Sites, Field(min_length=1, max_length=1)]
-    """The site that is encoded."""
-    output: Annotated[Sites, Field(max_length=1)] = ()
-    """The site that is reconstructed; the input's own, if not given."""
-    latents: Count
-    activation: ActivationSettings = ActivationSettings()
-    anchors: str | None = None
-    """The name of an anchor set; the first latents are pulled toward its vectors."""
-    anchor_weight: Annotated[float, Field(ge=0)] = 0.1
-    """lambda_a."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """2e-4 / sqrt(latents / 2^14), if not given."""
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return self.output or self.input
 
 
 class TrainSettings(Settings):

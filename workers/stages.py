@@ -35,7 +35,8 @@ from workers.settings import (
     ModelSettings,
     TrainSettings,
 )
-from workers.trainer import Progress, TrainerActor, TrainPlan, plan_training, unfinished
+from workers.trainer import Progress, TrainerActor
+from workers.training_plan import TrainPlan, plan_training, unfinished
 
 POLL_S = 0.5
 TRAINER_STARTS = 3

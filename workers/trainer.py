@@ -4,60 +4,39 @@ One pass over the stream trains every dictionary that is not finished. Checkpoin
 asked for by step; so a run that was killed goes on and ends with the same weights, bit for bit, on the same machine.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray
 import torch
 from safetensors.torch import load, save
 
-from pipeline.dictionary import Dictionary, DictionaryConfig, Normalisation, save_dictionary
-from pipeline.training import DictionaryTrainer, StepMetrics, TrainingConfig, default_learning_rate
+from pipeline.errors import InputError
+from pipeline.sdl.activations import BatchTopK
+from pipeline.sdl.anchoring import controlled
+from pipeline.sdl.calibration import calibrate
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.files import save_dictionary
+from pipeline.sdl.objective import Anchors
+from pipeline.sdl.training import DictionaryTrainer, StepMetrics
 from storage.anchors import read_anchors
-from storage.errors import StorageError, StoreMismatch
 from storage.moments import MomentKey, merged_moments, training_units
-from storage.records import Record, digest
+from storage.records import Record
 from storage.runs import Run, open_run
 from storage.store import Store, open_store
-from workers.settings import DictionarySettings, TrainSettings
+from workers.dictionary_settings import AnchoringSettings
 from workers.tensors import to_torch
+from workers.training_plan import DictionaryPlan, TrainPlan
 from workers.versions import versions
 
 CURVE_POINTS = 200
 """Points of a training curve: enough to draw it, whatever the number of steps."""
-DEAD_SHARE_OF_RUN = 0.05
-DEAD_ROWS = 10_000_000
-"""A latent counts as dead after 10 M silent rows (Gao et al. 2024), or this share of a shorter run."""
-
-
-@dataclass(frozen=True)
-class DictionaryPlan:
-    """One dictionary to train."""
-
-    name: str
-    config: DictionaryConfig
-    training: TrainingConfig
-    anchors: str | None
-    identity: Record
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What the trainer needs to begin."""
-
-    store: str
-    model: str | None
-    """The model whose sites are meant, in a store of several."""
-    dictionaries: tuple[DictionaryPlan, ...]
-    steps: int
-    batch_rows: int
-    seed: int
-    max_norm: float | None
-    norm_site: str
-    """Rows whose norm here is above `max_norm` times the median are left out."""
-    checkpoint_every: int
-    threads: int
-    gpus: int
+CALIBRATION_ROWS = 65_536
+"""Held-out rows on which the threshold of a BatchTopK dictionary is set."""
+READ_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -67,99 +46,6 @@ class Progress:
     step: int
     steps: int
     latest: dict[str, StepMetrics]
-
-
-def plan_training(store: Store, settings: TrainSettings) -> TrainPlan:
-    """Resolve the train section against the store. Raises StorageError for a site or anchor set it does not have, and
-    StoreMismatch when a run of the same name was trained otherwise. Writes nothing."""
-    rows = settings.rows or store.info.held_out_start
-    steps = max(1, rows // settings.batch_rows)
-    plans = tuple(_plan_dictionary(store, settings, steps, d) for d in settings.dictionaries)
-    for plan in plans:
-        _check_run(store, open_run(store, plan.name), plan.identity)
-    return TrainPlan(
-        store=store.url,
-        model=store.model,
-        dictionaries=plans,
-        steps=steps,
-        batch_rows=settings.batch_rows,
-        seed=settings.seed,
-        max_norm=settings.max_norm,
-        norm_site=settings.norm_site,
-        checkpoint_every=settings.checkpoint_every,
-        threads=settings.threads,
-        gpus=settings.gpus,
-    )
-
-
-def _check_run(store: Store, run: Run, identity: Record) -> None:
-    """Raise StoreMismatch if the run is there and of another identity."""
-    try:
-        run.check(identity)
-    except StoreMismatch:
-        if since := store.info.since(run.record()["identity"]):
-            raise StoreMismatch(
-                f"the run {run.name!r} is in the store, {'trained' if run.is_finished else 'begun'} on {since}. Give "
-                "the dictionary another name to train it on those"
-            ) from None
-        raise
-
-
-def unfinished(store: Store, plan: TrainPlan) -> TrainPlan:
-    """The same plan with only the dictionaries that are not finished."""
-    left = tuple(d for d in plan.dictionaries if not open_run(store, d.name).is_finished)
-    return TrainPlan(**{**plan.__dict__, "dictionaries": left})
-
-
-def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: DictionarySettings) -> DictionaryPlan:
-    (source,), (target,) = wanted.input, wanted.outputs
-    for site in dict.fromkeys((source, target)):
-        store.require_committed(site, training_units(store))
-    config = DictionaryConfig(
-        input=wanted.input,
-        output=wanted.outputs,
-        d_in=store.array(source).shape[1],
-        d_out=store.array(target).shape[1],
-        latents=wanted.latents,
-        k=wanted.activation.k,
-    )
-    training = TrainingConfig(
-        steps=steps,
-        batch_rows=settings.batch_rows,
-        learning_rate=wanted.learning_rate or default_learning_rate(wanted.latents),
-        dead_after_rows=min(DEAD_ROWS, int(steps * settings.batch_rows * DEAD_SHARE_OF_RUN)),
-        anchor_weight=wanted.anchor_weight,
-        seed=settings.seed,
-    )
-    anchors = None
-    if wanted.anchors is not None:
-        anchor_set = read_anchors(store, wanted.anchors)
-        if since := store.info.since(anchor_set.identity):
-            raise StoreMismatch(
-                f"the anchors {wanted.anchors!r} were made of {since}: make those of all rows under another name "
-                "(anchors.name) with `granary anchors`"
-            )
-        if uncovered := {source, target} - anchor_set.vectors.keys():
-            raise StorageError(
-                f"the anchors {wanted.anchors!r} do not cover {', '.join(sorted(uncovered))}; run `granary anchors`"
-            )
-        made_from = anchor_set.identity["harvests"]
-        if others := [s for s in (source, target) if made_from.get(s) != store.find(s)[0].digest]:
-            raise StoreMismatch(
-                f"the anchors {wanted.anchors!r} at {others[0]} were made from another model's rows; make those of "
-                "this one under another name (anchors.name) with `granary anchors`"
-            )
-        anchors = anchor_set.identity_at((source, target))
-    identity = {
-        "corpus_digest": store.info.corpus_digest,
-        "harvests": {site: store.find(site)[0].digest for site in (source, target)},
-        "dictionary": asdict(config) | {"input": list(config.input), "output": list(config.output)},
-        "training": asdict(training),
-        "anchors": None if anchors is None else digest(anchors),
-    }
-    if settings.max_norm is not None:
-        identity["left_out"] = {"max_norm": settings.max_norm, "site": settings.norm_site}
-    return DictionaryPlan(wanted.name, config, training, wanted.anchors, identity)
 
 
 class Trainer:
@@ -211,51 +97,96 @@ TrainerActor = ray.remote(max_restarts=0, max_concurrency=2)(Trainer)
 class _Member:
     """One dictionary in the pass: its trainer, its run's folder and its curve."""
 
-    def __init__(self, run: Run, plan: DictionaryPlan, trainer: DictionaryTrainer, curve: list[Record]):
-        self.run, self.plan, self.trainer, self.curve = run, plan, trainer, curve
+    def __init__(self, store: Store, run: Run, plan: DictionaryPlan, trainer: DictionaryTrainer, curve: list[Record]):
+        self.store, self.run, self.plan, self.trainer, self.curve = store, run, plan, trainer, curve
         self.latest: StepMetrics | None = None
 
     @classmethod
     def begin(cls, store: Store, plan: DictionaryPlan, device: str) -> "_Member":
         run = open_run(store, plan.name)
-        run.begin(plan.identity, {"anchors": plan.anchors, "made_with": versions()})
-        (source,), (target,) = plan.config.input, plan.config.output
-        anchors = None
-        if plan.anchors is not None:
-            vectors = read_anchors(store, plan.anchors).vectors
-            anchors = (torch.from_numpy(vectors[source]), torch.from_numpy(vectors[target]))
+        name = None if plan.anchors is None else plan.anchors.name
+        run.begin(plan.identity, {"anchors": name, "made_with": versions()})
         trainer = DictionaryTrainer(
             Dictionary(plan.config),
             plan.training,
-            normalisation(store, source),
-            normalisation(store, target),
-            anchors,
+            normalisation(store, plan.config.input),
+            normalisation(store, plan.config.output),
+            None if plan.anchors is None else anchors_of(store, plan.anchors, plan.config, plan.training.seed),
             device,
         )
         if (checkpoint := run.read_checkpoint()) is not None:
             trainer.load_state(load(checkpoint))
-        return cls(run, plan, trainer, run.curve(up_to_step=trainer.step_number))
+        return cls(store, run, plan, trainer, run.curve(up_to_step=trainer.step_number))
 
     def step(self, batch: dict[str, torch.Tensor], every: int) -> None:
-        (source,), (target,) = self.plan.config.input, self.plan.config.output
         step = self.trainer.step_number
-        self.latest = self.trainer.step(batch[source], batch[target])
-        if step % every == 0 or step + 1 == self.plan.training.steps:
+        x, y = pair(self.plan.config, lambda site: batch[site])
+        self.latest = self.trainer.step(x, y)
+        if step % every == 0 or step + 1 == self.plan.training.steps or self.latest.resampled:
             self.curve.append({"step": step, **asdict(self.latest)})
 
     def checkpoint(self) -> None:
         self.run.save_checkpoint(self.curve, save(self.trainer.state()))
 
     def finish(self) -> None:
-        about: dict[str, Any] = {"identity": self.plan.identity, "anchors": self.plan.anchors, "made_with": versions()}
+        dictionary = self.trainer.result()
+        about: dict[str, Any] = {
+            "models": models_of(self.store, self.plan.config),
+            "identity": self.plan.identity,
+            "anchors": None if self.plan.anchors is None else self.plan.anchors.model_dump(),
+            "made_with": versions(),
+        }
+        if isinstance(self.plan.config.activation, BatchTopK):
+            rows = partial(calibration_rows, self.store, self.plan.config)
+            calibrate(dictionary, rows, self.trainer.competing())
         if self.latest is not None:
             about["last_step"] = asdict(self.latest)
-        self.run.finish(self.curve, save_dictionary(self.trainer.result(), about))
+        self.run.finish(self.curve, save_dictionary(dictionary, about))
 
 
-def normalisation(store: Store, site: str) -> Normalisation:
-    """Centre on the mean of the training rows and scale to E||x||^2 = d, from the harvest's own moments."""
-    _, name = store.find(site)
-    moments = merged_moments(store, site, training_units(store))[MomentKey(name)]
-    scale = (len(moments.sum) / max(moments.total_variance, 1e-12)) ** 0.5
-    return Normalisation(torch.from_numpy(moments.mean).float(), float(scale))
+def normalisation(store: Store, sites: Sequence[str]) -> Normalisation:
+    """Centre each site on the mean of its training rows and scale to E||x||^2 = d, from the harvest's own moments."""
+    parts = []
+    for site in sites:
+        _, name = store.find(site)
+        moments = merged_moments(store, site, training_units(store))[MomentKey(name)]
+        try:
+            parts.append(Normalisation.of(torch.from_numpy(moments.mean), moments.total_variance))
+        except InputError as error:
+            raise InputError(f"{site}: {error}") from None
+    return Normalisation.side_by_side(parts)
+
+
+def pair(config: DictionaryConfig, of_site: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [rows, d_in] and outputs [rows, d_out] from the rows of each site; one tensor where they are the same."""
+    x = side_by_side([of_site(site) for site in config.input])
+    return x, x if config.is_autoencoder else side_by_side([of_site(site) for site in config.output])
+
+
+def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+def anchors_of(store: Store, wanted: AnchoringSettings, config: DictionaryConfig, seed: int) -> Anchors:
+    """The anchors of a dictionary's sites, or the control that is asked for in their place."""
+    vectors = {site: torch.from_numpy(v) for site, v in read_anchors(store, wanted.name).vectors.items()}
+    used = {site: vectors[site] for site in sorted({*config.input, *config.output})}
+    used = controlled(used, wanted.control, seed)
+    encoder = side_by_side([used[site] for site in config.input]) if wanted.sides != "decoder" else None
+    decoder = side_by_side([used[site] for site in config.output]) if wanted.sides != "encoder" else None
+    return Anchors(encoder, decoder)
+
+
+def calibration_rows(store: Store, config: DictionaryConfig) -> Iterator[torch.Tensor]:
+    """Inputs of held-out rows, or of the last training rows where none are held out; float32."""
+    start = store.info.held_out_start if store.info.held_out_start < store.num_rows else 0
+    stop = min(store.num_rows, start + CALIBRATION_ROWS)
+    for first in range(start, stop, READ_ROWS):
+        rows = slice(first, min(first + READ_ROWS, stop))
+        yield side_by_side([to_torch(store.read(site, rows)).float() for site in config.input])
+
+
+def models_of(store: Store, config: DictionaryConfig) -> Record:
+    """The models whose activations the dictionary is of: name in the store -> what its harvest says of it."""
+    harvests = [store.find(site)[0] for site in dict.fromkeys((*config.input, *config.output))]
+    return {harvest.model: harvest.identity["model"] for harvest in harvests}

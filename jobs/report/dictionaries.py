@@ -26,7 +26,7 @@ def dictionaries_section(store: Store, status: Record, runs: Sequence[RunView]) 
         '<th colspan="2" scope="colgroup">Loss recovered against</th>'
         '<th colspan="4" scope="colgroup">Cross-entropy, nats a token</th></tr>'
     )
-    head = ["Dictionary", "Sites", "Anchors", "Latents", "k", "Steps", "FVU", "L0", "Dead", "zero", "mean"]
+    head = ["Dictionary", "Sites", "Anchors", "Latents", "Activation", "Steps", "FVU", "L0", "Dead", "zero", "mean"]
     head += ["clean", "spliced", "zero", "mean"]
     rows = [_line(run) for run in runs]
     summary = table(head, rows, label="Dictionaries", words=3, groups=groups, more="summary")
@@ -50,16 +50,17 @@ def _line(run: RunView) -> list[str]:
     measured += [percent(loss.get(f"recovered_against_{what}")) for what in ("zero", "mean")]
     measured += [number(loss.get(what)) for what in ("clean", "spliced", "zero_ablated", "mean_ablated")]
     about = [text(run.name), text(run.sites), text(run.anchors or "none"), count(config["latents"])]
-    return [*about, text(config.get("k", "")), steps, *measured]
+    return [*about, text(run.activation), steps, *measured]
 
 
 def _sizes(runs: Sequence[RunView]) -> str:
     """On how much the figures rest, once if it is the same for all."""
     sizes = {
-        f"{count(e['rows'])} rows (loss: {count(e['loss']['predictions'])} predictions in "
-        f"{count(e['loss']['contexts'])} contexts)"
+        f"{count(e['rows'])} rows"
+        + (f" (loss: {count(loss['predictions'])} predictions in {count(loss['contexts'])} contexts)" if loss else "")
         for run in runs
         if (e := run.evaluation) is not None
+        for loss in [e["loss"]]
     }
     return f'<p class="muted">Measured on {listed(sorted(sizes))}.</p>' if sizes else ""
 

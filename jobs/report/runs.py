@@ -19,7 +19,6 @@ class RunView:
     identity: Record
     anchors: str | None
     """The name of the anchor set it is anchored to."""
-    activation: str
     finished: bool
     curve: list[Record]
     evaluation: Record | None
@@ -28,7 +27,7 @@ class RunView:
 
     @property
     def config(self) -> Record:
-        """Sites, widths, latents and k."""
+        """Sites, widths, latents and activation."""
         config: Record = self.identity["dictionary"]
         return config
 
@@ -39,6 +38,12 @@ class RunView:
     @property
     def steps_done(self) -> int:
         return self.steps if self.finished else self.curve[-1]["step"] + 1 if self.curve else 0
+
+    @property
+    def activation(self) -> str:
+        """'topk, k = 32', or 'relu'."""
+        values = dict(self.config["activation"])
+        return ", ".join([values.pop("kind"), *(f"{name} = {value:g}" for name, value in values.items())])
 
     @property
     def sites(self) -> str:
@@ -75,7 +80,6 @@ def read_runs(store: Store) -> list[RunView]:
                 name=run.name,
                 identity=record["identity"],
                 anchors=record["anchors"],
-                activation=run.dictionary_record()["activation"] if run.is_finished else "topk",
                 finished=run.is_finished,
                 curve=run.curve(),
                 evaluation=run.evaluation() if run.is_finished else None,
@@ -88,7 +92,7 @@ def read_runs(store: Store) -> list[RunView]:
 def control_of(run: RunView, runs: Sequence[RunView]) -> RunView | None:
     """The run that differs from `run` only in having no anchors; of several the one that got furthest.
 
-    `anchor_weight` is left out of the comparison: without anchors it has no effect.
+    What is about anchoring is left out of the comparison: without anchors it has no effect.
     """
     wanted = _without_anchors(run.identity)
     found = [r for r in runs if r.anchors is None and r is not run and _without_anchors(r.identity) == wanted]
@@ -96,8 +100,9 @@ def control_of(run: RunView, runs: Sequence[RunView]) -> RunView | None:
 
 
 def _without_anchors(identity: Record) -> Record:
-    training = {k: v for k, v in identity["training"].items() if k != "anchor_weight"}
-    return {**{k: v for k, v in identity.items() if k != "anchors"}, "training": training}
+    training = {k: v for k, v in identity["training"].items() if k != "anchors_first"}
+    objective = {k: v for k, v in training.get("objective", {}).items() if not k.startswith("anchoring")}
+    return {**{k: v for k, v in identity.items() if k != "anchors"}, "training": {**training, "objective": objective}}
 
 
 def control_line(run: RunView, names: Sequence[str]) -> str:
@@ -107,6 +112,6 @@ def control_line(run: RunView, names: Sequence[str]) -> str:
     line: dict[str, Any] = {"name": name, "input": config["input"]}
     if config["output"] != config["input"]:
         line["output"] = config["output"]
-    line |= {"latents": config["latents"], "activation": {"kind": run.activation, "k": config["k"]}}
+    line |= {"latents": config["latents"], "activation": config["activation"]}
     line["learning_rate"] = run.identity["training"]["learning_rate"]
     return "- " + yaml.safe_dump(line, default_flow_style=True, sort_keys=False, width=10_000).strip()

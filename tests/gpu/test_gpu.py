@@ -5,12 +5,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.dictionary import Dictionary, DictionaryConfig, Normalisation
 from pipeline.language import loss_recovered
 from pipeline.rounding import round_rows, square_error
 from pipeline.rows import ContextRows
+from pipeline.sdl.activations import TopK
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.objective import Anchors
+from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
 from pipeline.sites import KINDS, STORED_TYPES, Site
-from pipeline.training import DictionaryTrainer, TrainingConfig
 from pipeline.unit import UnitRunner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
@@ -83,10 +86,10 @@ def test_int8_of_a_unit_is_that_of_its_rows() -> None:
 def test_training_follows_the_cpu() -> None:
     trained = {}
     for device in ("cpu", "cuda"):
-        norm = Normalisation(torch.zeros(D_MODEL), 1.0)
+        norm = Normalisation(torch.zeros(D_MODEL), torch.ones(D_MODEL))
         config = TrainingConfig(steps=20, batch_rows=256, learning_rate=1e-3)
-        anchors = (torch.eye(D_MODEL)[:4], torch.eye(D_MODEL)[:4])
-        dictionary = Dictionary(DictionaryConfig(("a",), ("a",), D_MODEL, D_MODEL, latents=256, k=8))
+        anchors = Anchors(torch.eye(D_MODEL)[:4], torch.eye(D_MODEL)[:4])
+        dictionary = Dictionary(DictionaryConfig(("a",), ("a",), (D_MODEL,), (D_MODEL,), 256, TopK(8)))
         trainer = DictionaryTrainer(dictionary, config, norm, norm, anchors, device)
         generator = torch.Generator().manual_seed(1)
         for _ in range(20):
@@ -100,6 +103,6 @@ def test_training_follows_the_cpu() -> None:
 def test_the_identity_recovers_the_whole_loss() -> None:
     on_gpu = model().to("cuda")
     found = loss_recovered(
-        on_gpu, lambda x: x, Site(1, "resid_post"), Site(1, "resid_post"), torch.zeros(D_MODEL), contexts(), 128
+        on_gpu, lambda x: x, [Site(1, "resid_post")], {Site(1, "resid_post"): torch.zeros(D_MODEL)}, contexts(), 128
     )
     assert found.against_zero == pytest.approx(1, abs=1e-5)

@@ -13,8 +13,10 @@ from jobs.cli import main
 from storage.places import open_place
 from storage.records import encode_zarr, read_record
 from storage.store import Store, open_store
-from workers.settings import DictionarySettings, TrainSettings
-from workers.trainer import Trainer, plan_training
+from workers.dictionary_settings import DictionarySettings
+from workers.settings import TrainSettings
+from workers.trainer import Trainer
+from workers.training_plan import plan_training
 
 pytestmark = pytest.mark.usefixtures("no_ray")
 

@@ -13,7 +13,8 @@ from conftest import harvest
 from storage.errors import StoreMismatch
 from storage.store import Store, open_store
 from workers.settings import TrainSettings
-from workers.trainer import Trainer, plan_training
+from workers.trainer import Trainer
+from workers.training_plan import plan_training
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
 

@@ -23,12 +23,13 @@ from storage.runs import open_run
 from storage.store import Store, open_store
 from workers import settings
 from workers.anchoring import make_anchors
+from workers.dictionary_settings import DictionarySettings
 from workers.matching import growth_of
 from workers.planning import ensure_store, open_source, plan_rows
-from workers.settings import AnchorSettings, CorpusSettings, DictionarySettings, ModelSettings, TrainSettings
+from workers.settings import AnchorSettings, CorpusSettings, ModelSettings, TrainSettings
 from workers.tabling import Cuts
 from workers.tasks import Here
-from workers.trainer import plan_training
+from workers.training_plan import plan_training
 
 SITES = ("resid_post.0",)
 

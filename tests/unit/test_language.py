@@ -39,7 +39,7 @@ def measure(llama: Path, contexts: list[ContextRows]) -> Callable[..., LossRecov
     model = load_causal_model(describe_model(str(llama)), dtype="float32")
 
     def run(reconstruct: Callable, site: Site, output: Site | None = None, batch_tokens: int = 200) -> LossRecovered:
-        return loss_recovered(model, reconstruct, site, output or site, MEAN, contexts, batch_tokens)
+        return loss_recovered(model, reconstruct, [site], {output or site: MEAN}, contexts, batch_tokens)
 
     return run
 
@@ -83,7 +83,7 @@ def test_clean_loss_is_transformers_own(llama: Path, contexts: list[ContextRows]
             count += predicted
     causal = load_causal_model(describe_model(str(llama)), dtype="float32")
     site = Site(1, "resid_post")
-    found = loss_recovered(causal, lambda x: x, site, site, MEAN, contexts, 200)
+    found = loss_recovered(causal, lambda x: x, [site], {site: MEAN}, contexts, 200)
     assert found.predictions == count
     assert found.clean == pytest.approx(total / count, abs=1e-5)
 
@@ -107,7 +107,7 @@ def test_a_transcoder_reads_one_site_and_replaces_another(measure: Callable[...,
 def test_the_identity_recovers_all_in_bfloat16(llama: Path, contexts: list[ContextRows], kind: str) -> None:
     model = load_causal_model(describe_model(str(llama)), dtype="bfloat16")
     site = Site(1, kind)
-    found = loss_recovered(model, lambda x: x, site, site, MEAN, contexts, 200)
+    found = loss_recovered(model, lambda x: x, [site], {site: MEAN}, contexts, 200)
     assert found.against_zero == pytest.approx(1, abs=1e-6)
 
 
@@ -115,4 +115,4 @@ def test_contexts_too_short_to_predict_from_a_row(llama: Path) -> None:
     model = load_causal_model(describe_model(str(llama)), dtype="float32")
     short = [context_rows([0, 5], 1)]
     with pytest.raises(InputError, match="long enough"):
-        loss_recovered(model, lambda x: x, Site(0, "resid_post"), Site(0, "resid_post"), MEAN, short, 100)
+        loss_recovered(model, lambda x: x, [Site(0, "resid_post")], {Site(0, "resid_post"): MEAN}, short, 100)

@@ -78,7 +78,7 @@ def test_a_model_with_all_weights_on_disk(tmp_path: Path, llama: Path) -> None:
 def test_the_loss_of_an_offloaded_model_is_the_same(tmp_path: Path, llama: Path, kind: str) -> None:
     info, site = describe_model(str(llama)), Site(1, kind)
     measured = [
-        loss_recovered(model, torch.relu, site, site, torch.full((32,), 0.5), some_contexts(), 200)
+        loss_recovered(model, torch.relu, [site], {site: torch.full((32,), 0.5)}, some_contexts(), 200)
         for model in (
             load_causal_model(info, dtype="float32"),
             load_causal_model(info, dtype="float32", placement=offloaded(tmp_path)),

@@ -26,7 +26,7 @@ from storage.errors import StorageError
 from storage.records import Record, digest
 from storage.runs import open_run
 from storage.store import Store
-from workers.settings import DictionarySettings
+from workers.dictionary_settings import DictionarySettings
 
 SITE = "resid_post.0"
 LATENTS = 8

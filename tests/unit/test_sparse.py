@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.sparse import Places, select_top_k, top_k_of_rows
+from pipeline.sdl.selection import select_top_k, top_k_of_rows
+from pipeline.sdl.sparse import Places
 
 ROWS, WIDTH, LATENTS = 700, 24, 96
 

@@ -26,7 +26,8 @@ from workers.settings import (
     TrainSettings,
 )
 from workers.stages import anchors, plan_evaluations
-from workers.trainer import Trainer, plan_training
+from workers.trainer import Trainer
+from workers.training_plan import plan_training
 
 SITES = ["resid_post.1", "mlp_out.0"]
 SITE = SITES[0]

@@ -11,18 +11,16 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.dictionary import (
-    Dictionary,
-    DictionaryConfig,
-    Normalisation,
-    load_dictionary,
-    save_dictionary,
-    top_k,
-)
 from pipeline.errors import InputError
-from pipeline.losses import anchoring_loss, auxiliary_loss, reconstruction_loss, unit_rows
-from pipeline.metrics import auroc, measure_code
-from pipeline.training import DictionaryTrainer, StepMetrics, TrainingConfig, default_learning_rate
+from pipeline.sdl.activations import TopK
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.files import load_dictionary, save_dictionary
+from pipeline.sdl.losses import auxiliary_loss, reconstruction_loss, squared_anchoring, unit_rows
+from pipeline.sdl.metrics import auroc, measure_code
+from pipeline.sdl.objective import Anchors, Objective
+from pipeline.sdl.selection import dense_top_k as top_k
+from pipeline.sdl.training import DictionaryTrainer, StepMetrics, TrainingConfig, default_learning_rate
 
 D_IN, D_OUT, LATENTS, K, ROWS = 7, 5, 24, 4, 40
 
@@ -35,10 +33,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
 
 
+def norm(d: int, mean: float, scale: float) -> Normalisation:
+    return Normalisation(torch.full((d,), mean), torch.full((d,), scale))
+
+
 def config(autoencoder: bool = False) -> DictionaryConfig:
     if autoencoder:
-        return DictionaryConfig(("resid_post.1",), ("resid_post.1",), D_IN, D_IN, LATENTS, K)
-    return DictionaryConfig(("mlp_in.1",), ("mlp_out.1",), D_IN, D_OUT, LATENTS, K)
+        return DictionaryConfig(("resid_post.1",), ("resid_post.1",), (D_IN,), (D_IN,), LATENTS, TopK(K))
+    return DictionaryConfig(("mlp_in.1",), ("mlp_out.1",), (D_IN,), (D_OUT,), LATENTS, TopK(K))
 
 
 @pytest.fixture
@@ -98,12 +100,12 @@ def test_gradients_of_top_k_flow_to_the_kept_entries_alone() -> None:
 @pytest.mark.parametrize("k", [0, -1, LATENTS + 1])
 def test_k_out_of_range(k: int) -> None:
     with pytest.raises(InputError, match=r"activation\.k"):
-        replace(config(), k=k)
+        replace(config(), activation=TopK(k))
 
 
 def test_folded_equals_the_normalised_path(transcoder: Dictionary) -> None:
     x = 3 + 10 * randn(ROWS, D_IN)
-    x_norm, y_norm = Normalisation(3 + randn(D_IN, seed=5), 0.1), Normalisation(randn(D_OUT, seed=6), 0.25)
+    x_norm, y_norm = norm(D_IN, 3.0, 0.1), norm(D_OUT, 0.5, 0.25)
     z = transcoder.encode(x_norm(x))
     y = transcoder.decode(z) / y_norm.scale + y_norm.mean
     folded = transcoder.folded(x_norm, y_norm)
@@ -113,7 +115,7 @@ def test_folded_equals_the_normalised_path(transcoder: Dictionary) -> None:
 
 def test_normalisation_is_the_formula() -> None:
     x = randn(ROWS, D_IN).to(torch.bfloat16)
-    norm = Normalisation(randn(D_IN, seed=1), 0.5)
+    norm = Normalisation(randn(D_IN, seed=1), torch.full((D_IN,), 0.5))
     torch.testing.assert_close(norm(x), (x.float() - norm.mean) * 0.5)
     assert norm(x).dtype == torch.float32
 
@@ -159,10 +161,10 @@ def test_no_dictionary_there(tmp_path: Path, transcoder: Dictionary) -> None:
     ("file", "content"),
     [
         ("dictionary.json", b"{"),
+        ("dictionary.json", b'{"format": 3}'),
         ("dictionary.json", b'{"format": 2}'),
-        ("dictionary.json", b'{"format": 1}'),
         ("dictionary.safetensors", b"cut"),
-        ("dictionary.safetensors", save({"W_enc": torch.zeros(1, 1)})),
+        ("dictionary.safetensors", save({"blocks.0.W_enc": torch.zeros(1, 1)})),
     ],
     ids=["not JSON", "another format", "no config", "cut weights", "other weights"],
 )
@@ -180,7 +182,7 @@ def test_a_damaged_dictionary_is_an_input_error(
 def test_reconstruction_loss_is_the_formula() -> None:
     y, y_hat = randn(ROWS, D_OUT), randn(ROWS, D_OUT, seed=1)
     expected = ((y.double() - y_hat.double()) ** 2).sum(1).mean() / 3.5
-    assert reconstruction_loss(y, y_hat, 3.5).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert reconstruction_loss(y - y_hat, 3.5).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.fixture
@@ -191,9 +193,9 @@ def auxiliary_gradients() -> tuple[Dictionary, Tensor, Tensor]:
     dead = torch.zeros(LATENTS, dtype=torch.bool)
     dead[[2, 3, 11, 19]] = True
     x, y = randn(ROWS, D_IN), randn(ROWS, D_OUT, seed=1)
-    preactivations = dictionary.preactivations(x)
+    preactivations = dictionary.only.preactivations(x)
     y_hat = dictionary.decode(top_k(preactivations, K))
-    loss = auxiliary_loss(y - y_hat, preactivations, dead, dictionary.W_dec, k=2)
+    loss = auxiliary_loss(y - y_hat, x, dictionary.only, dead, k=2)
     loss.backward()
     return dictionary, dead, loss.detach()
 
@@ -201,7 +203,7 @@ def auxiliary_gradients() -> tuple[Dictionary, Tensor, Tensor]:
 def test_auxiliary_loss_reaches_dead_latents_alone(auxiliary_gradients: tuple[Dictionary, Tensor, Tensor]) -> None:
     dictionary, dead, _ = auxiliary_gradients
     for name in ("W_enc", "W_dec", "b_enc"):
-        gradient = dictionary.get_parameter(name).grad
+        gradient = dictionary.only.get_parameter(name).grad
         assert gradient is not None
         assert gradient[dead].reshape(int(dead.sum()), -1).abs().sum(1).min() > 0
         assert not gradient[~dead].any()
@@ -226,8 +228,7 @@ def test_auxiliary_loss_of_a_residual_without_variance_spoils_no_weight() -> Non
     dictionary = Dictionary(config())
     dictionary.initialise(0)
     dead = torch.ones(LATENTS, dtype=torch.bool)
-    preactivations = dictionary.preactivations(randn(1, D_IN))
-    auxiliary_loss(randn(1, D_OUT), preactivations, dead, dictionary.W_dec, k=2).backward()
+    auxiliary_loss(randn(1, D_OUT), randn(1, D_IN), dictionary.only, dead, k=2).backward()
     for parameter in (dictionary.W_enc, dictionary.b_enc, dictionary.W_dec):
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
@@ -236,7 +237,7 @@ def test_auxiliary_loss_of_a_residual_without_variance_spoils_no_weight() -> Non
 def test_anchoring_gradient_is_twice_the_difference_on_the_first_rows() -> None:
     W_enc, W_dec = randn(LATENTS, D_IN).requires_grad_(), randn(LATENTS, D_OUT, seed=1).requires_grad_()
     anchors_in, anchors_out = unit_rows(randn(3, D_IN, seed=2)), unit_rows(randn(3, D_OUT, seed=3))
-    loss = anchoring_loss(W_enc, W_dec, anchors_in, anchors_out)
+    loss = squared_anchoring(W_enc, anchors_in) + squared_anchoring(W_dec, anchors_out)
     loss.backward()
     with torch.no_grad():
         for W, anchors in ((W_enc, anchors_in), (W_dec, anchors_out)):
@@ -262,10 +263,10 @@ def make_trainer(settings: TrainingConfig = SETTINGS, *, autoencoder: bool = Fal
     """An anchored trainer whose latents die soon, so that every term of the loss takes part."""
     shape = config(autoencoder)
     anchors = (randn(2, shape.d_in, seed=8), 5 * randn(2, shape.d_out, seed=9))
-    norms = (Normalisation(torch.full((shape.d_in,), 0.2), 0.9), Normalisation(torch.full((shape.d_out,), 0.1), 1.1))
+    norms = (norm(shape.d_in, 0.2, 0.9), norm(shape.d_out, 0.1, 1.1))
     if autoencoder:
         anchors, norms = (anchors[0], anchors[0]), (norms[0], norms[0])
-    return DictionaryTrainer(Dictionary(shape), settings, *norms, anchors)
+    return DictionaryTrainer(Dictionary(shape), settings, *norms, Anchors(*anchors))
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -301,22 +302,22 @@ def test_decoder_rows_stay_unit_norm(autoencoder: bool) -> None:
 
 def test_the_step_is_what_a_plain_optimiser_does() -> None:
     """The first step against Adam's formula on the gradients of the loss, by finite arithmetic in float64."""
-    settings = replace(SETTINGS, auxiliary_weight=0.0, anchor_weight=0.0, warmup_share=0.0, decay_share=0.0)
+    settings = replace(SETTINGS, objective=Objective(auxk=0, anchoring=0), warmup_share=0.0, decay_share=0.0)
     trainer = make_trainer(settings)
     before = weights(trainer)
     copy = Dictionary(config()).double()
     copy.load_state_dict(before)
     x, y = batch(0)
     target = trainer.y_norm(y).double()
-    y_hat = copy.decode(top_k(copy.preactivations(trainer.x_norm(x).double()), K))
+    y_hat = copy.decode(top_k(copy.only.preactivations(trainer.x_norm(x).double()), K))
     ((target - y_hat).square().sum(1).mean() / D_OUT).backward()
     trainer.step(x, y)
     for name, parameter in copy.named_parameters():
         gradient, old = parameter.grad, before[name].double()
-        if name == "W_dec":
+        if name.endswith("W_dec"):
             gradient = gradient - (gradient * old).sum(1, keepdim=True) * old
         new = old - 3e-3 * gradient / (gradient.abs() + 1e-8)  # Adam's first step, moments corrected
-        if name == "W_dec":
+        if name.endswith("W_dec"):
             new = new / new.norm(dim=1, keepdim=True)
         large = gradient.abs() > 1e-4  # below, 1e-8 and float32 rounding decide the sign
         assert large.any()
@@ -370,9 +371,9 @@ def test_metrics_are_of_the_weights_before_the_update() -> None:
 
 def test_more_anchors_than_latents() -> None:
     many = randn(LATENTS + 1, D_IN), randn(LATENTS + 1, D_OUT)
-    norms = Normalisation(torch.zeros(D_IN), 1.0), Normalisation(torch.zeros(D_OUT), 1.0)
+    norms = norm(D_IN, 0.0, 1.0), norm(D_OUT, 0.0, 1.0)
     with pytest.raises(InputError, match="do not fit"):
-        DictionaryTrainer(Dictionary(config()), SETTINGS, *norms, many)
+        DictionaryTrainer(Dictionary(config()), SETTINGS, *norms, Anchors(*many))
 
 
 def test_learning_rate_rises_stays_and_falls_to_its_end() -> None:

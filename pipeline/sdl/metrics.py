@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.dictionary import Dictionary
+from pipeline.sdl.dictionary import Dictionary
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ def measure_code(
 
     `keep_codes` restricts the returned codes to those latents.
     """
-    device = dictionary.W_enc.device
-    fired = torch.zeros(dictionary.config.latents, dtype=torch.int64)
+    device = dictionary.b_dec.device
+    fired = torch.zeros(dictionary.config.total_latents, dtype=torch.int64)
     y_sum = torch.zeros(dictionary.config.d_out, dtype=torch.float64)
     error = squares = 0.0
     rows = 0
     codes = []
     for x, y in batches:
         z = dictionary.encode(x.to(device))
-        residual = y - dictionary.decode(z).cpu()
+        residual = y - dictionary.decode(z, x.to(device)).cpu()
         z = z.cpu()
         error += residual.double().square().sum().item()
         squares += y.double().square().sum().item()

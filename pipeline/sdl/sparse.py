@@ -2,10 +2,8 @@
 
 A dense code of 4,096 rows and 16,384 latents has 67 million entries of which 131,072 are not zero at k = 32. Everything
 after the encoder's product works on those alone: the decoder's output is a bag of decoder rows, the gradient of the
-code is a sampled product, and both weight gradients are products of a sparse matrix. Selecting is the one thing that
-must look at every preactivation: it is done slab by slab, while a slab is in the cache, on values in bfloat16; the
-kept entries are then computed again in float32. So which entries are kept is the choice of bfloat16 preactivations, and
-everything else is float32. Autograd goes through `Places.encode` and `Places.decode`.
+code is a sampled product, and both weight gradients are products of a sparse matrix. Autograd goes through
+`Places.encode` and `Places.decode`. Which entries are kept is decided in `pipeline.sdl.selection`.
 """
 
 import warnings
@@ -16,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-SLAB_ROWS = 512
-"""Rows whose preactivations exist at once."""
 
 with warnings.catch_warnings():  # torch says once in a process that its CSR matrices are in beta
     warnings.simplefilter("ignore")
@@ -39,6 +34,11 @@ class Places:
     def rows(self) -> int:
         return len(self.starts) - 1
 
+    @cached_property
+    def row(self) -> Tensor:
+        """int64 [entries]: the row of each."""
+        return torch.repeat_interleave(self.starts.diff())
+
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """The kept entries of x @ W_enc.T + b_enc, for x [rows, d], W_enc [latents, d] -> [entries]."""
         values: Tensor = _Encode.apply(x, W_enc, b_enc, self)
@@ -51,8 +51,14 @@ class Places:
 
     def dense(self, values: Tensor) -> Tensor:
         """The code -> [rows, latents]."""
-        row = torch.repeat_interleave(self.starts.diff())
-        return values.new_zeros(self.rows, self.latents).index_put((row, self.latent), values)
+        return values.new_zeros(self.rows, self.latents).index_put((self.row, self.latent), values)
+
+    def between(self, first: int, last: int) -> tuple["Places", Tensor]:
+        """The places of the latents [first, last), counted from `first`, and which of our entries they are."""
+        kept = ((self.latent >= first) & (self.latent < last)).nonzero().squeeze(1)
+        starts = self.starts.new_zeros(len(self.starts))
+        torch.cumsum(torch.bincount(self.row[kept], minlength=self.rows), 0, out=starts[1:])
+        return Places(starts, self.latent[kept] - first, last - first), kept
 
     # ---- the products, without autograd
 
@@ -88,8 +94,7 @@ class Places:
         order = torch.sort(self.latent, stable=True).indices
         starts = self.starts.new_zeros(self.latents + 1)
         torch.cumsum(torch.bincount(self.latent, minlength=self.latents), 0, out=starts[1:])
-        row = torch.repeat_interleave(self.starts.diff())
-        return starts, row[order], order
+        return starts, self.row[order], order
 
 
 class _Encode(torch.autograd.Function):
@@ -116,40 +121,3 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, W_dec = ctx.saved_tensors
         return ctx.places.sampled_product(grad, W_dec), ctx.places.transposed_product(values, grad), None
-
-
-@torch.no_grad()
-def select_top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype = torch.bfloat16) -> Places:
-    """The places of the k largest preactivations of each row, computed in `dtype`; x [rows, d], W_enc [latents, d]."""
-    weights, bias, inputs = W_enc.to(dtype).T, b_enc.to(dtype), x.to(dtype)
-    latent = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    for start in range(0, len(x), SLAB_ROWS):
-        rows = slice(start, start + SLAB_ROWS)
-        latent[rows] = top_k_of_rows(torch.addmm(bias, inputs[rows], weights), k)
-    starts = torch.arange(0, k * len(x) + 1, k, device=x.device)
-    return Places(starts, latent.view(-1), len(W_enc))
-
-
-def top_k_of_rows(values: Tensor, k: int) -> Tensor:
-    """The columns of the k largest entries of each row of [rows, n], ascending -> int64 [rows, k].
-
-    Through groups of columns: a group whose largest entry is not among the k largest of the groups' holds none of the k
-    largest, so only k groups are looked at closely. The result is that of `topk`, ties aside.
-    """
-    rows, n = values.shape
-    size = _group_size(n, k)
-    if size == 1:
-        return values.topk(k, sorted=False).indices.sort().values
-    grouped = values.view(rows, size, n // size)  # group j has the columns j, j + n / size, ...
-    group = grouped.amax(1).topk(k, sorted=False).indices
-    members = grouped.gather(2, group[:, None].expand(rows, size, k)).view(rows, size * k)
-    place = members.topk(k, sorted=False).indices
-    return (place // k * (n // size) + group.gather(1, place % k)).sort().values
-
-
-def _group_size(n: int, k: int) -> int:
-    """The power of two that divides n and leaves the fewest entries to select from: n / size + k * size."""
-    size = 1
-    while n % (2 * size) == 0 and n // (2 * size) >= k and n / (2 * size) + 2 * size * k < n / size + size * k:
-        size *= 2
-    return size

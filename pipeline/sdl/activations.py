@@ -1,0 +1,257 @@
+"""What makes a code sparse. One small class an activation; all are pure functions of a block's weights and the rows.
+
+`code` is what training sees, with gradients; `infer` what a finished dictionary gives. They differ for BatchTopK alone,
+whose batches are not there any more: a threshold takes their place (`pipeline.sdl.calibration`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.sdl.codes import Code, DenseCode, SparseCode
+from pipeline.sdl.selection import dense_batch_top_k, dense_top_k, select_batch_top_k, select_top_k
+
+
+@dataclass(frozen=True)
+class Products:
+    """How the sparse kinds compute their codes. What is chosen may change the last bits, and entries nearly equal."""
+
+    sparse: bool = True
+    """False: dense codes and dense float32 products, the plain formula."""
+    selection: str = "bfloat16"
+    """The type of the preactivations that are compared; what is kept is float32 in any case."""
+
+    @property
+    def selection_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.selection == "bfloat16" else torch.float32
+
+
+class Encoder(Protocol):
+    """What an activation needs of a block: W_enc [latents, d_in], b_enc [latents], its own weights, and norms."""
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+
+    def own(self, name: str) -> Tensor: ...
+
+    def preactivations(self, x: Tensor) -> Tensor: ...
+
+    def selection_weights(self) -> Tensor | None: ...
+
+
+class _Kind:
+    """What most activations have in common: no weights of their own, biases that move with the input's mean."""
+
+    kind: ClassVar[str]
+    is_sparse: ClassVar[bool] = False
+    """Whether the number of active latents is fixed in advance, so that codes may be sparse."""
+    trained: ClassVar[tuple[str, ...]] = ()
+    """Names of own weights that are trained; other own weights are set by calibration."""
+
+    def check(self, latents: int) -> None:
+        """Raise InputError if it cannot be that of so many latents."""
+
+    def own_weights(self, latents: int) -> dict[str, Tensor]:
+        """Initial own weights, each [latents], float32."""
+        return {}
+
+    def shift(self, own: dict[str, Tensor], by: Tensor) -> dict[str, Tensor]:
+        """The own weights that give the same codes once every preactivation is less by `by` [latents]."""
+        return own
+
+
+@dataclass(frozen=True)
+class TopK(_Kind):
+    """The k largest preactivations of each row, where positive (Gao et al. 2024, arXiv 2406.04093)."""
+
+    k: int = 32
+    kind: ClassVar[str] = "topk"
+    is_sparse: ClassVar[bool] = True
+
+    def check(self, latents: int) -> None:
+        _check_k(self.k, latents)
+
+    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
+        if products.sparse:
+            places = select_top_k(x, block.W_enc, block.b_enc, self.k, products.selection_dtype)
+            return SparseCode(places, places.encode(x, block.W_enc, block.b_enc).relu())
+        preactivations = block.preactivations(x)
+        values = dense_top_k(preactivations, self.k)
+        return DenseCode(values, preactivations, values)
+
+    def infer(self, block: Encoder, x: Tensor) -> Tensor:
+        return dense_top_k(block.preactivations(x), self.k)
+
+
+@dataclass(frozen=True)
+class BatchTopK(_Kind):
+    """The k * rows largest preactivations of a batch, times the summed norms of the latent's decoders where those are
+    several or free (Bussmann et al. 2024, arXiv 2412.06410). Afterwards: those above a threshold."""
+
+    k: int = 32
+    kind: ClassVar[str] = "batch_topk"
+    is_sparse: ClassVar[bool] = True
+
+    def check(self, latents: int) -> None:
+        _check_k(self.k, latents)
+
+    def own_weights(self, latents: int) -> dict[str, Tensor]:
+        return {"threshold": torch.full((latents,), torch.nan)}  # set by calibration
+
+    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
+        weights = block.selection_weights()
+        if products.sparse:
+            places = select_batch_top_k(x, block.W_enc, block.b_enc, self.k, products.selection_dtype, weights)
+            return SparseCode(places, places.encode(x, block.W_enc, block.b_enc).relu())
+        preactivations = block.preactivations(x)
+        values = dense_batch_top_k(preactivations, self.k, weights)
+        return DenseCode(values, preactivations, values)
+
+    def infer(self, block: Encoder, x: Tensor) -> Tensor:
+        threshold = block.own("threshold")
+        if torch.isnan(threshold).any():
+            raise InputError("a BatchTopK dictionary encodes with a threshold, and this one's is not calibrated yet")
+        preactivations = block.preactivations(x)
+        return torch.where(preactivations > threshold, preactivations, 0).relu()
+
+
+@dataclass(frozen=True)
+class ReLU(_Kind):
+    """max(0, preactivation)."""
+
+    kind: ClassVar[str] = "relu"
+
+    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
+        preactivations = block.preactivations(x)
+        values = preactivations.relu()
+        return DenseCode(values, preactivations, values)
+
+    def infer(self, block: Encoder, x: Tensor) -> Tensor:
+        return block.preactivations(x).relu()
+
+
+@dataclass(frozen=True)
+class JumpReLU(_Kind):
+    """The preactivation where it is above the latent's own threshold, else 0 (Rajamanoharan et al. 2024, 2407.14435).
+
+    The threshold itself is trained, not its logarithm, which Adam freezes; straight-through gradients, see `_Jump`.
+    """
+
+    threshold: float = 0.1
+    """Initial threshold, in units of normalised activations."""
+    bandwidth: float = 0.1
+    """Width around a threshold in which a preactivation gives it a gradient."""
+    kind: ClassVar[str] = "jumprelu"
+    trained: ClassVar[tuple[str, ...]] = ("threshold",)
+
+    def check(self, latents: int) -> None:
+        if self.bandwidth <= 0 or self.threshold < 0:
+            raise InputError(
+                f"activation: jumprelu needs a bandwidth above 0 and a threshold of at least 0, not {self.bandwidth} "
+                f"and {self.threshold}"
+            )
+
+    def own_weights(self, latents: int) -> dict[str, Tensor]:
+        return {"threshold": torch.full((latents,), self.threshold)}
+
+    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
+        preactivations = block.preactivations(x)
+        values: Tensor = _Jump.apply(preactivations, block.own("threshold"), self.bandwidth)
+        return DenseCode(values, preactivations, values)
+
+    def infer(self, block: Encoder, x: Tensor) -> Tensor:
+        preactivations = block.preactivations(x)
+        return torch.where(preactivations > block.own("threshold"), preactivations, 0).relu()
+
+    def active(self, code: DenseCode, block: Encoder) -> Tensor:
+        """1 where a latent is active, else 0 [rows, latents], with a gradient for the thresholds alone."""
+        active: Tensor = _Step.apply(code.preactivations, block.own("threshold"), self.bandwidth)
+        return active
+
+
+@dataclass(frozen=True)
+class Gated(_Kind):
+    """relu(magnitude) where the gate's preactivation is positive (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+    gate = W_enc x + b_enc, magnitude = exp(r_mag) * (W_enc x) + b_mag. The gate learns from sparsity and from a
+    reconstruction of its own (`pipeline.sdl.losses`), the magnitude from the reconstruction.
+    """
+
+    kind: ClassVar[str] = "gated"
+    trained: ClassVar[tuple[str, ...]] = ("r_mag", "b_mag")
+
+    def own_weights(self, latents: int) -> dict[str, Tensor]:
+        return {"r_mag": torch.zeros(latents), "b_mag": torch.zeros(latents)}
+
+    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
+        gate = block.preactivations(x)
+        return DenseCode(self._values(block, gate), gate, gate.relu())
+
+    def infer(self, block: Encoder, x: Tensor) -> Tensor:
+        return self._values(block, block.preactivations(x))
+
+    def _values(self, block: Encoder, gate: Tensor) -> Tensor:
+        magnitude = block.own("r_mag").exp() * (gate - block.b_enc) + block.own("b_mag")
+        return torch.where(gate > 0, magnitude.relu(), 0)
+
+    def shift(self, own: dict[str, Tensor], by: Tensor) -> dict[str, Tensor]:
+        return {**own, "b_mag": own["b_mag"] - own["r_mag"].exp() * by}
+
+
+Activation = TopK | BatchTopK | ReLU | JumpReLU | Gated
+ACTIVATIONS: dict[str, type[Activation]] = {a.kind: a for a in (TopK, BatchTopK, ReLU, JumpReLU, Gated)}
+
+
+def activation_record(activation: Activation) -> dict[str, Any]:
+    """As JSON: {"kind": "topk", "k": 32}."""
+    return {"kind": activation.kind, **vars(activation)}
+
+
+def activation_of(record: dict[str, Any]) -> Activation:
+    """The activation of a record. Raises InputError for a kind that is not known."""
+    values = dict(record)
+    kind = values.pop("kind")
+    if kind not in ACTIVATIONS:
+        raise InputError(f"no activation {kind!r}; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[kind](**values)
+
+
+def _check_k(k: int, latents: int) -> None:
+    if not 0 < k <= latents:
+        raise InputError(f"activation.k must be between 1 and latents = {latents}, not {k}")
+
+
+class _Jump(torch.autograd.Function):
+    """x 1[x > theta]; d theta = -(theta / bandwidth) 1[|x - theta| < bandwidth / 2] (2407.14435, equation 11)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(x, theta)
+        ctx.bandwidth = bandwidth
+        return torch.where((x > theta) & (x > 0), x, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, theta = ctx.saved_tensors
+        near = (x - theta).abs() < ctx.bandwidth / 2
+        to_theta = -(theta / ctx.bandwidth) * (grad * near).sum(0)
+        return grad * ((x > theta) & (x > 0)), to_theta, None
+
+
+class _Step(torch.autograd.Function):
+    """1[x > theta]; d theta = -(1 / bandwidth) 1[|x - theta| < bandwidth / 2] (2407.14435, equation 12)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(x, theta)
+        ctx.bandwidth = bandwidth
+        return (x > theta).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, theta = ctx.saved_tensors
+        near = (x - theta).abs() < ctx.bandwidth / 2
+        return None, -(grad * near).sum(0) / ctx.bandwidth, None

@@ -1,0 +1,241 @@
+"""A dictionary: encoder from the input sites, sparsifying activation, decoder to the output sites.
+
+    z = sigma(W_enc x + b_enc),   y = W_dec^T z + b_dec [+ W_skip x]        (arXiv 2512.05534, definition 2.5)
+
+One class covers the family; `pipeline.sdl.config` says how. Its latents stand in blocks, of which all variants but
+cross-layer transcoders have one. `x` and `y` are activations as stored, sites side by side: whatever normalisation
+the training used is folded into the weights when a dictionary is saved, so that none can be forgotten.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.sdl.activations import Products
+from pipeline.sdl.codes import Code
+from pipeline.sdl.config import BlockShape, DictionaryConfig
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """How weights begin."""
+
+    encoder: str = "transposed"
+    """`transposed`: the decoder's transpose where output = input, else as `independent`: random unit rows."""
+    encoder_scale: float = 1.0
+    """Norm of the encoder's rows."""
+    decoder_norm: float = 1.0
+    """Norm of the decoder's rows; 0.1 is usual with L1, 0 for transcoders (decoders of a free norm)."""
+
+
+class Block(nn.Module):
+    """Latents that read some input columns and write some output columns.
+
+    W_enc [latents, d_in], b_enc [latents], W_dec [latents, d_out], and the activation's own weights, each [latents].
+    """
+
+    def __init__(self, config: DictionaryConfig, shape: BlockShape):
+        super().__init__()
+        self.shape, self.activation, latents = shape, config.activation, config.latents
+        self.W_enc = nn.Parameter(torch.zeros(latents, shape.reads.stop - shape.reads.start))
+        self.b_enc = nn.Parameter(torch.zeros(latents))
+        self.W_dec = nn.Parameter(torch.zeros(latents, shape.writes.stop - shape.writes.start))
+        for name, initial in config.activation.own_weights(latents).items():
+            if name in config.activation.trained:
+                self.register_parameter(name, nn.Parameter(initial))
+            else:
+                self.register_buffer(name, initial)
+
+    def own(self, name: str) -> Tensor:
+        """One of the activation's own weights."""
+        found: Tensor = getattr(self, name)
+        return found
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """W_enc x + b_enc for x [rows, d_in of this block] -> [rows, latents]."""
+        return nn.functional.linear(x, self.W_enc, self.b_enc)
+
+    def decoder_norms(self) -> Tensor:
+        """The norm of each latent's decoder, summed over the sites it writes -> [latents]."""
+        parts = self.W_dec.split(self.shape.written_widths, dim=1)
+        return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts]).sum(0)
+
+    def selection_weights(self) -> Tensor | None:
+        """What preactivations are multiplied with before they compete; None where all norms are 1."""
+        if len(self.shape.written_widths) == 1 and not self.free_norms:
+            return None
+        return self.decoder_norms().detach()
+
+    free_norms: bool = False
+    """Whether decoder rows have any norm while training; else each has norm 1."""
+
+    def initialise(self, how: Initialisation, generator: torch.Generator, transposed: bool) -> None:
+        unit = nn.functional.normalize(torch.randn(self.W_dec.shape, generator=generator), dim=1)
+        if transposed:
+            encoder = unit
+        else:
+            encoder = nn.functional.normalize(torch.randn(self.W_enc.shape, generator=generator), dim=1)
+        with torch.no_grad():
+            self.W_dec.copy_(unit * how.decoder_norm)
+            self.W_enc.copy_(encoder * how.encoder_scale)
+
+
+class Dictionary(nn.Module):
+    """Blocks of latents, b_dec [d_out], and W_skip [d_out, d_in] of a skip transcoder. All float32."""
+
+    def __init__(self, config: DictionaryConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, shape) for shape in config.blocks())
+        self.b_dec = nn.Parameter(torch.zeros(config.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(config.d_out, config.d_in)) if config.skip else None
+
+    def each_block(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    @property
+    def only(self) -> Block:
+        """The block of a dictionary that has one."""
+        (block,) = self.each_block()
+        return block
+
+    @property
+    def W_enc(self) -> nn.Parameter:
+        """[latents, d_in] of a dictionary of one block."""
+        return self.only.W_enc
+
+    @property
+    def b_enc(self) -> nn.Parameter:
+        return self.only.b_enc
+
+    @property
+    def W_dec(self) -> nn.Parameter:
+        """[latents, d_out] of a dictionary of one block."""
+        return self.only.W_dec
+
+    def initialise(self, seed: int, how: Initialisation | None = None) -> None:
+        """Random decoder rows; the encoder is the decoder's transpose where output = input, else rows of its own."""
+        how = how or Initialisation()
+        generator = torch.Generator().manual_seed(seed)
+        transposed = how.encoder == "transposed" and self.config.is_autoencoder and not self.config.cross_layer
+        for block in self.each_block():
+            block.initialise(how, generator, transposed)
+        self.tie_shared()
+
+    @torch.no_grad()
+    def tie_shared(self) -> None:
+        """Give the shared latents the first site's decoder at every site, and the norm they had."""
+        if shared := self.config.shared_latents:
+            sites = len(self.config.output)
+            W = self.W_dec[:shared].view(shared, sites, -1)
+            norm = torch.linalg.vector_norm(W, dim=(1, 2), keepdim=True)
+            first = nn.functional.normalize(W[:, :1], dim=2) * norm / sites**0.5
+            W.copy_(first.expand_as(W))
+
+    # ---- what a finished dictionary does
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The code z of x [rows, d_in] -> [rows, total latents], block after block; zero where inactive."""
+        x = x.to(self.b_dec.dtype)
+        return torch.cat([b.activation.infer(b, x[:, b.shape.reads]) for b in self.each_block()], dim=1)
+
+    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """The reconstruction of z [rows, total latents] -> [rows, d_out]. A skip transcoder needs x as well."""
+        y = self.base(None if x is None else x.to(self.b_dec.dtype), len(z))
+        for block, code in zip(self.each_block(), z.split(self.config.latents, dim=1), strict=True):
+            y = add_columns(y, code @ block.W_dec, block.shape.writes)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x), x)
+
+    # ---- what training does
+
+    def codes(self, x: Tensor, products: Products) -> list[Code]:
+        """The code of each block, with gradients, for x [rows, d_in] float32."""
+        return [b.activation.code(b, x[:, b.shape.reads], products) for b in self.each_block()]
+
+    def reconstructions(self, codes: Sequence[Code], x: Tensor, prefixes: Sequence[int] = ()) -> list[Tensor]:
+        """What the first latents reconstruct, for each number of them in `prefixes`, and all -> each [rows, d_out]."""
+        y = self.base(x, codes[0].rows)
+        if not prefixes:
+            for block, code in zip(self.each_block(), codes, strict=True):
+                y = add_columns(y, code.decode(block.W_dec), block.shape.writes)
+            return [y]
+        (code,), W_dec = codes, self.W_dec
+        found, bounds = [], [0, *prefixes, self.config.latents]
+        for first, last in pairwise(bounds):
+            if last > first:
+                y = y + code.between(first, last).decode(W_dec[first:last])
+                found.append(y)
+        return found
+
+    def base(self, x: Tensor | None, rows: int) -> Tensor:
+        """What the reconstruction is without any latent -> [rows, d_out], or a row that is the same for all."""
+        if self.W_skip is None:
+            return self.b_dec.expand(rows, -1)
+        if x is None:
+            raise ValueError("a skip transcoder's reconstruction has a part of x: give decode(z, x) both")
+        return nn.functional.linear(x, self.W_skip, self.b_dec)
+
+    @torch.no_grad()
+    def folded(self, x_norm: "Normalisation", y_norm: "Normalisation") -> "Dictionary":
+        """Return the dictionary on raw activations that equals this one on normalised ones; codes are the same."""
+        raw = Dictionary(self.config).to(self.b_dec.device)
+        for block, out in zip(self.each_block(), raw.each_block(), strict=True):
+            reads, writes = block.shape.reads, block.shape.writes
+            out.W_enc.copy_(block.W_enc * x_norm.scale[reads])
+            moved = out.W_enc @ x_norm.mean[reads]
+            out.b_enc.copy_(block.b_enc - moved)
+            out.W_dec.copy_(block.W_dec / y_norm.scale[writes])
+            own = {name: block.own(name) for name in block.activation.own_weights(0)}
+            for name, value in block.activation.shift(own, moved).items():
+                out.own(name).copy_(value)
+        raw.b_dec.copy_(self.b_dec / y_norm.scale + y_norm.mean)
+        if self.W_skip is not None and raw.W_skip is not None:
+            raw.W_skip.copy_(self.W_skip * x_norm.scale / y_norm.scale[:, None])
+            raw.b_dec.sub_(raw.W_skip @ x_norm.mean)
+        return raw
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """x -> (x - mean) * scale, with scale chosen so that E||x||^2 = d at each site after centring."""
+
+    mean: Tensor
+    """float32 [d]."""
+    scale: Tensor
+    """float32 [d], one value a site."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x.float() - self.mean) * self.scale
+
+    def to(self, device: torch.device | str) -> "Normalisation":
+        return Normalisation(self.mean.to(device), self.scale.to(device))
+
+    @classmethod
+    def of(cls, mean: Tensor, total_variance: float) -> "Normalisation":
+        """Of one site: `mean` [d], `total_variance` = E||x - mean||^2. Raises InputError if there is none."""
+        if not (0 < total_variance < float("inf")) or not bool(torch.isfinite(mean).all()):
+            raise InputError(
+                "these activations cannot be normalised: their variance is "
+                f"{total_variance:.3g}, which must be finite and above 0 (constant columns, or nan in the harvest)"
+            )
+        d = len(mean)
+        return cls(mean.float(), torch.full((d,), (d / total_variance) ** 0.5))
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence["Normalisation"]) -> "Normalisation":
+        """That of several sites, in order."""
+        return cls(torch.cat([p.mean for p in parts]), torch.cat([p.scale for p in parts]))
+
+
+def add_columns(y: Tensor, part: Tensor, columns: slice) -> Tensor:
+    """y with `part` added to some of its columns."""
+    if part.shape[1] == y.shape[1]:
+        return y + part
+    return y + nn.functional.pad(part, (columns.start, y.shape[1] - columns.stop))

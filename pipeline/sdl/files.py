@@ -1,0 +1,71 @@
+"""A dictionary on disk: safetensors for the weights, JSON for what they are. Nothing is ever unpickled.
+
+`dictionary.json` holds the format's number, the config, and whatever the writer knows: the model and the store they are
+of, how they were trained, their metrics.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from pipeline.errors import InputError
+from pipeline.sdl.config import config_of
+from pipeline.sdl.dictionary import Dictionary
+
+FORMAT = 2
+JSON, WEIGHTS = "dictionary.json", "dictionary.safetensors"
+
+
+def save_dictionary(dictionary: Dictionary, about: dict[str, Any]) -> dict[str, bytes]:
+    """Encode a dictionary as files: name -> content. `about` (model, store digests, metrics) goes into the JSON."""
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in dictionary.state_dict().items()}
+    record = {"format": FORMAT, "config": dictionary.config.record(), **about}
+    return {WEIGHTS: save(weights), JSON: (json.dumps(record, indent=2) + "\n").encode()}
+
+
+def load_dictionary(folder: str | Path, *, model: str | None = None, input: Sequence[str] | None = None) -> Dictionary:
+    """Load a dictionary from the folder or URL it was saved in (`<store>/runs/<name>`).
+
+    `model` (its id or its name in the store) and `input`: what it is wanted for; one of another model or of other sites
+    is refused. Raises InputError.
+    """
+    try:
+        record = json.loads(_read(folder, JSON))
+        if record["format"] != FORMAT:
+            raise InputError(f"the dictionary in {folder} has format {record['format']}; this version reads {FORMAT}")
+        weights = load(_read(folder, WEIGHTS))
+        dictionary = Dictionary(config_of(record["config"]))
+        dictionary.load_state_dict(weights)
+    except FileNotFoundError as error:
+        raise InputError(f"no dictionary in {folder}: {error.filename or error} is not there; train it first") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"the dictionary in {folder} is damaged: {error}") from None
+    models = record.get("models", {})
+    names = sorted({*models, *(str(m["id"]) for m in models.values() if "id" in m)})
+    if model is not None and model not in names:
+        raise InputError(
+            f"the dictionary in {folder} is of the model {' or '.join(names) or '(unknown)'}, and it is wanted for "
+            f"{model}"
+        )
+    if input is not None and tuple(input) != dictionary.config.input:
+        raise InputError(
+            f"the dictionary in {folder} reads {', '.join(dictionary.config.input)}, and it is wanted for "
+            f"{', '.join(input)}"
+        )
+    return dictionary.eval().requires_grad_(False)
+
+
+def _read(folder: str | Path, name: str) -> bytes:
+    if "://" not in str(folder):
+        return (Path(folder).expanduser() / name).read_bytes()
+    import fsspec  # not on every machine that only computes
+
+    with fsspec.open(f"{folder}/{name}", "rb") as file:
+        content: bytes = file.read()
+    return content

@@ -1,0 +1,296 @@
+"""Training one dictionary, step by step. A step is a function of (state, batch): no clock, no global randomness.
+
+Nothing here reads a store or knows where a batch is from; `workers.trainer` feeds several trainers from one stream.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.errors import InputError
+from pipeline.sdl.activations import JumpReLU, Products
+from pipeline.sdl.dictionary import Block, Dictionary, Initialisation, Normalisation
+from pipeline.sdl.objective import Anchors, Evaluated, Objective, evaluate
+from pipeline.sdl.resampling import Resampling, resample
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+"""For losses that sum the error over dimensions, as the papers' do; ours is divided by d, and so is this."""
+SLAB = 512
+"""Decoder rows that are normalised at once: they stay in the cache."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a dictionary is trained. All of it determines the weights."""
+
+    steps: int
+    batch_rows: int
+    learning_rate: float
+    """Peak of Adam's learning rate."""
+    objective: Objective = field(default=Objective())
+    warmup_share: float = 0.05
+    """Share of the steps over which the rate rises from zero."""
+    decay_share: float = 0.2
+    """Share of the steps, at the end, over which it falls to zero."""
+    dead_after_rows: int = 10_000_000
+    """A latent that was silent for so many rows counts as dead."""
+    decoder_norm: str = "unit"
+    """unit: decoder rows keep norm 1, over all sites together. free: they have any."""
+    clip: float | None = None
+    """Largest norm of the gradient of all weights together, of a loss that sums the error over dimensions."""
+    resampling: Resampling | None = None
+    initialisation: Initialisation = field(default=Initialisation())
+    anchors_first: bool = True
+    """Anchored latents begin at their anchors, so that none has to cross the space; else as all others do."""
+    products: Products = field(default=Products())
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step did, before its update."""
+
+    loss: float
+    fvu: float
+    l0: float
+    dead_share: float
+    anchor_cosine: float | None
+    """Mean cosine of the anchored latents' decoder rows with their anchors; None without anchors."""
+    resampled: int = 0
+    """Latents that began anew after it."""
+
+
+class DictionaryTrainer:
+    """A dictionary with its optimiser. Works in the normalised space; `result` folds the normalisation in."""
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        config: TrainingConfig,
+        x_norm: Normalisation,
+        y_norm: Normalisation,
+        anchors: Anchors | None = None,
+        device: str = "cpu",
+    ):
+        """`anchors` are directions of the raw activations; their lengths do not matter.
+
+        Raises InputError where dictionary, objective and anchors do not fit together."""
+        check_training(dictionary, config, anchors)
+        self.dictionary = dictionary
+        self.config = config
+        self.device = torch.device(device)
+        self.x_norm, self.y_norm = x_norm.to(device), y_norm.to(device)
+        self.anchors = None if anchors is None else normalised_anchors(anchors, self.x_norm, self.y_norm)
+        dictionary.initialise(config.seed, config.initialisation)  # on the CPU: the same weights on every device
+        dictionary.to(device)
+        for block in dictionary.each_block():
+            block.free_norms = config.decoder_norm == "free"
+        if self.anchors is not None and config.anchors_first:
+            start_at_anchors(dictionary, self.anchors)
+        self.step_number = 0
+        self.silent_rows = torch.zeros(dictionary.config.total_latents, dtype=torch.int64, device=device)
+        eps = ADAM_EPS / dictionary.config.d_out
+        self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=0.0, betas=ADAM_BETAS, eps=eps, fused=True)
+
+    def step(self, x: Tensor, y: Tensor) -> StepMetrics:
+        """Take one step on raw activations x [rows, d_in], y [rows, d_out] (the same tensor where output = input).
+
+        Raises InputError if the loss is not finite."""
+        model, config = self.dictionary, self.config
+        target = self.y_norm(y.to(self.device, non_blocking=True))
+        inputs = target if y is x else self.x_norm(x.to(self.device, non_blocking=True))
+        dead = self.dead()
+        dead_share = dead.float().mean().item()
+        found = evaluate(
+            config.objective,
+            model,
+            inputs,
+            target,
+            model.codes(inputs, config.products),
+            dead if dead_share else None,
+            self.anchors,
+            self.step_number / config.steps,
+        )
+        loss = found.loss.item()
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise InputError(_not_finite(self.step_number, x, y))
+        anchor_cosine = self.anchor_cosine()
+        found.loss.backward()
+        self._update()
+        firings = torch.cat([code.firings() for code in found.codes])
+        self.silent_rows = torch.where(firings > 0, 0, self.silent_rows + len(x))
+        resampled = self._resample(inputs, found)
+        self.step_number += 1
+        return StepMetrics(
+            loss=loss,
+            fvu=found.fvu.item(),
+            l0=firings.sum().item() / len(x),
+            dead_share=dead_share,
+            anchor_cosine=anchor_cosine,
+            resampled=resampled,
+        )
+
+    def dead(self) -> Tensor:
+        """bool [total latents]: silent for at least `dead_after_rows`."""
+        return self.silent_rows >= self.config.dead_after_rows
+
+    def anchor_cosine(self) -> float | None:
+        if self.anchors is None or self.anchors.decoder is None:
+            return None
+        cosines = [
+            functional.cosine_similarity(
+                block.W_dec[: self.anchors.count].detach(), self.anchors.decoder[:, block.shape.writes], dim=1
+            )
+            for block in self.dictionary.each_block()
+        ]
+        return torch.cat(cosines).mean().item()
+
+    def result(self) -> Dictionary:
+        """The dictionary on raw activations, on the CPU. A BatchTopK one is still to be calibrated."""
+        return self.dictionary.folded(self.x_norm, self.y_norm).cpu()
+
+    def competing(self) -> list[Tensor | None]:
+        """For each block the weights [latents] with which preactivations compete in a batch; see `calibrate`."""
+        return [block.selection_weights() for block in self.dictionary.each_block()]
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        config, blocks = self.config, self.dictionary.each_block()
+        self._tie_gradients()
+        if config.decoder_norm == "unit":  # drop the gradient along decoder rows, and renormalise after the step
+            for block in blocks:
+                _drop_parallel(block)
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), config.clip / self.dictionary.config.d_out)
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.step_number)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for block in blocks:
+            if config.decoder_norm == "unit":
+                _renormalise(block)
+            if isinstance(block.activation, JumpReLU):
+                block.own("threshold").clamp_(min=0)
+
+    def _tie_gradients(self) -> None:
+        """Shared latents have one decoder: each site's copy gets the sum of all gradients, and so the same update."""
+        shape = self.dictionary.config
+        if shape.shared_latents and (grad := self.dictionary.W_dec.grad) is not None:
+            shared = grad[: shape.shared_latents].view(shape.shared_latents, len(shape.output), -1)
+            shared.copy_(shared.sum(1, keepdim=True).expand_as(shared))
+
+    def _resample(self, inputs: Tensor, found: Evaluated) -> int:
+        plan = self.config.resampling
+        left = None if plan is None else plan.steps_left(self.step_number, self.config.steps, self.config.batch_rows)
+        if plan is None or left is None:
+            return 0
+        chosen = resample(self, plan, left, inputs, found.residual)
+        self.silent_rows[chosen] = 0
+        return len(chosen)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, constant, linear decay to zero."""
+        config = self.config
+        warmup, decay = config.warmup_share * config.steps, config.decay_share * config.steps
+        rise = (step + 1) / warmup if warmup else 1.0
+        fall = (config.steps - step) / decay if decay else 1.0
+        return config.learning_rate * max(0.0, min(1.0, rise, fall))
+
+    # ---- a checkpoint is a flat dict of tensors, so that it can be safetensors
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next step depends on. The tensors are the live ones: save them before the next step."""
+        state = {f"weights.{name}": p.detach() for name, p in self.dictionary.named_parameters()}
+        for name, parameter in self.dictionary.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"adam.{name}.{key}"] = value
+        state["silent_rows"] = self.silent_rows
+        state["step"] = torch.tensor(self.step_number)
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on exactly where `state` was taken."""
+        with torch.no_grad():
+            for name, parameter in self.dictionary.named_parameters():
+                parameter.copy_(state[f"weights.{name}"])
+                self.optimizer.state[parameter] = {
+                    key.rpartition(".")[2]: value.to(self.device, copy=True)
+                    for key, value in state.items()
+                    if key.startswith(f"adam.{name}.")
+                }
+        self.silent_rows = state["silent_rows"].to(self.device, copy=True)
+        self.step_number = int(state["step"])
+
+
+def check_training(dictionary: Dictionary, config: TrainingConfig, anchors: Anchors | None) -> None:
+    """Raise InputError where dictionary, objective and anchors do not fit together."""
+    shape = dictionary.config
+    config.objective.check(shape)
+    if config.decoder_norm not in ("unit", "free"):
+        raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
+    if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
+        raise InputError("decoders of another initial norm than 1 need decoder_norm: free")
+    if anchors is None:
+        return
+    if anchors.count > shape.latents:
+        raise InputError(f"{anchors.count} anchors do not fit into {shape.latents} latents")
+    for side, of_side, width in (("encoder", anchors.encoder, shape.d_in), ("decoder", anchors.decoder, shape.d_out)):
+        if of_side is None:
+            continue
+        if of_side.shape != (anchors.count, width):
+            raise InputError(
+                f"anchors of the {side} must be [{anchors.count}, {width}] for these sites, not {list(of_side.shape)}"
+            )
+        if not bool(torch.isfinite(of_side).all()):
+            raise InputError(f"anchors of the {side} hold nan or infinity")
+
+
+def normalised_anchors(anchors: Anchors, x_norm: Normalisation, y_norm: Normalisation) -> Anchors:
+    """Directions of raw activations -> the same in the normalised space, float32, where the normalisation is."""
+    encoder = None if anchors.encoder is None else anchors.encoder.to(x_norm.scale) * x_norm.scale
+    decoder = None if anchors.decoder is None else anchors.decoder.to(y_norm.scale) * y_norm.scale
+    return Anchors(encoder, decoder)
+
+
+@torch.no_grad()
+def start_at_anchors(dictionary: Dictionary, anchors: Anchors) -> None:
+    for block in dictionary.each_block():
+        for W, side, columns in (
+            (block.W_enc, anchors.encoder, block.shape.reads),
+            (block.W_dec, anchors.decoder, block.shape.writes),
+        ):
+            if side is not None:
+                W[: len(side)] = functional.normalize(side[:, columns], dim=1)
+
+
+def _drop_parallel(block: Block) -> None:
+    """Take from the decoder's gradient what is parallel to its rows, which have norm 1."""
+    grad, W = block.W_dec.grad, block.W_dec
+    assert grad is not None
+    for start in range(0, len(W), SLAB):
+        part, rows = grad[start : start + SLAB], W[start : start + SLAB]
+        part.addcmul_(rows, torch.linalg.vecdot(part, rows)[:, None], value=-1)
+
+
+def _renormalise(block: Block) -> None:
+    for start in range(0, len(block.W_dec), SLAB):
+        rows = block.W_dec[start : start + SLAB]
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12))
+
+
+def _not_finite(step: int, x: Tensor, y: Tensor) -> str:
+    columns = [
+        f"column {int(bad[0])} of the {side} ({len(bad)} such)"
+        for side, values in (("input", x), ("output", y))
+        if len(bad := (~torch.isfinite(values.float())).any(0).nonzero().flatten())
+    ]
+    if columns:
+        return f"step {step}: activations are nan or infinite in {'; '.join(dict.fromkeys(columns))}; verify the store"
+    return f"step {step}: the loss is not finite though the activations are: lower the learning rate, or clip gradients"
+
+
+def default_learning_rate(latents: int) -> float:
+    """2e-4 / sqrt(latents / 2^14), the scaling rule of Gao et al. 2024."""
+    return float(2e-4 / (latents / 2**14) ** 0.5)

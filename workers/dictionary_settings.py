@@ -1,0 +1,192 @@
+"""What a person may set of a dictionary: `train.dictionaries[]` of the spec, and the values of `pipeline.sdl` it means.
+
+Sections mirror the frozen values of `pipeline.sdl`, which say what each field does; a test holds their defaults equal.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.errors import InputError
+from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Initialisation
+from pipeline.sdl.objective import Objective
+from pipeline.sdl.resampling import Resampling
+from pipeline.sites import expand_sites
+from workers.section import Count, Name, Settings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _as_qualified_sites(value: Any) -> Any:
+    """Sites with ranges, each perhaps of a named model: `<model>/resid_post.{4,8}`."""
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        return value
+    expanded = []
+    for text in value:
+        model, slash, sites = text.rpartition("/")
+        expanded += [f"{model}{slash}{site}" for site in expand_sites([sites])]
+    return expanded
+
+
+QualifiedSites = Annotated[tuple[str, ...], BeforeValidator(_as_qualified_sites)]
+
+
+class ActivationSettings(Settings):
+    kind: Literal["topk", "batch_topk", "relu", "jumprelu", "gated"] = "topk"
+    k: Count | None = None
+    """Of topk and batch_topk: latents active on a row, or on average; 32, if not given."""
+    threshold: Weight | None = None
+    """Of jumprelu: initial threshold."""
+    bandwidth: Positive | None = None
+    """Of jumprelu: width around the threshold in which it learns."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "ActivationSettings":
+        takes = {"topk": {"k"}, "batch_topk": {"k"}, "jumprelu": {"threshold", "bandwidth"}}.get(self.kind, set())
+        if surplus := sorted({n for n in ("k", "threshold", "bandwidth") if getattr(self, n) is not None} - takes):
+            raise ValueError(f"{self.kind} has no {' and no '.join(surplus)}")
+        return self
+
+    def activation(self) -> Activation:
+        if self.kind in ("topk", "batch_topk"):
+            return (TopK if self.kind == "topk" else BatchTopK)(self.k or 32)
+        if self.kind == "jumprelu":
+            given = {n: v for n in ("threshold", "bandwidth") if (v := getattr(self, n)) is not None}
+            return JumpReLU(**given)
+        return ReLU() if self.kind == "relu" else Gated()
+
+
+class LossSettings(Settings):
+    """Weights of the terms of the loss beside the reconstruction; see pipeline.sdl.objective."""
+
+    l1: Weight = 0.0
+    l0: Weight = 0.0
+    l0_target: Positive | None = None
+    tanh: Weight = 0.0
+    tanh_scale: Positive = 4.0
+    p_norm: Weight = 0.0
+    p_end: Positive = 0.2
+    p_start: Share = 0.5
+    sparsity_warmup: Share = 0.05
+    auxk: Weight = 1 / 32
+    auxk_k: Count | None = None
+    preactivation: Weight = 0.0
+    prefixes: tuple[Count, ...] = ()
+
+
+class AnchoringSettings(Settings):
+    name: Name
+    """The anchor set."""
+    weight: Weight = 0.1
+    """lambda_a (arXiv 2512.05534)."""
+    distance: Literal["squared", "cosine"] = "squared"
+    end: Positive | None = None
+    """Share of the steps after which the weight has fallen to zero; constant, if not given."""
+    sides: Literal["both", "encoder", "decoder"] = "both"
+    control: Literal["none", "random", "shuffled"] = "none"
+    """random: as many random directions instead; shuffled: the anchors with their coordinates permuted."""
+    first: bool = True
+    """Anchored latents begin at their anchors."""
+
+
+def _as_anchoring(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class ResamplingSettings(Settings):
+    at: tuple[Share, ...] = (0.25, 0.5, 0.75)
+    rows: Count = 819_200
+    encoder_scale: Positive = 0.2
+
+
+class InitialisationSettings(Settings):
+    encoder: Literal["transposed", "independent"] = "transposed"
+    encoder_scale: Positive = 1.0
+    decoder_norm: Weight = 1.0
+
+
+class DictionarySettings(Settings):
+    name: Name
+    input: Annotated[QualifiedSites, Field(min_length=1)]
+    """The sites that are encoded; several make a crosscoder. `<model>/<site>` in a store of several models."""
+    output: QualifiedSites = ()
+    """The sites that are reconstructed; the input's own, if not given."""
+    latents: Count
+    """Width of the code; with cross_layer, for each layer."""
+    cross_layer: bool = False
+    """A cross-layer transcoder: input[i]'s latents write output[i] and all outputs after it."""
+    skip: bool = False
+    """A transcoder with a linear path beside the latents."""
+    shared_latents: Annotated[int, Field(ge=0)] = 0
+    """Of a crosscoder: the first so many latents have one decoder for all sites."""
+    activation: ActivationSettings = ActivationSettings()
+    loss: LossSettings = LossSettings()
+    anchors: Annotated[AnchoringSettings | None, BeforeValidator(_as_anchoring)] = None
+    """An anchor set whose vectors the first latents are pulled toward: its name, or a section with how."""
+    learning_rate: Positive | None = None
+    """Peak of Adam's rate; 2e-4 / sqrt(latents / 2^14), if not given."""
+    warmup: Share = 0.05
+    """Share of the steps over which the rate rises."""
+    decay: Share = 0.2
+    """Share of the steps, at the end, over which it falls to zero."""
+    decoder_norm: Literal["unit", "free"] = "unit"
+    """unit: decoder rows keep norm 1."""
+    clip: Positive | None = None
+    """Largest norm of the gradient."""
+    resampling: ResamplingSettings | None = None
+    """Revive dead latents at inputs with a large loss; never, if not given."""
+    initialisation: InitialisationSettings = InitialisationSettings()
+    dead_after_rows: Count | None = None
+    """A latent silent for so many rows counts as dead; 10 M, or 5 % of a shorter run, if not given."""
+    exact: bool = False
+    """Dense float32 products throughout: the plain formula, several times slower."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.output or self.input
+
+    def config(self, width_of: dict[str, int]) -> DictionaryConfig:
+        """The shape, once the widths of the sites are known. Raises InputError."""
+        return DictionaryConfig(
+            input=self.input,
+            output=self.outputs,
+            input_widths=tuple(width_of[site] for site in self.input),
+            output_widths=tuple(width_of[site] for site in self.outputs),
+            latents=self.latents,
+            activation=self.activation.activation(),
+            cross_layer=self.cross_layer,
+            skip=self.skip,
+            shared_latents=self.shared_latents,
+        )
+
+    def objective(self) -> Objective:
+        how = self.anchors
+        anchoring: dict[str, Any] = {}
+        if how is not None:
+            anchoring = {"anchoring": how.weight, "anchoring_distance": how.distance, "anchoring_end": how.end}
+        return Objective(**self.loss.model_dump(), **anchoring)
+
+    def problems(self) -> list[str]:
+        """What does not go together, whatever the widths of the sites are."""
+        try:
+            config = self.config(dict.fromkeys((*self.input, *self.outputs), 1))
+            self.objective().check(config)
+        except InputError as error:
+            return [str(error)]
+        if self.decoder_norm == "unit" and self.initialisation.decoder_norm != 1:
+            return ["initialisation.decoder_norm other than 1 needs decoder_norm: free"]
+        return []
+
+    def resampling_value(self) -> Resampling | None:
+        return None if self.resampling is None else Resampling(**self.resampling.model_dump())
+
+    def initialisation_value(self) -> Initialisation:
+        return Initialisation(**self.initialisation.model_dump())
+
+    def products(self) -> Products:
+        return Products(sparse=not self.exact, selection="float32" if self.exact else "bfloat16")

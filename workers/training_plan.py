@@ -1,0 +1,161 @@
+"""What a training run is: the train section of a spec resolved against the store, each dictionary with its identity."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.training import TrainingConfig, default_learning_rate
+from storage.anchors import read_anchors
+from storage.errors import StorageError, StoreMismatch
+from storage.moments import training_units
+from storage.records import Record, digest
+from storage.runs import Run, open_run
+from storage.store import Store
+from workers.dictionary_settings import AnchoringSettings, DictionarySettings
+from workers.settings import TrainSettings
+
+DEAD_SHARE_OF_RUN = 0.05
+DEAD_ROWS = 10_000_000
+"""A latent counts as dead after 10 M silent rows (Gao et al. 2024), or this share of a shorter run."""
+
+
+@dataclass(frozen=True)
+class DictionaryPlan:
+    """One dictionary to train."""
+
+    name: str
+    config: DictionaryConfig
+    training: TrainingConfig
+    anchors: AnchoringSettings | None
+    identity: Record
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What the trainer needs to begin."""
+
+    store: str
+    model: str | None
+    """The model whose sites are meant, in a store of several."""
+    dictionaries: tuple[DictionaryPlan, ...]
+    steps: int
+    batch_rows: int
+    seed: int
+    max_norm: float | None
+    norm_site: str
+    """Rows whose norm here is above `max_norm` times the median are left out."""
+    checkpoint_every: int
+    threads: int
+    gpus: int
+
+
+def plan_training(store: Store, settings: TrainSettings) -> TrainPlan:
+    """Resolve the train section against the store. Raises StorageError for a site or anchor set it does not have, and
+    StoreMismatch when a run of the same name was trained otherwise. Writes nothing."""
+    rows = settings.rows or store.info.held_out_start
+    steps = max(1, rows // settings.batch_rows)
+    plans = tuple(_plan_dictionary(store, settings, steps, d) for d in settings.dictionaries)
+    for plan in plans:
+        _check_run(store, open_run(store, plan.name), plan.identity)
+    return TrainPlan(
+        store=store.url,
+        model=store.model,
+        dictionaries=plans,
+        steps=steps,
+        batch_rows=settings.batch_rows,
+        seed=settings.seed,
+        max_norm=settings.max_norm,
+        norm_site=settings.norm_site,
+        checkpoint_every=settings.checkpoint_every,
+        threads=settings.threads,
+        gpus=settings.gpus,
+    )
+
+
+def _check_run(store: Store, run: Run, identity: Record) -> None:
+    """Raise StoreMismatch if the run is there and of another identity."""
+    try:
+        run.check(identity)
+    except StoreMismatch:
+        if since := store.info.since(run.record()["identity"]):
+            raise StoreMismatch(
+                f"the run {run.name!r} is in the store, {'trained' if run.is_finished else 'begun'} on {since}. Give "
+                "the dictionary another name to train it on those"
+            ) from None
+        raise
+
+
+def unfinished(store: Store, plan: TrainPlan) -> TrainPlan:
+    """The same plan with only the dictionaries that are not finished."""
+    left = tuple(d for d in plan.dictionaries if not open_run(store, d.name).is_finished)
+    return TrainPlan(**{**plan.__dict__, "dictionaries": left})
+
+
+def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: DictionarySettings) -> DictionaryPlan:
+    sites = tuple(dict.fromkeys((*wanted.input, *wanted.outputs)))
+    for site in sites:
+        store.require_committed(site, training_units(store))
+    config = wanted.config({site: store.array(site).shape[1] for site in sites})
+    rows = steps * settings.batch_rows
+    training = TrainingConfig(
+        steps=steps,
+        batch_rows=settings.batch_rows,
+        learning_rate=wanted.learning_rate or default_learning_rate(wanted.latents),
+        objective=wanted.objective(),
+        warmup_share=wanted.warmup,
+        decay_share=wanted.decay,
+        dead_after_rows=wanted.dead_after_rows or max(1, min(DEAD_ROWS, int(rows * DEAD_SHARE_OF_RUN))),
+        decoder_norm=wanted.decoder_norm,
+        clip=wanted.clip,
+        resampling=wanted.resampling_value(),
+        initialisation=wanted.initialisation_value(),
+        anchors_first=wanted.anchors is None or wanted.anchors.first,
+        products=wanted.products(),
+        seed=settings.seed,
+    )
+    training.objective.check(config)
+    anchors = None if wanted.anchors is None else _checked_anchors(store, wanted.anchors, wanted.latents, sites)
+    identity = {
+        "corpus_digest": store.info.corpus_digest,
+        "harvests": {site: store.find(site)[0].digest for site in sites},
+        "dictionary": config.record(),
+        "training": as_json(asdict(training)),
+        "anchors": None if anchors is None else digest(anchors),
+    }
+    if settings.max_norm is not None:
+        identity["left_out"] = {"max_norm": settings.max_norm, "site": settings.norm_site}
+    return DictionaryPlan(wanted.name, config, training, wanted.anchors, identity)
+
+
+def _checked_anchors(store: Store, wanted: AnchoringSettings, latents: int, sites: Sequence[str]) -> Record:
+    """What determines the anchors of these sites. Raises where the set is not of them, or does not fit."""
+    anchor_set = read_anchors(store, wanted.name)
+    if since := store.info.since(anchor_set.identity):
+        raise StoreMismatch(
+            f"the anchors {wanted.name!r} were made of {since}: make those of all rows under another name "
+            "(anchors.name) with `granary anchors`"
+        )
+    if uncovered := set(sites) - anchor_set.vectors.keys():
+        raise StorageError(
+            f"the anchors {wanted.name!r} do not cover {', '.join(sorted(uncovered))}; run `granary anchors`"
+        )
+    made_from = anchor_set.identity["harvests"]
+    if others := [s for s in sites if made_from.get(s) != store.find(s)[0].digest]:
+        raise StoreMismatch(
+            f"the anchors {wanted.name!r} at {others[0]} were made from another model's rows; make those of "
+            "this one under another name (anchors.name) with `granary anchors`"
+        )
+    if len(anchor_set.values) > latents:
+        raise InputError(
+            f"the {len(anchor_set.values)} anchors of {wanted.name!r} do not fit into {latents} latents: take more "
+            "latents, or fewer anchors (anchors.min_rows)"
+        )
+    return {**anchor_set.identity_at(sites), "sides": wanted.sides, "control": wanted.control}
+
+
+def as_json(value: Any) -> Any:
+    """The value as it comes back from a record: lists for tuples."""
+    return json.loads(json.dumps(value))
