@@ -1,9 +1,14 @@
 """What makes a code sparse. One small class an activation; all are pure functions of a block's weights and the rows.
 
-`code` is what training sees, with gradients; `infer` what a finished dictionary gives. They differ for BatchTopK alone,
-whose batches are not there any more: a threshold takes their place (`pipeline.sdl.calibration`).
+Training: `places` says which entries of the code can matter (None: all are computed), `activate` what they become, the
+same for all entries and for those at places. `infer` is what a finished dictionary does. They differ for BatchTopK
+alone, whose batches are not there any more: a threshold takes their place (`pipeline.sdl.calibration`).
+
+The kinds without a k have dense codes to begin with and sparse ones soon: as long as many entries are active all of
+them are computed, and where few are, those alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -11,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.sdl.codes import Code, DenseCode, SparseCode
-from pipeline.sdl.selection import dense_batch_top_k, dense_top_k, select_batch_top_k, select_top_k
+from pipeline.sdl.codes import Code
+from pipeline.sdl.selection import dense_batch_top_k, dense_top_k, select_above, select_batch_top_k, select_top_k
+from pipeline.sdl.sparse import Places
 
 
 @dataclass(frozen=True)
 class Products:
-    """How the sparse kinds compute their codes. What is chosen may change the last bits, and entries nearly equal."""
+    """How codes are computed. What is chosen may change the last bits, and which of nearly equal entries are kept."""
 
     sparse: bool = True
     """False: dense codes and dense float32 products, the plain formula."""
@@ -42,12 +48,16 @@ class Encoder(Protocol):
     def selection_weights(self) -> Tensor | None: ...
 
 
+Spread = Callable[[Tensor], Tensor]
+"""A weight of each latent [latents] -> of each entry, as `Code.of_entries`."""
+
+
 class _Kind:
-    """What most activations have in common: no weights of their own, biases that move with the input's mean."""
+    """What most activations have in common: no weights of their own, and the preactivation where it is positive."""
 
     kind: ClassVar[str]
     is_sparse: ClassVar[bool] = False
-    """Whether the number of active latents is fixed in advance, so that codes may be sparse."""
+    """Whether the number of active latents is fixed in advance."""
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of own weights that are trained; other own weights are set by calibration."""
 
@@ -62,6 +72,39 @@ class _Kind:
         """The own weights that give the same codes once every preactivation is less by `by` [latents]."""
         return own
 
+    def places(self, block: Encoder, x: Tensor, dtype: torch.dtype) -> Places | None:
+        """Which entries can matter for x [rows, d_in], found with products in `dtype`; None: too many to gain by it."""
+        return select_above(x, block.W_enc, block.b_enc, 0.0, dtype)
+
+    def activate(self, preactivations: Tensor, block: Encoder, spread: Spread) -> tuple[Tensor, Tensor]:
+        """Entries of preactivations -> values and gates; see `Code`."""
+        values = preactivations.relu()
+        return values, values
+
+    def keep(self, preactivations: Tensor, block: Encoder) -> Tensor:
+        """Of all preactivations [rows, latents] those that compete successfully, else 0."""
+        return preactivations
+
+    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
+        """The code of x [rows, d_in] in training, with gradients."""
+        places = self.places(block, x, products.selection_dtype) if products.sparse else None
+        spread: Spread = _same
+        if places is None:
+            preactivations = self.keep(block.preactivations(x), block)
+        else:
+            preactivations = places.encode(x, block.W_enc, block.b_enc)
+            spread = places.of_entries
+        values, gates = self.activate(preactivations, block, spread)
+        return Code(values, preactivations, gates, places)
+
+    def infer(self, block: Encoder, x: Tensor) -> Tensor:
+        """The code of x [rows, d_in] -> [rows, latents], of a finished dictionary."""
+        return self.activate(self.keep(block.preactivations(x), block), block, _same)[0]
+
+
+def _same(weights: Tensor) -> Tensor:
+    return weights
+
 
 @dataclass(frozen=True)
 class TopK(_Kind):
@@ -74,16 +117,11 @@ class TopK(_Kind):
     def check(self, latents: int) -> None:
         _check_k(self.k, latents)
 
-    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
-        if products.sparse:
-            places = select_top_k(x, block.W_enc, block.b_enc, self.k, products.selection_dtype)
-            return SparseCode(places, places.encode(x, block.W_enc, block.b_enc).relu())
-        preactivations = block.preactivations(x)
-        values = dense_top_k(preactivations, self.k)
-        return DenseCode(values, preactivations, values)
+    def places(self, block: Encoder, x: Tensor, dtype: torch.dtype) -> Places | None:
+        return select_top_k(x, block.W_enc, block.b_enc, self.k, dtype)
 
-    def infer(self, block: Encoder, x: Tensor) -> Tensor:
-        return dense_top_k(block.preactivations(x), self.k)
+    def keep(self, preactivations: Tensor, block: Encoder) -> Tensor:
+        return dense_top_k(preactivations, self.k)
 
 
 @dataclass(frozen=True)
@@ -101,14 +139,11 @@ class BatchTopK(_Kind):
     def own_weights(self, latents: int) -> dict[str, Tensor]:
         return {"threshold": torch.full((latents,), torch.nan)}  # set by calibration
 
-    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
-        weights = block.selection_weights()
-        if products.sparse:
-            places = select_batch_top_k(x, block.W_enc, block.b_enc, self.k, products.selection_dtype, weights)
-            return SparseCode(places, places.encode(x, block.W_enc, block.b_enc).relu())
-        preactivations = block.preactivations(x)
-        values = dense_batch_top_k(preactivations, self.k, weights)
-        return DenseCode(values, preactivations, values)
+    def places(self, block: Encoder, x: Tensor, dtype: torch.dtype) -> Places | None:
+        return select_batch_top_k(x, block.W_enc, block.b_enc, self.k, dtype, block.selection_weights())
+
+    def keep(self, preactivations: Tensor, block: Encoder) -> Tensor:
+        return dense_batch_top_k(preactivations, self.k, block.selection_weights())
 
     def infer(self, block: Encoder, x: Tensor) -> Tensor:
         threshold = block.own("threshold")
@@ -123,14 +158,6 @@ class ReLU(_Kind):
     """max(0, preactivation)."""
 
     kind: ClassVar[str] = "relu"
-
-    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
-        preactivations = block.preactivations(x)
-        values = preactivations.relu()
-        return DenseCode(values, preactivations, values)
-
-    def infer(self, block: Encoder, x: Tensor) -> Tensor:
-        return block.preactivations(x).relu()
 
 
 @dataclass(frozen=True)
@@ -157,18 +184,19 @@ class JumpReLU(_Kind):
     def own_weights(self, latents: int) -> dict[str, Tensor]:
         return {"threshold": torch.full((latents,), self.threshold)}
 
-    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
-        preactivations = block.preactivations(x)
-        values: Tensor = _Jump.apply(preactivations, block.own("threshold"), self.bandwidth)
-        return DenseCode(values, preactivations, values)
+    def places(self, block: Encoder, x: Tensor, dtype: torch.dtype) -> Places | None:
+        learns_from = block.own("threshold") - self.bandwidth / 2  # below it nothing happens, not even a gradient
+        return select_above(x, block.W_enc, block.b_enc, learns_from, dtype)
 
-    def infer(self, block: Encoder, x: Tensor) -> Tensor:
-        preactivations = block.preactivations(x)
-        return torch.where(preactivations > block.own("threshold"), preactivations, 0).relu()
+    def activate(self, preactivations: Tensor, block: Encoder, spread: Spread) -> tuple[Tensor, Tensor]:
+        threshold = spread(block.own("threshold")).expand_as(preactivations)
+        values: Tensor = _Jump.apply(preactivations, threshold, self.bandwidth)
+        return values, values
 
-    def active(self, code: DenseCode, block: Encoder) -> Tensor:
-        """1 where a latent is active, else 0 [rows, latents], with a gradient for the thresholds alone."""
-        active: Tensor = _Step.apply(code.preactivations, block.own("threshold"), self.bandwidth)
+    def active(self, code: Code, block: Encoder) -> Tensor:
+        """1 where an entry is active, else 0, with a gradient for the thresholds alone."""
+        threshold = code.of_entries(block.own("threshold")).expand_as(code.preactivations)
+        active: Tensor = _Step.apply(code.preactivations, threshold, self.bandwidth)
         return active
 
 
@@ -186,16 +214,10 @@ class Gated(_Kind):
     def own_weights(self, latents: int) -> dict[str, Tensor]:
         return {"r_mag": torch.zeros(latents), "b_mag": torch.zeros(latents)}
 
-    def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
-        gate = block.preactivations(x)
-        return DenseCode(self._values(block, gate), gate, gate.relu())
-
-    def infer(self, block: Encoder, x: Tensor) -> Tensor:
-        return self._values(block, block.preactivations(x))
-
-    def _values(self, block: Encoder, gate: Tensor) -> Tensor:
-        magnitude = block.own("r_mag").exp() * (gate - block.b_enc) + block.own("b_mag")
-        return torch.where(gate > 0, magnitude.relu(), 0)
+    def activate(self, preactivations: Tensor, block: Encoder, spread: Spread) -> tuple[Tensor, Tensor]:
+        product = preactivations - spread(block.b_enc)
+        magnitude = spread(block.own("r_mag").exp()) * product + spread(block.own("b_mag"))
+        return torch.where(preactivations > 0, magnitude.relu(), 0), preactivations.relu()
 
     def shift(self, own: dict[str, Tensor], by: Tensor) -> dict[str, Tensor]:
         return {**own, "b_mag": own["b_mag"] - own["r_mag"].exp() * by}
@@ -237,8 +259,7 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, theta = ctx.saved_tensors
         near = (x - theta).abs() < ctx.bandwidth / 2
-        to_theta = -(theta / ctx.bandwidth) * (grad * near).sum(0)
-        return grad * ((x > theta) & (x > 0)), to_theta, None
+        return grad * ((x > theta) & (x > 0)), -(theta / ctx.bandwidth) * grad * near, None
 
 
 class _Step(torch.autograd.Function):
@@ -254,4 +275,4 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, theta = ctx.saved_tensors
         near = (x - theta).abs() < ctx.bandwidth / 2
-        return None, -(grad * near).sum(0) / ctx.bandwidth, None
+        return None, -grad * near / ctx.bandwidth, None

@@ -9,67 +9,50 @@ from pipeline.sdl.sparse import Places
 
 
 @dataclass(frozen=True)
-class DenseCode:
-    """A code of which every entry is held."""
+class Code:
+    """Entries of a code [rows, latents]: all of them, or those at `places`, where the others are zero.
+
+    Each tensor is [rows, latents], or [entries] of `places`.
+    """
 
     values: Tensor
-    """[rows, latents], not negative."""
+    """Not negative."""
     preactivations: Tensor
-    """[rows, latents]: what decided which are active; of a gated dictionary its gate's."""
+    """What decided which are active; of a gated dictionary its gate's."""
     gates: Tensor
-    """[rows, latents]: what sparsity is asked of: the values, of a gated dictionary relu(preactivations)."""
+    """What sparsity is asked of: the values, of a gated dictionary relu(preactivations)."""
+    places: Places | None = None
 
     @property
     def rows(self) -> int:
-        return len(self.values)
+        return len(self.values) if self.places is None else self.places.rows
 
     def of_entries(self, per_latent: Tensor) -> Tensor:
-        """A figure for each latent [latents] -> for each of `gates`."""
-        return per_latent
+        """A figure for each latent [latents] -> for each entry, or what broadcasts to that."""
+        return per_latent if self.places is None else self.places.of_entries(per_latent)
 
     def decode(self, W_dec: Tensor) -> Tensor:
         """values @ W_dec -> [rows, d]."""
-        return self.values @ W_dec
+        return self._product(self.values, W_dec)
 
-    def between(self, first: int, last: int) -> "DenseCode":
+    def decode_gates(self, W_dec: Tensor) -> Tensor:
+        """gates @ W_dec -> [rows, d]."""
+        return self._product(self.gates, W_dec)
+
+    def _product(self, entries: Tensor, W_dec: Tensor) -> Tensor:
+        return entries @ W_dec if self.places is None else self.places.decode(entries, W_dec)
+
+    def between(self, first: int, last: int) -> "Code":
         """The code of the latents [first, last)."""
-        kept = slice(first, last)
-        return DenseCode(self.values[:, kept], self.preactivations[:, kept], self.gates[:, kept])
+        if self.places is None:
+            kept = (slice(None), slice(first, last))
+            return Code(self.values[kept], self.preactivations[kept], self.gates[kept])
+        places, index = self.places.between(first, last)
+        return Code(self.values[index], self.preactivations[index], self.gates[index], places)
 
     def firings(self) -> Tensor:
         """int64 [latents]: rows on which each is active."""
-        return (self.values.detach() > 0).sum(0)
-
-
-@dataclass(frozen=True)
-class SparseCode:
-    """A code of which the entries at `places` are held; the others are zero."""
-
-    places: Places
-    values: Tensor
-    """[entries], not negative."""
-
-    @property
-    def gates(self) -> Tensor:
-        return self.values
-
-    @property
-    def rows(self) -> int:
-        return self.places.rows
-
-    def of_entries(self, per_latent: Tensor) -> Tensor:
-        return per_latent[self.places.latent]
-
-    def decode(self, W_dec: Tensor) -> Tensor:
-        return self.places.decode(self.values, W_dec)
-
-    def between(self, first: int, last: int) -> "SparseCode":
-        places, kept = self.places.between(first, last)
-        return SparseCode(places, self.values[kept])
-
-    def firings(self) -> Tensor:
-        active = self.places.latent[self.values.detach() > 0]
-        return torch.bincount(active, minlength=self.places.latents)
-
-
-Code = DenseCode | SparseCode
+        active = self.values.detach() > 0
+        if self.places is None:
+            return active.sum(0)
+        return torch.bincount(self.places.latent[active], minlength=self.places.latents)

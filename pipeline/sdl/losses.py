@@ -77,7 +77,7 @@ def gate_loss(y: Tensor, dictionary: Dictionary, codes: Sequence[Code], x: Tenso
     """
     residual = y - dictionary.base(x, len(x)).detach()
     for block, code in zip(dictionary.each_block(), codes, strict=True):
-        residual = add_columns(residual, -(code.gates @ block.W_dec.detach()), block.shape.writes)
+        residual = add_columns(residual, -code.decode_gates(block.W_dec.detach()), block.shape.writes)
     return reconstruction_loss(residual, total_variance)
 
 

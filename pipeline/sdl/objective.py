@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import Gated, JumpReLU
-from pipeline.sdl.codes import Code, DenseCode
+from pipeline.sdl.codes import Code
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Block, Dictionary
 from pipeline.sdl.losses import (
@@ -170,7 +170,7 @@ def _sparsity_terms(objective: Objective, block: Block, code: Code, p: float, d:
             yield objective.tanh / d * tanh_loss(code, norms, objective.tanh_scale)
         if objective.p_norm:
             yield objective.p_norm / d * p_norm_loss(code, norms, p)
-    if objective.l0 and isinstance(block.activation, JumpReLU) and isinstance(code, DenseCode):
+    if objective.l0 and isinstance(block.activation, JumpReLU):
         active = block.activation.active(code, block).sum() / code.rows
         target = objective.l0_target
         yield objective.l0 * (active if target is None else (active / target - 1).square())

@@ -39,6 +39,10 @@ class Places:
         """int64 [entries]: the row of each."""
         return torch.repeat_interleave(self.starts.diff())
 
+    def of_entries(self, per_latent: Tensor) -> Tensor:
+        """A figure for each latent [latents] -> for each entry [entries]."""
+        return per_latent[self.latent]
+
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """The kept entries of x @ W_enc.T + b_enc, for x [rows, d], W_enc [latents, d] -> [entries]."""
         values: Tensor = _Encode.apply(x, W_enc, b_enc, self)

@@ -43,6 +43,8 @@ class TrainingConfig:
     """Largest norm of the gradient of all weights together, of a loss that sums the error over dimensions."""
     resampling: Resampling | None = None
     initialisation: Initialisation = field(default=Initialisation())
+    tied: bool = False
+    """The encoder is the decoder's transpose throughout (autoencoders)."""
     anchors_first: bool = True
     """Anchored latents begin at their anchors, so that none has to cross the space; else as all others do."""
     products: Products = field(default=Products())
@@ -88,6 +90,8 @@ class DictionaryTrainer:
         dictionary.to(device)
         for block in dictionary.each_block():
             block.free_norms = config.decoder_norm == "free"
+            if config.tied:
+                block.W_enc = block.W_dec
         if self.anchors is not None and config.anchors_first:
             start_at_anchors(dictionary, self.anchors)
         self.step_number = 0
@@ -232,6 +236,8 @@ def check_training(dictionary: Dictionary, config: TrainingConfig, anchors: Anch
         raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
     if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
         raise InputError("decoders of another initial norm than 1 need decoder_norm: free")
+    if config.tied and (not shape.is_autoencoder or shape.cross_layer):
+        raise InputError("tied: an encoder can only be its decoder's transpose where the output is the input")
     if anchors is None:
         return
     if anchors.count > shape.latents:
