@@ -1,0 +1,222 @@
+"""One cell of the Linear Representation Bench: a method, an arm and a seed, trained and scored.
+
+Methods are recipes: a shape, an activation and terms of the loss, with every number that the paper leaves out. Arms:
+`plain`; `anchored` to the first true features, encoder and decoder; `random`, as many random directions instead. All
+arms are scored on the features that the anchored one was not given.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from pipeline.sdl.anchoring import controlled
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
+from pipeline.sdl.objective import Anchors, Objective
+from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
+
+ARMS = ("plain", "anchored", "random")
+LAYOUTS = {"sae": ((0,), (0,)), "transcoder": ((0,), (1,)), "crosscoder": ((0, 1), (0, 1))}
+"""Which sources are read and which are written."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A member of the family as the bench trains it."""
+
+    activation: Activation
+    objective: Objective = field(default=Objective())
+    layout: str = "sae"
+    """sae, transcoder or crosscoder (two sources)."""
+    tied: bool = False
+    decoder_norm: str = "unit"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a table is: the data, the dictionary and the training."""
+
+    bench: Bench
+    latents: int
+    steps: int
+    batch_rows: int
+    learning_rate: float
+    k: int
+    anchors: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained."""
+
+    size: Size
+    method: str
+    arm: str
+    seed: int
+    changes: tuple[tuple[str, Any], ...] = ()
+    """Fields of the size, the method or its objective that are set otherwise, for sweeps: ("k", 10)."""
+
+
+def small() -> Size:
+    """About a minute a table on two cores: n = 250."""
+    return Size(Bench(250, 192, 20_000, 0.96, 0.2), 1000, 600, 1024, 3e-3, 10, 25)
+
+
+def half() -> Size:
+    return Size(Bench(500, 384, 100_000), 8000, 2000, 2048, 2e-3, 10, 50)
+
+
+def full() -> Size:
+    return Size(Bench(), 16_000, 2000, 2048, 2e-3, 20, 100)
+
+
+SIZES = {"small": small, "half": half, "full": full}
+
+
+def methods(k: int, latents: int) -> dict[str, Method]:
+    """The rows of the table."""
+    prefixes = tuple(latents // divisor for divisor in (16, 8, 4, 2))
+    return {
+        "relu": Method(ReLU(), Objective(l1=2.0)),
+        "jumprelu": Method(JumpReLU(0.3, 0.3), Objective(l0=1e-3)),
+        "gated": Method(Gated(), Objective(l1=2.0)),
+        "topk": Method(TopK(k)),
+        "batch_topk": Method(BatchTopK(k)),
+        "matryoshka": Method(BatchTopK(k), Objective(prefixes=prefixes)),
+        "transcoder": Method(TopK(k), layout="transcoder"),
+        "crosscoder": Method(BatchTopK(k), layout="crosscoder"),
+    }
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and outputs of all samples, with their features: float32."""
+
+    coefficients: Tensor
+    sources: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+
+
+@lru_cache(maxsize=1)
+def data_of(bench: Bench, sources: int) -> Data:
+    coefficients = make_coefficients(bench)
+    features = tuple(make_features(bench, i) for i in range(sources))
+    return Data(coefficients, tuple(make_rows(bench, coefficients, W, i) for i, W in enumerate(features)), features)
+
+
+def train_cell(cell: Cell) -> dict[str, Any]:
+    """Train and score a cell. Returns its record, as JSON values."""
+    started = time.perf_counter()
+    size, method = resolve(cell)
+    reads, writes = LAYOUTS[method.layout]
+    data = data_of(size.bench, 1 + max(reads + writes))
+    trainer = make_trainer(size, method, cell, data)
+    x = side_by_side(data.sources, reads)
+    y = x if reads == writes else side_by_side(data.sources, writes)
+    curve = []
+    for step, rows in enumerate(batches(size, cell.seed)):
+        inputs = x[rows]
+        found = trainer.step(inputs, inputs if y is x else y[rows])
+        if step % max(1, size.steps // 50) == 0 or step + 1 == size.steps:
+            curve.append({"step": step, "fvu": found.fvu, "l0": found.l0, "dead": found.dead_share})
+    result = trainer.result()
+    return {
+        "method": cell.method,
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "changes": dict(cell.changes),
+        "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
+        "decoder": asdict(recovery(result.W_dec, side_by_side(data.features, writes), size.anchors)),
+        **{name: curve[-1][name] for name in ("fvu", "l0", "dead")},
+        "curve": curve,
+        "minutes": (time.perf_counter() - started) / 60,
+    }
+
+
+def resolve(cell: Cell) -> tuple[Size, Method]:
+    """The size and the method with the cell's changes. Raises InputError for a name that neither has."""
+    changes = dict(cell.changes)
+    size = replace(cell.size, **{n: changes.pop(n) for n in list(changes) if hasattr(cell.size, n)})
+    known = methods(size.k, size.latents)
+    if cell.method not in known:
+        raise InputError(f"no method {cell.method!r}; there are {', '.join(known)}")
+    if cell.arm not in ARMS:
+        raise InputError(f"no arm {cell.arm!r}; there are {', '.join(ARMS)}")
+    method = known[cell.method]
+    for part in ("activation", "objective"):
+        value = getattr(method, part)
+        mine = {n: changes.pop(n) for n in list(changes) if hasattr(value, n)}
+        method = replace(method, **{part: replace(value, **mine)})
+    if unknown := [n for n in changes if not hasattr(method, n)]:
+        raise InputError(f"no such thing to change: {', '.join(unknown)}")
+    return size, replace(method, **changes)
+
+
+def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> DictionaryTrainer:
+    reads, writes = LAYOUTS[method.layout]
+    width = size.bench.width
+    config = DictionaryConfig(
+        tuple(f"source.{i}" for i in reads),
+        tuple(f"source.{i}" for i in writes),
+        (width,) * len(reads),
+        (width,) * len(writes),
+        size.latents,
+        method.activation,
+    )
+    training = TrainingConfig(
+        steps=size.steps,
+        batch_rows=size.batch_rows,
+        learning_rate=size.learning_rate,
+        objective=method.objective,
+        dead_after_rows=max(1, size.steps * size.batch_rows // 20),
+        decoder_norm=method.decoder_norm,
+        tied=method.tied,
+        seed=cell.seed,
+    )
+    norms = [_normalisation(rows) for rows in data.sources]
+    return DictionaryTrainer(
+        Dictionary(config),
+        training,
+        Normalisation.side_by_side([norms[i] for i in reads]),
+        Normalisation.side_by_side([norms[i] for i in writes]),
+        _anchors(size, cell, data.features, reads, writes),
+    )
+
+
+def _anchors(
+    size: Size, cell: Cell, features: Sequence[Tensor], reads: Sequence[int], writes: Sequence[int]
+) -> Anchors | None:
+    if cell.arm == "plain":
+        return None
+    given = {str(i): W[: size.anchors] for i, W in enumerate(features)}
+    given = controlled(given, "random" if cell.arm == "random" else "none", cell.seed)
+    of_sources = [given[str(i)] for i in range(len(features))]
+    return Anchors(side_by_side(of_sources, reads), side_by_side(of_sources, writes))
+
+
+def _normalisation(rows: Tensor) -> Normalisation:
+    mean = rows.mean(0)
+    return Normalisation.of(mean, (rows - mean).square().sum(1).mean().item())
+
+
+def side_by_side(parts: Sequence[Tensor], which: Sequence[int]) -> Tensor:
+    return parts[which[0]] if len(which) == 1 else torch.cat([parts[i] for i in which], dim=1)
+
+
+def batches(size: Size, seed: int) -> Iterator[Tensor]:
+    """The samples of each step, in epochs of a seeded order each."""
+    generator = torch.Generator().manual_seed(7919 + seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(size.steps):
+        while len(order) < size.batch_rows:
+            order = torch.cat([order, torch.randperm(size.bench.samples, generator=generator)])
+        yield order[: size.batch_rows]
+        order = order[size.batch_rows :]
