@@ -113,6 +113,22 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("store", help="the store, or a spec that names it")
     report.add_argument("--out", help="the page (default: report.html inside the store)")
 
+    bench = add(
+        "bench",
+        _bench,
+        "measure training methods where the answer is known",
+        "granary bench lrb --size small --method topk --method batch_topk",
+    )
+    bench.add_argument("name", choices=("lrb",), help="lrb: the Linear Representation Bench (arXiv 2512.05534)")
+    bench.add_argument("--size", default="small", help="small (about a minute a seed), half or full (the paper's)")
+    bench.add_argument("--method", action="append", metavar="NAME", help="a method; again for more (default: seven)")
+    bench.add_argument("--arm", action="append", metavar="NAME", help="plain, anchored or random (default: all)")
+    bench.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds of each cell (default: 3)")
+    bench.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another constant, as k=10")
+    bench.add_argument("--out", metavar="FOLDER", help="cells, lrb.md, .json, .svg (default: granary-lrb-SIZE)")
+    bench.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of a cell (default: 1)")
+    bench.add_argument("--address", default="local", help="a Ray cluster, as cluster.address (default: local)")
+
     submit = add("submit", _submit, "run a spec as a job on a running Ray cluster", "granary submit spec.yaml --follow")
     submit.add_argument("spec", help="the spec file")
     submit.add_argument("--stage", choices=(*stages,), default="run", help="what the job runs (default: run)")
@@ -210,6 +226,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from jobs.bench.lrb import run_lrb
+
+    return run_lrb(arguments, lambda text: print(text, flush=True))
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from jobs.spec import load_spec
     from jobs.submit import follow, submit
@@ -247,7 +269,7 @@ def _stop(arguments: argparse.Namespace) -> int:
 def _count(text: str) -> int:
     """An argument that is a number of things."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of units")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 

@@ -1,8 +1,8 @@
 """The Linear Representation Bench (arXiv 2512.05534, synthetic experiments): data whose true features are known.
 
 n unit features w_i in n_p dimensions, none closer to another than M; sparse coefficients x_d, each Bernoulli(1 - S)
-times (c_min + Exp(beta)); activations x_p = W_p x_d. A dictionary is scored by how well its rows recover the features it was
-not anchored to. The paper leaves constants open; every one of ours is a field of `Bench` with its default here.
+times (c_min + Exp(beta)); activations x_p = W_p x_d. A dictionary is scored by how well its rows recover the
+features it was not anchored to. The paper leaves constants open; every one of ours is a field of `Bench`.
 
 Transcoders read W_p x_d and write W_r x_d, with other features W_r of the same coefficients; crosscoders read and write
 both side by side.

@@ -61,32 +61,35 @@ class Cell:
     method: str
     arm: str
     seed: int
+    """Of the data, the first weights and the order of the samples."""
     changes: tuple[tuple[str, Any], ...] = ()
     """Fields of the size, the method or its objective that are set otherwise, for sweeps: ("k", 10)."""
 
 
 def small() -> Size:
-    """About a minute a table on two cores: n = 250."""
+    """About a minute for each seed of the table on two cores."""
     return Size(Bench(250, 192, 20_000, 0.96, 0.2), 1000, 600, 1024, 3e-3, 10, 25)
 
 
 def half() -> Size:
-    return Size(Bench(500, 384, 100_000), 8000, 2000, 2048, 2e-3, 10, 50)
+    return Size(Bench(500, 384, 100_000), 8000, 1500, 2048, 2e-3, 10, 50)
 
 
 def full() -> Size:
-    return Size(Bench(), 16_000, 2000, 2048, 2e-3, 20, 100)
+    """The paper's n, n_p, F, N, S and M."""
+    return Size(Bench(), 16_000, 1500, 2048, 2e-3, 20, 100)
 
 
 SIZES = {"small": small, "half": half, "full": full}
 
 
-def methods(k: int, latents: int) -> dict[str, Method]:
-    """The rows of the table."""
+def methods(size: Size) -> dict[str, Method]:
+    """What the bench can train."""
+    k, latents = size.k, size.latents
     prefixes = tuple(latents // divisor for divisor in (16, 8, 4, 2))
     return {
         "relu": Method(ReLU(), Objective(l1=2.0)),
-        "jumprelu": Method(JumpReLU(0.3, 0.3), Objective(l0=1e-3)),
+        "jumprelu": Method(JumpReLU(1.0, 1.0), Objective(l0=1e-2)),
         "gated": Method(Gated(), Objective(l1=2.0)),
         "topk": Method(TopK(k)),
         "batch_topk": Method(BatchTopK(k)),
@@ -145,7 +148,8 @@ def resolve(cell: Cell) -> tuple[Size, Method]:
     """The size and the method with the cell's changes. Raises InputError for a name that neither has."""
     changes = dict(cell.changes)
     size = replace(cell.size, **{n: changes.pop(n) for n in list(changes) if hasattr(cell.size, n)})
-    known = methods(size.k, size.latents)
+    size = replace(size, bench=replace(size.bench, seed=size.bench.seed + cell.seed))
+    known = methods(size)
     if cell.method not in known:
         raise InputError(f"no method {cell.method!r}; there are {', '.join(known)}")
     if cell.arm not in ARMS:

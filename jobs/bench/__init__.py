@@ -1,0 +1,1 @@
+"""`granary bench`: measurements with a known answer, which anyone can run."""

@@ -1,0 +1,65 @@
+"""Cells of a bench as Ray tasks, each with a file of its own: a table of days goes on where it was.
+
+A cell's file is named after everything that determines it, and is put in place whole; a run that is killed loses the
+cells it was at, and nothing else.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from pipeline.sdl.lrb_cells import Cell, resolve, train_cell
+from storage.records import Record, digest
+
+CELLS = "cells"
+
+
+def identity_of(cell: Cell) -> Record:
+    """Everything that determines a cell's figures, as JSON."""
+    size, method = resolve(cell)
+    described = asdict(method) | {"activation": {"kind": method.activation.kind, **vars(method.activation)}}
+    identity: Record = json.loads(
+        json.dumps({"size": asdict(size), "method": described, "arm": cell.arm, "seed": cell.seed})
+    )
+    return identity
+
+
+def file_of(folder: Path, cell: Cell) -> Path:
+    name = "-".join([cell.method, cell.arm, str(cell.seed), digest(identity_of(cell))[:12]])
+    return folder / CELLS / f"{name}.json"
+
+
+def read_cell(folder: Path, cell: Cell) -> Record | None:
+    """The record of a cell that was run, or None."""
+    path = file_of(folder, cell)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tuple[Cell, Record]]:
+    """Run the cells that have no record yet, as many at once as the cluster has room for; yield each as it is done.
+
+    Ray must be up. Raises what a cell raised, once the others that were begun are done.
+    """
+    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    remote = ray.remote(num_cpus=threads, max_retries=3)(_run)
+    waiting = {remote.remote(cell, threads): cell for cell in cells if read_cell(folder, cell) is None}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting), num_returns=1)
+        cell = waiting.pop(done)
+        record = {"identity": identity_of(cell), **ray.get(done)}
+        path = file_of(folder, cell)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.replace(path)
+        yield cell, record
+
+
+def _run(cell: Cell, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    return train_cell(cell)
