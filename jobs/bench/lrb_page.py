@@ -1,4 +1,4 @@
-"""The table of a bench's cells: means over seeds with 95 % intervals, as Markdown, JSON and a picture. Values in, text out."""
+"""The table of a bench's cells: means over seeds with 95 % intervals, as Markdown, JSON and a picture."""
 
 import json
 from collections.abc import Sequence
@@ -43,9 +43,9 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
     size, _ = resolve(example)
     bench = asdict(size.bench)
     lines = [
-        "Recovery of the features that no arm was anchored to. M_GT: share of features whose largest |cosine| with a row "
-        "is above 0.95, in %; M_IP: mean of those cosines; MCC: mean cosine after Hungarian matching. Means over seeds "
-        "± half a 95 % interval.",
+        "Recovery of the features that no arm was anchored to. M_GT: share of features whose largest |cosine| with a "
+        "row is above 0.95, in %; M_IP: mean of those cosines; MCC: mean cosine after Hungarian matching. Means over "
+        "seeds ± half a 95 % interval; a seed draws data, first weights and the order of samples.",
         "",
         "Data: " + ", ".join(f"{name} {value}" for name, value in bench.items()),
         "",

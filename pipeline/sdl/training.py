@@ -108,16 +108,17 @@ class DictionaryTrainer:
         inputs = target if y is x else self.x_norm(x.to(self.device, non_blocking=True))
         dead = self.dead()
         dead_share = dead.float().mean().item()
-        found = evaluate(
-            config.objective,
-            model,
-            inputs,
-            target,
-            model.codes(inputs, config.products),
-            dead if dead_share else None,
-            self.anchors,
-            self.step_number / config.steps,
-        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.products.dense == "bfloat16"):
+            found = evaluate(
+                config.objective,
+                model,
+                inputs,
+                target,
+                model.codes(inputs, config.products),
+                dead if dead_share else None,
+                self.anchors,
+                self.step_number / config.steps,
+            )
         loss = found.loss.item()
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise InputError(_not_finite(self.step_number, x, y))
