@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
 from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
@@ -38,6 +38,8 @@ class Method:
     """sae, transcoder or crosscoder (two sources)."""
     tied: bool = False
     decoder_norm: str = "unit"
+    initialisation: Initialisation = field(default=Initialisation())
+    products: Products = field(default=Products(dense="bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,12 @@ def methods(size: Size) -> dict[str, Method]:
     """What the bench can train."""
     k, latents = size.k, size.latents
     prefixes = tuple(latents // divisor for divisor in (16, 8, 4, 2))
+    # Half of F latents with unit decoders, each as strong as its projection, would overshoot x F / 2 d times.
+    quiet = Initialisation(encoder_scale=min(1.0, 2 * size.bench.width / latents))
     return {
-        "relu": Method(ReLU(), Objective(l1=2.0)),
-        "jumprelu": Method(JumpReLU(1.0, 1.0), Objective(l0=1e-2)),
-        "gated": Method(Gated(), Objective(l1=2.0)),
+        "relu": Method(ReLU(), Objective(l1=2.0), initialisation=quiet),
+        "jumprelu": Method(JumpReLU(2.5, 1.0), Objective(l0=1e-2)),
+        "gated": Method(Gated(), Objective(l1=2.0), initialisation=quiet),
         "topk": Method(TopK(k)),
         "batch_topk": Method(BatchTopK(k)),
         "matryoshka": Method(BatchTopK(k), Objective(prefixes=prefixes)),
@@ -155,7 +159,7 @@ def resolve(cell: Cell) -> tuple[Size, Method]:
     if cell.arm not in ARMS:
         raise InputError(f"no arm {cell.arm!r}; there are {', '.join(ARMS)}")
     method = known[cell.method]
-    for part in ("activation", "objective"):
+    for part in ("activation", "objective", "initialisation", "products"):
         value = getattr(method, part)
         mine = {n: changes.pop(n) for n in list(changes) if hasattr(value, n)}
         method = replace(method, **{part: replace(value, **mine)})
@@ -183,6 +187,8 @@ def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> Dictiona
         dead_after_rows=max(1, size.steps * size.batch_rows // 20),
         decoder_norm=method.decoder_norm,
         tied=method.tied,
+        initialisation=method.initialisation,
+        products=method.products,
         seed=cell.seed,
     )
     norms = [_normalisation(rows) for rows in data.sources]
