@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -251,14 +251,16 @@ def _locate(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str], list
     model: type[BaseModel] | None = Spec
     kept: list[Any] = []
     known: list[str] = []
+    names_below = False  # what is below a mapping of any names, like anchors.where
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or names_below:
             kept.append(part)
         elif model is not None:
             kept.append(part)
             known = list(model.model_fields)
             field = model.model_fields.get(part)
             model = next(iter(_models_in(field.annotation)), None) if field is not None else None
+            names_below = field is not None and get_origin(field.annotation) is dict
     return tuple(kept), known, [] if model is None else list(model.model_fields)
 
 

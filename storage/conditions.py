@@ -13,7 +13,6 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 
 from storage.arrays import Array
 from storage.errors import StorageError
@@ -49,49 +48,33 @@ class Conditions:
         self.store, self.conditions = store, tuple(conditions)
         for condition in self.conditions:
             check_condition(condition)
-        connection = self._connection(0, min(1, store.num_rows))
+        self._database = duckdb.connect()  # one for all ranges of rows, as opening one takes longer than asking it
+        self._database.execute("set enable_progress_bar = false")
+        self._database.execute("set python_enable_replacements = false")
+        self._database.execute("set threads = 1")  # there is a task on every core already
+        self.rows(0, 1)
         for condition in self.conditions:
-            try:
-                (kind,) = connection.sql(f"SELECT ({condition}\n) FROM {_JOINED}").types
-            except duckdb.Error as error:
-                raise self._refusal(condition, error, connection) from None
+            (kind,) = self._database.sql(f"SELECT ({condition}\n) FROM {_JOINED}").types
             if str(kind) != "BOOLEAN":
                 raise StorageError(f"{condition!r} is no condition: it gives {kind}, not true or false")
 
     def rows(self, start: int, stop: int) -> list[Array]:
         """Of the rows [start, stop), those that fulfil each condition: int64, ascending. NULL is not fulfilled."""
-        connection = self._connection(start, stop)
-        found = []
-        for condition in self.conditions:
-            try:
-                columns = connection.execute(f"SELECT rows.row FROM {_JOINED} WHERE ({condition}\n)").fetchnumpy()
-            except duckdb.Error as error:
-                raise self._refusal(condition, error, connection) from None
-            found.append(np.sort(np.asarray(columns["row"], dtype=np.int64)))
-        return found
-
-    def _connection(self, start: int, stop: int) -> duckdb.DuckDBPyConnection:
-        """A database of the rows [start, stop) and their documents."""
         rows = rows_table(self.store, start, stop)
         document = rows.column("document").to_numpy()
-        connection = duckdb.connect()
-        connection.execute("set enable_progress_bar = false")
-        connection.execute("set python_enable_replacements = false")
-        connection.execute("set threads = 1")  # there is a task on every core already
-        connection.register("rows", rows)
-        connection.register("documents", self._documents(document))
-        return connection
+        self._database.register("rows", rows)
+        self._database.register("documents", self.store.documents_between(int(document.min()), int(document.max())))
+        return [np.sort(self._asked(condition)) for condition in self.conditions]
 
-    def _documents(self, document: Array) -> pa.Table:
-        return self.store.documents_between(int(document.min()), int(document.max()))
-
-    def _refusal(self, condition: str, error: duckdb.Error, connection: duckdb.DuckDBPyConnection) -> StorageError:
-        (reason, *_) = re.split(r"\n(?:Candidate|LINE|Did you mean)", str(error))
-        described = connection.execute(f"DESCRIBE SELECT * FROM {_JOINED}").fetchall()
-        columns = ", ".join(str(line[0]) for line in described)
-        return StorageError(
-            f"{condition!r} cannot be asked of the rows: {' '.join(reason.split())}. Columns: {columns}"
-        )
+    def _asked(self, condition: str) -> Array:
+        try:
+            columns = self._database.execute(f"SELECT rows.row FROM {_JOINED} WHERE ({condition}\n)").fetchnumpy()
+        except duckdb.Error as error:
+            (reason, *_) = re.split(r"\n(?:Candidate|LINE|Did you mean)", str(error))
+            names = ", ".join(line[0] for line in self._database.sql(f"DESCRIBE SELECT * FROM {_JOINED}").fetchall())
+            words = " ".join(reason.split())
+            raise StorageError(f"{condition!r} cannot be asked of the rows: {words}. Columns: {names}") from None
+        return np.asarray(columns["row"], dtype=np.int64)
 
 
 _JOINED = "rows JOIN documents USING (document)"
@@ -99,7 +82,7 @@ _JOINED = "rows JOIN documents USING (document)"
 
 def _parsed(query: str) -> dict[str, Any]:
     """DuckDB's tree of a SELECT, without the places of its words. Raises StorageError."""
-    text = duckdb.connect().execute("SELECT json_serialize_sql(?)", [query]).fetchone()
+    text = _parser().execute("SELECT json_serialize_sql(?)", [query]).fetchone()
     assert text is not None
     tree = json.loads(text[0])
     if tree["error"]:
@@ -109,6 +92,12 @@ def _parsed(query: str) -> dict[str, Any]:
         raise StorageError(f"{query!r} is more than one statement: give a condition")
     node: dict[str, Any] = _without_places(tree["statements"][0]["node"])
     return node
+
+
+@cache
+def _parser() -> duckdb.DuckDBPyConnection:
+    """A database with nothing in it."""
+    return duckdb.connect()
 
 
 def _without_places(value: Any) -> Any:
@@ -129,7 +118,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 @cache
 def _changing() -> frozenset[str]:
     """The names of DuckDB's functions that may give something else when they are called again."""
-    lines = duckdb.connect().execute(
+    lines = _parser().execute(
         "SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
     )
     return frozenset({str(name) for (name,) in lines.fetchall()} | _KEYWORDS)

@@ -1,5 +1,6 @@
 """Anchors of conditions, of top rows and contexts, and of given vectors: against means taken by hand, and refused."""
 
+import shutil
 from functools import reduce
 from itertools import permutations
 from pathlib import Path
@@ -31,9 +32,14 @@ NUM_ROWS, TRAINING, WIDTH = 4000, 3616, 5
 """113 units of 32 rows are trained on: 8 blocks."""
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return write_store(tmp_path_factory.mktemp("written") / "store", num_rows=NUM_ROWS, held_out_start=TRAINING)
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return write_store(tmp_path / "store", num_rows=NUM_ROWS, held_out_start=TRAINING)
+def store(tmp_path: Path, written: Store) -> Store:
+    return open_store(shutil.copytree(written.path, tmp_path / "store"))
 
 
 def settings(**source: Any) -> AnchorSettings:
@@ -253,7 +259,7 @@ def test_a_set_grows_by_sites(store: Store) -> None:
     ("condition", "words"),
     [
         ("language = ", "is no condition in SQL"),
-        ("", "is no condition in SQL"),
+        ("", "cannot be asked of the rows"),
         ("true; drop table rows", "is no condition in SQL"),
         ("true); drop table rows; select (1", "is (no condition|more than)"),
         ("true) limit (3", "is more than a condition"),
@@ -269,24 +275,24 @@ def test_a_set_grows_by_sites(store: Store) -> None:
         ("lang = 'de'", r'"lang" not found.*Columns: row, token, .*language'),
         ("token", "it gives INTEGER, not true or false"),
         ("'yes'", "it gives VARCHAR, not true or false"),
-        ("(true, false)", "not true or false"),
+        ("(true, false)", "cannot be asked of the rows"),
         ("count(*) > 1", "cannot be asked of the rows"),
         ("row_number() over () = 1", "cannot be asked of the rows"),
         ("language = 'de' and token = 'x'", "cannot be asked of the rows: .*Could not convert"),
     ],
 )
-def test_conditions_that_are_refused(store: Store, condition: str, words: str) -> None:
+def test_conditions_that_are_refused(written: Store, condition: str, words: str) -> None:
     with pytest.raises(StorageError, match=words) as caught:
-        Conditions(store, [condition])
+        Conditions(written, [condition])
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"anchors 'set': where\.odd: "):
-        anchors(store, settings(where={"sound": "language = 'de'", "odd": condition}, min_rows=1), SITES)
-    assert anchor_names(store) == []
+        anchors(written, settings(where={"sound": "language = 'de'", "odd": condition}, min_rows=1), SITES)
+    assert anchor_names(written) == []
 
 
 def test_a_condition_that_fails_at_some_row(store: Store) -> None:
     with pytest.raises(StorageError, match=r"cannot be asked of the rows: Conversion Error"):
-        make_anchors(store, settings(where={"a": "language::int = 3"}, min_rows=1), SITES)
+        make_anchors(store, settings(where={"a": "case when row > 2000 then language::int end = 3"}, min_rows=1), SITES)
     assert anchor_names(store) == []
 
 
@@ -310,7 +316,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
     arrays: dict[str, np.ndarray] = {
         "nan": np.where(np.arange(20).reshape(4, 5) == 7, np.nan, vectors),
         "infinite": np.where(np.arange(20).reshape(4, 5) == 7, np.inf, vectors),
-        "large": np.where(np.arange(20).reshape(4, 5) == 7, 1e300, vectors),
+        "large": np.where(np.arange(20).reshape(4, 5) == 7, 1e300, directions()),
         "zero": vectors * (np.arange(4) != 1)[:, None],
         "flat": vectors[0],
         "empty": vectors[:0],
@@ -344,8 +350,8 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_files_that_are_refused(store: Store, tmp_path: Path) -> None:
-    for name, (file, words) in bad_files(tmp_path).items():
-        with pytest.raises(InputError, match=rf"anchors 'set': .*{name.partition('.')[0]}.*{words}"):
+    for file, words in bad_files(tmp_path).values():
+        with pytest.raises(InputError, match=rf"anchors 'set': .*{words}"):
             anchors(store, settings(vectors=file), SITES)
         with pytest.raises(InputError, match=rf"anchors 'set': .*{words}"):
             anchors(store, settings(top={"directions": file, "site": SITE, "rows": 5}), SITES)
