@@ -15,6 +15,7 @@ from storage.places import Place, open_place
 from storage.records import Record
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
+from workers.anchor_settings import AnchorSettings
 
 STAGES = ("harvest", "anchors", "train", "evaluate")
 
@@ -45,7 +46,7 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
     """Run the stages in order; return whether there was anything to do. Raises the errors of the stages.
 
     `grow`: append to the store what it lacks of the spec's rows."""
-    missing = [s for s in stages if s in ("anchors", "train") and getattr(spec, s) is None]
+    missing = [s for s in stages if s in ("anchors", "train") and not getattr(spec, s)]
     if "evaluate" in stages and spec.train is None:
         missing.append("train")
     if stages != STAGES and missing:
@@ -55,6 +56,8 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
             "corpus.holdout is 0, which leaves no rows to evaluate on: hold some out, or run the stages one by one"
         )
     check_place(open_place(spec.store))  # before any model is read
+    if "anchors" in stages:
+        _check_anchor_files(spec)
 
     from workers.harvesting import name_in_store
 
@@ -69,8 +72,9 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
             from workers.evaluator import first_held_out_row
 
             first_held_out_row(store)  # raises now what would otherwise come after hours of training
-        if "anchors" in stages and spec.anchors is not None:
-            did |= _anchors(spec, store)
+        if "anchors" in stages:
+            for anchors in spec.anchors:
+                did |= _anchors(spec, anchors, store, cluster)
         if "train" in stages and spec.train is not None:
             did |= _train(spec, store, cluster)
         if "evaluate" in stages and spec.train is not None:
@@ -159,14 +163,28 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     return store, True
 
 
-def _anchors(spec: Spec, store: Store) -> bool:
+def _check_anchor_files(spec: Spec) -> None:
+    """Raise InputError for files of vectors that cannot be read: before a harvest, which can take hours."""
+    files = [file for anchors in spec.anchors for file in anchors.files]
+    if files:
+        from workers.vector_files import read_vectors
+
+        for file in files:
+            read_vectors(file)
+
+
+def _anchors(spec: Spec, settings: AnchorSettings, store: Store, cluster: Cluster) -> bool:
     from workers import stages
 
-    assert spec.anchors is not None
-    result = stages.anchors(store, spec.anchors, spec.harvest.sites)
+    result = stages.anchors(store, settings, spec.harvest.sites, cluster.connect)
     found = result.anchors
-    by = ", ".join(spec.anchors.by)
-    say(f"anchors: {len(found.values)} means by {by} {'made' if result.made else 'are there'} ({found.name})")
+    what = {
+        "by": f"means by {', '.join(settings.by)}",
+        "where": "means of conditions",
+        "top": f"means of top {'contexts' if settings.top and settings.top.contexts else 'rows'}",
+        "vectors": "given vectors",
+    }[settings.source]
+    say(f"anchors: {len(found.values)} {what} {'made' if result.made else 'are there'} ({found.name})")
     return result.made
 
 
@@ -207,7 +225,7 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
 
     assert spec.train is not None
     first_held_out_row(store)  # raises, before anything starts, when there is none
-    plans = stages.plan_evaluations(store, spec.model, spec.harvest, spec.train, spec.anchors, spec.evaluate)
+    plans = stages.plan_evaluations(store, spec.model, spec.harvest, spec.train, spec.scored_anchors, spec.evaluate)
     if not plans:
         say("evaluate: every dictionary is evaluated")
         return False

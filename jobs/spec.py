@@ -4,17 +4,17 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from storage.errors import StorageError
 from storage.places import check_url
+from workers.anchor_settings import FILE_ENDINGS, AnchorSets, AnchorSettings
 from workers.section import NAME_PATTERN, Settings
 from workers.settings import (
     RANGE_PATTERN,
-    AnchorSettings,
     ClusterSettings,
     CorpusSettings,
     EvaluateSettings,
@@ -36,7 +36,7 @@ class Spec(Settings):
     model: ModelSettings
     corpus: CorpusSettings
     harvest: HarvestSettings
-    anchors: AnchorSettings | None = None
+    anchors: AnchorSets = ()
     train: TrainSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -50,13 +50,7 @@ class Spec(Settings):
                 check_url(url)
             except StorageError as error:
                 problems.append(f"{key}: {error}")
-        labels = set(self.corpus.labels)
-        if self.anchors is not None:
-            problems += [
-                f"anchors.by: {label!r} is not one of corpus.labels ({', '.join(sorted(labels)) or 'there are none'})"
-                for label in self.anchors.by
-                if label not in labels
-            ]
+        problems += self._problems_of_anchors()
         for i, dictionary in enumerate(self.train.dictionaries if self.train else ()):
             where = f"train.dictionaries[{i}]"
             here = [site for site in dict.fromkeys((*dictionary.input, *dictionary.output)) if "/" not in site]
@@ -64,11 +58,42 @@ class Spec(Settings):
                 if site not in self.harvest.sites:
                     problems.append(f"{where}: {site} is not one of harvest.sites ({', '.join(self.harvest.sites)})")
             wanted = None if dictionary.anchors is None else dictionary.anchors.name
-            if wanted and (self.anchors is None or wanted != self.anchors.name):
-                given = "there is none" if self.anchors is None else repr(self.anchors.name)
+            if wanted and wanted not in [anchors.name for anchors in self.anchors]:
+                given = ", ".join(repr(anchors.name) for anchors in self.anchors) or "there is none"
                 problems.append(f"{where}.anchors: no anchor set {wanted!r} ({given})")
             problems += [f"{where}: {problem}" for problem in dictionary.problems()]
         return problems
+
+    def _problems_of_anchors(self) -> list[str]:
+        problems = []
+        labels = self.corpus.labels
+        names = [anchors.name for anchors in self.anchors]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            problems.append(f"anchors: sets need different names; {', '.join(twice)} is used twice")
+        for i, anchors in enumerate(self.anchors):
+            where = "anchors" if len(self.anchors) == 1 else f"anchors[{i}]"
+            problems += [
+                f"{where}.by: {label!r} is not one of corpus.labels ({', '.join(sorted(labels)) or 'there are none'})"
+                for label in anchors.by
+                if label not in labels
+            ]
+            for name, condition in anchors.where.items():
+                from storage.conditions import check_condition  # loads DuckDB, which few specs need
+
+                try:
+                    check_condition(condition)
+                except StorageError as error:
+                    problems.append(f"{where}.where.{name}: {error}")
+            top = anchors.top
+            if top is not None and "/" not in top.site and top.site not in self.harvest.sites:
+                sites = ", ".join(self.harvest.sites)
+                problems.append(f"{where}.top.site: {top.site} is not one of harvest.sites ({sites})")
+        return problems
+
+    @property
+    def scored_anchors(self) -> AnchorSettings | None:
+        """The set whose subpopulations dictionaries are scored on: the first by labels, which every row has."""
+        return next((anchors for anchors in self.anchors if anchors.by), None)
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,7 +130,7 @@ def parse_spec(raw: dict[str, Any], folder: Path, name: str = "spec") -> Spec:
     try:
         spec = Spec.model_validate(raw)
     except ValidationError as error:
-        raise SpecError(_listed(name, _explain(error))) from None
+        raise SpecError(_listed(name, _explain(error, raw))) from None
     if problems := spec.problems():
         raise SpecError(_listed(name, problems))
     return _resolve_paths(spec, folder)
@@ -134,11 +159,22 @@ def _resolve_paths(spec: Spec, folder: Path) -> Spec:
     return spec.model_copy(
         update={
             "harvest": harvest,
+            "anchors": tuple(_resolve_anchors(anchors, resolve) for anchors in spec.anchors),
             "store": resolve(spec.store),
             "corpus": spec.corpus.model_copy(update={"path": _resolve_corpus(spec.corpus, resolve)}),
             "model": model.model_copy(update=changed),
         }
     )
+
+
+def _resolve_anchors(anchors: AnchorSettings, resolve: Callable[[str], str]) -> AnchorSettings:
+    """top.directions may also be the name of an anchor set, which has no such ending."""
+    changed: dict[str, Any] = {}
+    if anchors.vectors is not None:
+        changed["vectors"] = resolve(anchors.vectors)
+    if anchors.top is not None and anchors.top.directions.endswith(FILE_ENDINGS):
+        changed["top"] = anchors.top.model_copy(update={"directions": resolve(anchors.top.directions)})
+    return anchors.model_copy(update=changed)
 
 
 def _resolve_corpus(corpus: CorpusSettings, resolve: Callable[[str], str]) -> tuple[str, ...]:
@@ -158,9 +194,13 @@ def _place(mark: yaml.Mark) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, raw: dict[str, Any]) -> list[str]:
     """A line for each mistake, in the order of the spec's keys."""
     found = error.errors()
+    if isinstance(raw.get("anchors"), dict):  # a single set, which became a list of one
+        for problem in found:
+            if problem["loc"][:2] == ("anchors", 0):
+                problem["loc"] = ("anchors", *problem["loc"][2:])
     parents = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
     lines: dict[str, list[str]] = {}  # with what a value must be, of which a union says one thing for each member
     for problem in found:
@@ -211,14 +251,16 @@ def _locate(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[str], list
     model: type[BaseModel] | None = Spec
     kept: list[Any] = []
     known: list[str] = []
+    names_below = False  # what is below a mapping of any names, like anchors.where
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or names_below:
             kept.append(part)
         elif model is not None:
             kept.append(part)
             known = list(model.model_fields)
             field = model.model_fields.get(part)
             model = next(iter(_models_in(field.annotation)), None) if field is not None else None
+            names_below = field is not None and get_origin(field.annotation) is dict
     return tuple(kept), known, [] if model is None else list(model.model_fields)
 
 

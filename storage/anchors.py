@@ -14,17 +14,18 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class AnchorSet:
-    """Anchors of one or several sites. Row i of every array belongs to `values[i]` of `labels[i]`."""
+    """Anchors of one or several sites. Row i of every array belongs to `values[i]` of `labels[i]`; the label is
+    `where`, `top` or `vectors` where no column says who belongs."""
 
     name: str
     labels: list[str]
     values: list[str]
     counts: list[int]
-    """Rows behind each mean."""
+    """Rows behind each mean; 0 of vectors that were given."""
     identity: Record
-    """What determines the vectors: corpus and harvest digests, labels, least rows."""
+    """What determines the vectors: corpus and harvest digests, and the labels, conditions or directions."""
     vectors: Mapping[str, npt.NDArray[np.float32]]
-    """Site -> float32 [k, d_model]: the subpopulation's mean minus the mean of all rows, not normalised."""
+    """Site -> float32 [k, d_model], not normalised: the subpopulation's mean minus that of all rows, or as given."""
 
     def identity_at(self, sites: Iterable[str]) -> Record:
         """What determines the vectors of some sites: equal however many other sites the set has."""
@@ -40,17 +41,7 @@ def write_anchors(store: Store, anchors: AnchorSet) -> None:
     known: dict[str, npt.NDArray[np.float32]] = {}
     if (folder / "anchors.json").exists():
         found = read_anchors(store, anchors.name)
-        if found.identity_at(anchors.vectors) | {"harvests": None} != anchors.identity | {"harvests": None} or any(
-            found.identity["harvests"].get(site, digest) != digest
-            for site, digest in anchors.identity["harvests"].items()
-        ):
-            since = store.info.since(found.identity)
-            otherwise = (
-                f"of {since}" if since else f"otherwise: {'; '.join(differences(found.identity, anchors.identity))}"
-            )
-            raise StoreMismatch(
-                f"anchors {anchors.name!r} are in the store, made {otherwise}. Give the new ones another name"
-            )
+        check_identity(found, anchors.identity, store)
         known = dict(found.vectors)
         anchors = replace(
             anchors, identity=found.identity | {"harvests": found.identity["harvests"] | anchors.identity["harvests"]}
@@ -68,6 +59,16 @@ def write_anchors(store: Store, anchors: AnchorSet) -> None:
     (folder / "anchors.json").write(
         encode({**record, "sites": {site: {"crc32c": checksum(vectors_of[site])} for site in sorted(vectors_of)}})
     )
+
+
+def check_identity(found: AnchorSet, identity: Record, store: Store) -> None:
+    """Raise StoreMismatch unless anchors of this identity are of the kind of those found, perhaps at other sites."""
+    same = found.identity | {"harvests": None} == identity | {"harvests": None}
+    if same and all(found.identity["harvests"].get(s, digest) == digest for s, digest in identity["harvests"].items()):
+        return
+    since = store.info.since(found.identity)
+    otherwise = f"of {since}" if since else f"otherwise: {'; '.join(differences(found.identity, identity))}"
+    raise StoreMismatch(f"anchors {found.name!r} are in the store, made {otherwise}. Give the new ones another name")
 
 
 def read_anchors(store: Store, name: str) -> AnchorSet:

@@ -111,11 +111,12 @@ def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> A
     return sink.getvalue()
 
 
-def _rows(store: Store) -> pa.Table:
-    columns: dict[str, Any] = dict(store.columns(0, store.num_rows))
+def rows_table(store: Store, start: int, stop: int) -> pa.Table:
+    """The table `rows`, of the rows [start, stop)."""
+    columns: dict[str, Any] = dict(store.columns(start, stop))
     if store.info.roles:
         columns["role"] = pa.DictionaryArray.from_arrays(columns["role"], store.info.roles)
-    return pa.table({"row": np.arange(store.num_rows), **columns})
+    return pa.table({"row": np.arange(start, stop), **columns})
 
 
 def _tokens(store: Store) -> pa.Table:
@@ -168,7 +169,7 @@ def _sites(store: Store) -> pa.Table:
 
 _TABLES: dict[str, Callable[[Store], pa.Table]] = {
     "documents": lambda store: store.documents,
-    "rows": _rows,
+    "rows": lambda store: rows_table(store, 0, store.num_rows),
     "tokens": _tokens,
     "units": _units,
     "sites": _sites,

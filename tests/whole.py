@@ -13,10 +13,11 @@ from storage.drivers import Driver, write_driver
 from storage.failures import Failure, record_failure
 from storage.runs import open_run
 from storage.store import Store
+from workers.anchor_settings import AnchorSettings
 from workers.anchoring import make_anchors
 from workers.dictionary_settings import DictionarySettings
 from workers.evaluator import EvaluationPlan, evaluate
-from workers.settings import AnchorSettings, EvaluateSettings, TrainSettings
+from workers.settings import EvaluateSettings, TrainSettings
 from workers.trainer import Trainer
 from workers.training_plan import plan_training
 

@@ -13,7 +13,7 @@ from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
 from pipeline.sites import Site, parse_site
 from workers.dictionary_settings import DictionarySettings
-from workers.section import Count, Name, Names, Seconds, Settings, Sites
+from workers.section import Count, Names, Seconds, Settings, Sites
 
 RANGE_PATTERN = r"^[0-9]+-[0-9]+$"
 
@@ -186,14 +186,6 @@ class HarvestSettings(Settings):
     def stored_types(self) -> dict[str, str]:
         """Site -> the type it is stored as."""
         return {site: parse_site(site).stored or self.dtype for site in self.sites}
-
-
-class AnchorSettings(Settings):
-    name: Name
-    by: Names
-    """Label columns; each value with enough rows becomes an anchor."""
-    min_rows: Count = 1000
-    """Values with fewer training rows give no anchor: their mean would be noise."""
 
 
 class TrainSettings(Settings):

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipeline.models import describe_model
-from storage.anchors import AnchorSet, read_anchors
+from storage.anchors import AnchorSet, anchor_names, check_identity, read_anchors
 from storage.commits import committed_units, compact
 from storage.errors import StorageError
 from storage.failures import Failure
@@ -21,14 +21,14 @@ from storage.records import Record
 from storage.runs import open_run
 from storage.store import Store
 from storage.unitsets import UnitSet, shown
-from workers.anchoring import anchors_identity, make_anchors
+from workers.anchor_settings import AnchorSettings
+from workers.anchoring import make_anchors, plan_anchors, tasks_for
 from workers.cluster import require_gpus
 from workers.evaluator import EvaluationPlan, evaluate_remotely, is_evaluated
 from workers.giving_up import HarvestFailed
 from workers.harvester import UnitResult
 from workers.harvesting import HarvestJob, declare, run_harvest
 from workers.settings import (
-    AnchorSettings,
     ClusterSettings,
     EvaluateSettings,
     HarvestSettings,
@@ -86,15 +86,17 @@ class AnchorResult:
     made: bool
 
 
-def anchors(store: Store, settings: AnchorSettings, sites: Sequence[str]) -> AnchorResult:
-    """Make the anchors of `sites`, unless the same ones are there."""
-    try:
+def anchors(
+    store: Store, settings: AnchorSettings, sites: Sequence[str], connect: Callable[[], None] | None = None
+) -> AnchorResult:
+    """Make a set of anchors of `sites`, unless the same ones are there. `connect` brings up Ray, for many rows."""
+    plan = plan_anchors(store, settings, sites)
+    if settings.name in anchor_names(store):
         found = read_anchors(store, settings.name)
-    except StorageError:
-        found = None
-    if found is not None and found.identity_at(sites) == anchors_identity(store, settings, sites):
-        return AnchorResult(found, made=False)
-    return AnchorResult(make_anchors(store, settings, sites), made=True)
+        if found.identity_at(plan.sites) == plan.identity:
+            return AnchorResult(found, made=False)
+        check_identity(found, plan.identity, store)
+    return AnchorResult(make_anchors(store, plan, tasks=tasks_for(store, plan, connect)), made=True)
 
 
 def train(store: Store, settings: TrainSettings, on_progress: Callable[[Progress], None]) -> list[str]:

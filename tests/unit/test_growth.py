@@ -22,11 +22,12 @@ from storage.records import read_record
 from storage.runs import open_run
 from storage.store import Store, open_store
 from workers import settings
+from workers.anchor_settings import AnchorSettings
 from workers.anchoring import make_anchors
 from workers.dictionary_settings import DictionarySettings
 from workers.matching import growth_of
 from workers.planning import ensure_store, open_source, plan_rows
-from workers.settings import AnchorSettings, CorpusSettings, ModelSettings, TrainSettings
+from workers.settings import CorpusSettings, ModelSettings, TrainSettings
 from workers.tabling import Cuts
 from workers.tasks import Here
 from workers.training_plan import plan_training

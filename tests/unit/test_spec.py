@@ -49,7 +49,7 @@ def test_the_shortest_useful_spec() -> None:
     assert (spec.corpus.rows_per_unit, spec.corpus.holdout) == ("auto", 0.05)
     assert spec.harvest.sites == ("resid_post.8",)
     assert (spec.harvest.dtype, spec.harvest.workers, spec.harvest.gpus_per_worker) == ("bfloat16", "auto", 0)
-    assert spec.anchors is None
+    assert spec.anchors == ()
     assert spec.train is None
     assert spec.cluster.address == "local"
 
@@ -262,8 +262,7 @@ def test_what_spans_sections_and_is_right() -> None:
         anchors={"name": "languages", "by": "language"},
         train={"dictionaries": [{**DICTIONARY, "anchors": "languages", "activation": {"k": 256}}]},
     )
-    assert spec.anchors is not None
-    assert spec.anchors.by == ("language",)
+    assert [anchors.by for anchors in spec.anchors] == [("language",)]
 
 
 # ---- the file

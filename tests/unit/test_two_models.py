@@ -14,12 +14,11 @@ from pipeline.models import describe_model
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
 from storage.store import Store, open_store
+from workers.anchor_settings import AnchorSettings
+from workers.dictionary_settings import ActivationSettings, DictionarySettings
 from workers.evaluator import evaluate
 from workers.harvesting import name_in_store
 from workers.settings import (
-    ActivationSettings,
-    AnchorSettings,
-    DictionarySettings,
     EvaluateSettings,
     HarvestSettings,
     ModelSettings,

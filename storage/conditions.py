@@ -1,0 +1,124 @@
+"""Subpopulations by SQL: a condition over the columns of `rows` and `documents`, as `granary query` knows them.
+
+Invariant: whether a row fulfils a condition depends on the row and its document alone, so that any part of the table
+may be asked by itself, at any time, with the same answer. Sub-selects, and functions like random() and now(), are
+refused for that reason.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from storage.arrays import Array
+from storage.errors import StorageError
+from storage.query import rows_table
+from storage.store import Store
+
+_KEYWORDS = {"current_timestamp", "current_time", "localtime", "localtimestamp"}
+"""Functions that are written without parentheses: DuckDB's parser takes them for columns."""
+
+
+def check_condition(condition: str) -> None:
+    """Raise StorageError unless a text is one condition. Looks at no store: its columns may be unknown."""
+    found, wanted = (_parsed(f"SELECT row FROM rows WHERE ({text}\n)") for text in (condition, "true"))
+    where = found.pop("where_clause", None)
+    del wanted["where_clause"]
+    if where is None or found != wanted:
+        raise StorageError(f"{condition!r} is more than a condition: write what may follow WHERE, and nothing after it")
+    for part in _parts(where):
+        kind, names = part.get("class"), part.get("column_names", [])
+        if kind == "SUBQUERY":
+            raise StorageError(f"{condition!r} has a sub-select: a condition says of one row whether it belongs")
+        if kind == "PARAMETER":
+            raise StorageError(f"{condition!r} has a parameter, for which there is no value: write the value itself")
+        called = names[0] if len(names) == 1 else part.get("function_name", "")
+        if called.lower() in _changing():
+            raise StorageError(f"{condition!r} depends on more than the row: {called} is not the same at all times")
+
+
+class Conditions:
+    """Conditions that are checked against the columns of a store. Raises StorageError that names the wrong one."""
+
+    def __init__(self, store: Store, conditions: Sequence[str]):
+        self.store, self.conditions = store, tuple(conditions)
+        for condition in self.conditions:
+            check_condition(condition)
+        self._database = duckdb.connect()  # one for all ranges of rows, as opening one takes longer than asking it
+        self._database.execute("set enable_progress_bar = false")
+        self._database.execute("set python_enable_replacements = false")
+        self._database.execute("set threads = 1")  # there is a task on every core already
+        self.rows(0, 1)
+        for condition in self.conditions:
+            (kind,) = self._database.sql(f"SELECT ({condition}\n) FROM {_JOINED}").types
+            if str(kind) != "BOOLEAN":
+                raise StorageError(f"{condition!r} is no condition: it gives {kind}, not true or false")
+
+    def rows(self, start: int, stop: int) -> list[Array]:
+        """Of the rows [start, stop), those that fulfil each condition: int64, ascending. NULL is not fulfilled."""
+        rows = rows_table(self.store, start, stop)
+        document = rows.column("document").to_numpy()
+        self._database.register("rows", rows)
+        self._database.register("documents", self.store.documents_between(int(document.min()), int(document.max())))
+        return [np.sort(self._asked(condition)) for condition in self.conditions]
+
+    def _asked(self, condition: str) -> Array:
+        try:
+            columns = self._database.execute(f"SELECT rows.row FROM {_JOINED} WHERE ({condition}\n)").fetchnumpy()
+        except duckdb.Error as error:
+            (reason, *_) = re.split(r"\n(?:Candidate|LINE|Did you mean)", str(error))
+            names = ", ".join(line[0] for line in self._database.sql(f"DESCRIBE SELECT * FROM {_JOINED}").fetchall())
+            words = " ".join(reason.split())
+            raise StorageError(f"{condition!r} cannot be asked of the rows: {words}. Columns: {names}") from None
+        return np.asarray(columns["row"], dtype=np.int64)
+
+
+_JOINED = "rows JOIN documents USING (document)"
+
+
+def _parsed(query: str) -> dict[str, Any]:
+    """DuckDB's tree of a SELECT, without the places of its words. Raises StorageError."""
+    text = _parser().execute("SELECT json_serialize_sql(?)", [query]).fetchone()
+    assert text is not None
+    tree = json.loads(text[0])
+    if tree["error"]:
+        shown = query.removeprefix("SELECT row FROM rows WHERE (").removesuffix("\n)")
+        raise StorageError(f"{shown!r} is no condition in SQL: {' '.join(str(tree['error_message']).split())}")
+    if len(tree["statements"]) != 1:
+        raise StorageError(f"{query!r} is more than one statement: give a condition")
+    node: dict[str, Any] = _without_places(tree["statements"][0]["node"])
+    return node
+
+
+@cache
+def _parser() -> duckdb.DuckDBPyConnection:
+    """A database with nothing in it."""
+    return duckdb.connect()
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_places(v) for k, v in value.items() if not k.startswith("query_location")}
+    return [_without_places(v) for v in value] if isinstance(value, list) else value
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a tree."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
+        yield from _parts(inner)
+
+
+@cache
+def _changing() -> frozenset[str]:
+    """The names of DuckDB's functions that may give something else when they are called again."""
+    lines = _parser().execute(
+        "SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
+    )
+    return frozenset({str(name) for (name,) in lines.fetchall()} | _KEYWORDS)
