@@ -1,4 +1,4 @@
-"""The loss of every variant and activation, with every term, against direct formulas in float64: value and gradients."""
+"""The loss of every variant, activation and term against direct formulas in float64: its value and all gradients."""
 
 import pytest
 import torch
