@@ -100,7 +100,7 @@ class Objective:
                 found.append(f"the prefix {self.prefixes[-1]} is larger than latents = {config.latents}")
         if self.anchoring_distance not in ("squared", "cosine"):
             found.append(f"anchoring_distance is squared or cosine, not {self.anchoring_distance!r}")
-        if negative := [n for n, v in vars(self).items() if isinstance(v, int | float) and v < 0]:
+        if negative := [n for n, v in vars(self).items() if n != "l0_target" and isinstance(v, int | float) and v < 0]:
             found.append(f"{', '.join(negative)}: a weight is at least 0")
         return found
 
