@@ -1,7 +1,8 @@
 """What a spec says of a dictionary becomes the values of pipeline.sdl: the same defaults, and nothing gets lost."""
 
 from dataclasses import MISSING, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -21,6 +22,7 @@ from workers.dictionary_settings import (
     ResamplingSettings,
 )
 
+SECTION = type(BaseModel)
 LEAST = {"name": "sae", "input": "resid_post.1", "latents": 64}
 
 
@@ -189,3 +191,12 @@ def test_the_shape_reaches_the_config() -> None:
 def test_problems_are_told_before_anything_runs(keys: dict[str, Any], problem: str) -> None:
     (found,) = parse(**keys).problems()
     assert problem in found
+
+
+def test_the_documentation_names_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "spec.md").read_text()
+    table = text[text.index("train.dictionaries[]") : text.index("**evaluate**")]
+    for name, field in DictionarySettings.model_fields.items():
+        section = next((s for s in (field.annotation, *get_args(field.annotation)) if isinstance(s, SECTION)), None)
+        for key in [name] if section is None else [f"{name}.{inner}" for inner in section.model_fields]:
+            assert f"`{key}`" in table or key == "anchors.name", key
