@@ -236,6 +236,7 @@ def _requirement(message: str) -> str:
 
 _WORDS = {
     "greater than or equal to": "at least",
+    "less than or equal to": "at most",
     "a valid integer": "a whole number",
     "a valid tuple": "a list",
     "a valid string": "text",

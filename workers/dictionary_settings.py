@@ -176,6 +176,8 @@ class DictionarySettings(Settings):
         try:
             config = self.config(dict.fromkeys((*self.input, *self.outputs), 1))
             self.objective().check(config)
+            if (resampling := self.resampling_value()) is not None:
+                resampling.check()
         except InputError as error:
             return [str(error)]
         if self.decoder_norm == "unit" and self.initialisation.decoder_norm != 1:

@@ -179,7 +179,8 @@ def anchors_of(store: Store, wanted: AnchoringSettings, config: DictionaryConfig
 
 def calibration_rows(store: Store, config: DictionaryConfig) -> Iterator[torch.Tensor]:
     """Inputs of held-out rows, or of the last training rows where none are held out; float32."""
-    start = store.info.held_out_start if store.info.held_out_start < store.num_rows else 0
+    none_held_out = store.info.held_out_start >= store.num_rows
+    start = max(0, store.num_rows - CALIBRATION_ROWS) if none_held_out else store.info.held_out_start
     stop = min(store.num_rows, start + CALIBRATION_ROWS)
     for first in range(start, stop, READ_ROWS):
         rows = slice(first, min(first + READ_ROWS, stop))
@@ -187,6 +188,9 @@ def calibration_rows(store: Store, config: DictionaryConfig) -> Iterator[torch.T
 
 
 def models_of(store: Store, config: DictionaryConfig) -> Record:
-    """The models whose activations the dictionary is of: name in the store -> what its harvest says of it."""
+    """The models whose activations the dictionary is of: name in the store -> its fingerprint, and the id it had."""
     harvests = [store.find(site)[0] for site in dict.fromkeys((*config.input, *config.output))]
-    return {harvest.model: harvest.identity["model"] for harvest in harvests}
+    return {
+        harvest.model: {**harvest.identity["model"], "id": harvest.made_with.get("model", harvest.model)}
+        for harvest in harvests
+    }

@@ -107,11 +107,32 @@ def _without_anchors(identity: Record) -> Record:
 
 def control_line(run: RunView, names: Sequence[str]) -> str:
     """The line for `train.dictionaries` of a spec that would train the control of `run`, under a name not in use."""
-    config = run.config
-    name = f"{run.name}-control" if "control" in names else "control"
-    line: dict[str, Any] = {"name": name, "input": config["input"]}
+    config, training = run.config, run.identity["training"]
+    line: dict[str, Any] = {
+        "name": f"{run.name}-control" if "control" in names else "control",
+        "input": config["input"],
+    }
     if config["output"] != config["input"]:
         line["output"] = config["output"]
     line |= {"latents": config["latents"], "activation": config["activation"]}
-    line["learning_rate"] = run.identity["training"]["learning_rate"]
+    line |= {key: config[key] for key in ("cross_layer", "skip", "shared_latents") if config[key]}
+    line |= {"loss": _loss(training["objective"]), "learning_rate": training["learning_rate"]}
+    line |= {"warmup": training["warmup_share"], "decay": training["decay_share"]}
+    kept = ("decoder_norm", "clip", "resampling", "initialisation", "dead_after_rows")
+    line |= {key: training[key] for key in kept if training[key] is not None}
+    if not training["products"]["sparse"]:
+        line["exact"] = True
     return "- " + yaml.safe_dump(line, default_flow_style=True, sort_keys=False, width=10_000).strip()
+
+
+def _loss(objective: Record) -> Record:
+    """The loss section of a spec that means this objective, but for anchoring; what has no effect is left out."""
+    off = {name for name in ("l1", "l0", "tanh", "p_norm", "preactivation") if not objective[name]}
+    off |= {"tanh_scale"} if "tanh" in off else set()
+    off |= {"p_end", "p_start"} if "p_norm" in off else set()
+    off |= {"sparsity_warmup"} if {"l1", "l0", "tanh", "p_norm"} <= off else set()
+    return {
+        name: value
+        for name, value in objective.items()
+        if not name.startswith("anchoring") and name not in off and value is not None and value != []
+    }

@@ -1,6 +1,7 @@
 """Controls of anchoring: directions that are like the anchors but for what they mean."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def controlled(vectors: Mapping[str, Tensor], control: str, seed: int) -> dict[s
         raise InputError(f"control is one of {', '.join(CONTROLS)}, not {control!r}")
     if control == "none":
         return dict(vectors)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_stream(seed))
     found = {}
     for site in sorted(vectors):
         anchors = vectors[site].float()
@@ -32,3 +33,8 @@ def controlled(vectors: Mapping[str, Tensor], control: str, seed: int) -> dict[s
         else:
             found[site] = anchors[:, torch.randperm(anchors.shape[1], generator=generator)]
     return found
+
+
+def _stream(seed: int) -> int:
+    """Numbers of their own: with the seed itself, random anchors would be the rows that the same seed initialises."""
+    return int.from_bytes(sha256(f"controls of anchors {seed}".encode()).digest()[:8], "big", signed=True)

@@ -32,7 +32,7 @@ def calibrate(
         if not isinstance(block.activation, BatchTopK):
             raise InputError(f"{block.activation.kind} has no threshold to calibrate; batch_topk has")
         weights = torch.ones_like(block.b_enc) if weights is None else weights.to(block.b_enc)
-        block.own("threshold").copy_(_threshold(block, weights, rows, block.activation.k) / weights)
+        block.own("threshold").copy_(_unweighted(_threshold(block, weights, rows, block.activation.k), weights))
 
 
 def _threshold(block: Block, weights: Tensor, rows: Callable[[], Iterable[Tensor]], k: int) -> float:
@@ -55,6 +55,22 @@ def _threshold(block: Block, weights: Tensor, rows: Callable[[], Iterable[Tensor
     within = lower.flip(0).cumsum(0).flip(0)
     bits_found = (digit << LOWER_BITS) + int((within >= wanted).nonzero()[-1])
     return torch.tensor(bits_found, dtype=torch.int32).view(torch.float32).item()
+
+
+def _unweighted(threshold: float, weights: Tensor) -> Tensor:
+    """For each latent the largest float32 t with t * weight <= threshold: as many are above t as times weight above it.
+
+    A quotient alone is rounded, and lets what is the threshold itself pass now and then.
+    """
+    if threshold == 0:
+        return torch.zeros_like(weights)
+    found = threshold / weights
+    for _ in range(4):  # a quotient is off by less
+        above = torch.nextafter(found, torch.full_like(found, torch.inf))
+        found = torch.where(above * weights <= threshold, above, found)
+        below = torch.nextafter(found, torch.zeros_like(found))
+        found = torch.where(found * weights > threshold, below, found)
+    return torch.where(weights > 0, found, torch.inf)
 
 
 def _bits(block: Block, weights: Tensor, x: Tensor) -> Tensor:

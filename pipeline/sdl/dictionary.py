@@ -73,16 +73,6 @@ class Block(nn.Module):
     free_norms: bool = False
     """Whether decoder rows have any norm while training; else each has norm 1."""
 
-    def initialise(self, how: Initialisation, generator: torch.Generator, transposed: bool) -> None:
-        unit = nn.functional.normalize(torch.randn(self.W_dec.shape, generator=generator), dim=1)
-        if transposed:
-            encoder = unit
-        else:
-            encoder = nn.functional.normalize(torch.randn(self.W_enc.shape, generator=generator), dim=1)
-        with torch.no_grad():
-            self.W_dec.copy_(unit * how.decoder_norm)
-            self.W_enc.copy_(encoder * how.encoder_scale)
-
 
 class Dictionary(nn.Module):
     """Blocks of latents, b_dec [d_out], and W_skip [d_out, d_in] of a skip transcoder. All float32."""
@@ -122,19 +112,27 @@ class Dictionary(nn.Module):
         how = how or Initialisation()
         generator = torch.Generator().manual_seed(seed)
         transposed = how.encoder == "transposed" and self.config.is_autoencoder and not self.config.cross_layer
-        for block in self.each_block():
-            block.initialise(how, generator, transposed)
-        self.tie_shared()
+        with torch.no_grad():
+            for block in self.each_block():
+                for W in (block.W_dec,) if transposed else (block.W_dec, block.W_enc):
+                    W.copy_(nn.functional.normalize(torch.randn(W.shape, generator=generator), dim=1))
+            self.tie_shared()  # before the encoder is taken from it
+            for block in self.each_block():
+                block.W_enc.copy_((block.W_dec if transposed else block.W_enc) * how.encoder_scale)
+                block.W_dec.mul_(how.decoder_norm)
 
     @torch.no_grad()
     def tie_shared(self) -> None:
-        """Give the shared latents the first site's decoder at every site, and the norm they had."""
+        """Give the shared latents one decoder for all sites, the mean of theirs at the norm they had.
+
+        Those that have one already are left as they are, to the bit."""
         if shared := self.config.shared_latents:
             sites = len(self.config.output)
             W = self.W_dec[:shared].view(shared, sites, -1)
-            norm = torch.linalg.vector_norm(W, dim=(1, 2), keepdim=True)
-            first = nn.functional.normalize(W[:, :1], dim=2) * norm / sites**0.5
-            W.copy_(first.expand_as(W))
+            differ = (W[:, :1] != W).any(2).any(1)
+            norm = torch.linalg.vector_norm(W[differ], dim=(1, 2), keepdim=True)
+            one = nn.functional.normalize(W[differ].mean(1, keepdim=True), dim=2) * norm / sites**0.5
+            W[differ] = one.expand(-1, sites, -1)
 
     # ---- what a finished dictionary does
 

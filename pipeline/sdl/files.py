@@ -27,25 +27,29 @@ def save_dictionary(dictionary: Dictionary, about: dict[str, Any]) -> dict[str, 
     return {WEIGHTS: save(weights), JSON: (json.dumps(record, indent=2) + "\n").encode()}
 
 
-def load_dictionary(folder: str | Path, *, model: str | None = None, input: Sequence[str] | None = None) -> Dictionary:
+def load_dictionary(
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    input: Sequence[str] | None = None,
+    output: Sequence[str] | None = None,
+) -> Dictionary:
     """Load a dictionary from the folder or URL it was saved in (`<store>/runs/<name>`).
 
-    `model` (its id or its name in the store) and `input`: what it is wanted for; one of another model or of other sites
-    is refused. Raises InputError.
+    `model` (its id or its name in the store), `input` and `output` (sites): what it is wanted for; one of another model
+    or of other sites is refused. Raises InputError.
     """
     try:
         record = json.loads(_read(folder, JSON))
-        if record["format"] != FORMAT:
-            raise InputError(f"the dictionary in {folder} has format {record['format']}; this version reads {FORMAT}")
-        weights = load(_read(folder, WEIGHTS))
-        dictionary = Dictionary(config_of(record["config"]))
-        dictionary.load_state_dict(weights)
+        if (found := record["format"]) == FORMAT:
+            dictionary = Dictionary(config_of(record["config"]))
+            dictionary.load_state_dict(load(_read(folder, WEIGHTS)))
     except FileNotFoundError as error:
         raise InputError(f"no dictionary in {folder}: {error.filename or error} is not there; train it first") from None
-    except InputError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         raise InputError(f"the dictionary in {folder} is damaged: {error}") from None
+    if found != FORMAT:
+        raise InputError(f"the dictionary in {folder} has format {found}; this version reads {FORMAT}")
     models = record.get("models", {})
     names = sorted({*models, *(str(m["id"]) for m in models.values() if "id" in m)})
     if model is not None and model not in names:
@@ -53,11 +57,12 @@ def load_dictionary(folder: str | Path, *, model: str | None = None, input: Sequ
             f"the dictionary in {folder} is of the model {' or '.join(names) or '(unknown)'}, and it is wanted for "
             f"{model}"
         )
-    if input is not None and tuple(input) != dictionary.config.input:
-        raise InputError(
-            f"the dictionary in {folder} reads {', '.join(dictionary.config.input)}, and it is wanted for "
-            f"{', '.join(input)}"
-        )
+    config = dictionary.config
+    for verb, sites, wanted in (("reads", config.input, input), ("writes", config.output, output)):
+        if wanted is not None and tuple(wanted) != sites:
+            raise InputError(
+                f"the dictionary in {folder} {verb} {', '.join(sites)}, and it is wanted for {', '.join(wanted)}"
+            )
     return dictionary.eval().requires_grad_(False)
 
 

@@ -87,6 +87,8 @@ class Objective:
             found.append("l0_target is the target of l0, which has no weight")
         if self.preactivation and config.activation.is_sparse:
             found.append(f"preactivation pulls toward a threshold; {kind} has none (auxk revives its dead latents)")
+        if self.l0_target is not None and self.l0_target <= 0:
+            found.append(f"l0_target must be above 0, not {self.l0_target}")
         if not 0 < self.p_end <= 1:
             found.append(f"p_end must be above 0 and at most 1, not {self.p_end}")
         if self.prefixes:
@@ -98,7 +100,7 @@ class Objective:
                 found.append(f"the prefix {self.prefixes[-1]} is larger than latents = {config.latents}")
         if self.anchoring_distance not in ("squared", "cosine"):
             found.append(f"anchoring_distance is squared or cosine, not {self.anchoring_distance!r}")
-        if negative := [n for n, v in vars(self).items() if isinstance(v, float) and v < 0]:
+        if negative := [n for n, v in vars(self).items() if n != "l0_target" and isinstance(v, int | float) and v < 0]:
             found.append(f"{', '.join(negative)}: a weight is at least 0")
         return found
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.errors import InputError
+
 if TYPE_CHECKING:
     from pipeline.sdl.training import DictionaryTrainer
 
@@ -28,6 +30,14 @@ class Resampling:
     """Rows that an event draws from, over several batches; fewer where the next event comes first."""
     encoder_scale: float = 0.2
     """Norm of a new encoder row, in mean norms of the alive ones."""
+
+    def check(self) -> None:
+        """Raise InputError if the events are out of order, or not within the training."""
+        if list(self.at) != sorted(set(self.at)) or not all(0 <= share < 1 for share in self.at):
+            raise InputError(
+                "resampling.at must be shares of the steps, at least 0 and below 1, in ascending order, unlike "
+                f"{', '.join(map(str, self.at))}"
+            )
 
     def steps_left(self, step: int, steps: int, batch_rows: int) -> int | None:
         """Batches of the event under way that are left, this one included; None where there is no event."""

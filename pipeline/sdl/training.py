@@ -233,6 +233,8 @@ def check_training(dictionary: Dictionary, config: TrainingConfig, anchors: Anch
     """Raise InputError where dictionary, objective and anchors do not fit together."""
     shape = dictionary.config
     config.objective.check(shape)
+    if config.resampling is not None:
+        config.resampling.check()
     if config.decoder_norm not in ("unit", "free"):
         raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
     if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
@@ -270,6 +272,7 @@ def start_at_anchors(dictionary: Dictionary, anchors: Anchors) -> None:
         ):
             if side is not None:
                 W[: len(side)] = functional.normalize(side[:, columns], dim=1)
+    dictionary.tie_shared()
 
 
 def _drop_parallel(block: Block) -> None:

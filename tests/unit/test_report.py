@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from jobs.report.anchoring import Comparison, Score, compare, summary
 from jobs.report.latents import shaded
 from jobs.report.runs import control_line, control_of, read_runs
 from jobs.report.store import cosines
+from pipeline.sdl.activations import JumpReLU, TopK
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Initialisation
+from pipeline.sdl.objective import Objective
+from pipeline.sdl.resampling import Resampling
+from pipeline.sdl.training import TrainingConfig
 from storage.anchors import AnchorSet, read_anchors, write_anchors
 from storage.create import create_store
 from storage.errors import StorageError
@@ -27,9 +33,12 @@ from storage.records import Record, digest
 from storage.runs import open_run
 from storage.store import Store
 from workers.dictionary_settings import DictionarySettings
+from workers.training_plan import as_json
 
 SITE = "resid_post.0"
 LATENTS = 8
+CONFIG = DictionaryConfig((SITE,), (SITE,), (5,), (5,), LATENTS, TopK(2))
+OBJECTIVE = Objective()
 HOSTILE = "</script><script>alert(1)</script><b>&amp;\"'\u202e\x00\ud800"
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 
@@ -98,14 +107,16 @@ def anchor_set(store: Store, values: tuple[str, ...] = ("de", "en", "fr"), label
     return AnchorSet("languages", [label] * len(values), list(values), counts, {"by": [label]}, {SITE: vectors})
 
 
-def identity(anchors: Record | None = None, **training: Any) -> Record:
-    config = {"input": [SITE], "output": [SITE], "d_in": 5, "d_out": 5, "latents": LATENTS, "k": 2}
-    settings = {"steps": 100, "batch_rows": 16, "learning_rate": 3e-05, "anchor_weight": 0.1, "seed": 0, **training}
+def identity(
+    anchors: Record | None = None, config: DictionaryConfig = CONFIG, objective: Objective = OBJECTIVE, **training: Any
+) -> Record:
+    """As the planner writes it."""
+    settings = TrainingConfig(steps=100, batch_rows=16, learning_rate=3e-05, objective=objective, **training)
     return {
         "corpus_digest": "c",
         "harvests": {SITE: "h"},
-        "dictionary": config,
-        "training": settings,
+        "dictionary": config.record(),
+        "training": as_json(asdict(settings)),
         "anchors": None if anchors is None else digest(anchors),
     }
 
@@ -383,7 +394,8 @@ def test_the_summary_counts_large_subpopulations_apart() -> None:
 
 
 def test_the_control_differs_in_its_anchors_alone(store: Store) -> None:
-    add_run(store, "anchored", identity({}, anchor_weight=0.5), found=evaluation(ANCHORED), anchors="languages")
+    otherwise = identity({}, objective=Objective(anchoring=0.5, anchoring_end=0.5), anchors_first=False)
+    add_run(store, "anchored", otherwise, found=evaluation(ANCHORED), anchors="languages")
     add_run(store, "other-anchors", identity({"x": 1}), anchors="languages")
     add_run(store, "other-seed", identity(seed=1), found=evaluation(CONTROL))
     runs = read_runs(store)
@@ -405,6 +417,35 @@ def test_the_line_that_would_make_a_control(store: Store) -> None:
     assert (settings.activation.k, settings.learning_rate, settings.anchors) == (2, 3e-05, None)
     (run,) = read_runs(store)
     assert "name: anchored-control" in control_line(run, ["anchored", "control"])
+
+
+def test_the_control_of_a_dictionary_with_every_option_has_them_too(store: Store) -> None:
+    layers = ("mlp_in.0", "mlp_in.1"), ("mlp_out.0", "mlp_out.1")
+    config = DictionaryConfig(*layers, (5, 5), (5, 5), LATENTS, JumpReLU(0.2, 0.3), cross_layer=True, skip=True)
+    objective = Objective(
+        l0=0.1, l0_target=3, tanh=1, tanh_scale=2, p_norm=1, p_end=0.1, p_start=0, auxk=0, anchoring=9
+    )
+    options = {
+        "warmup_share": 0.0,
+        "decay_share": 0.5,
+        "dead_after_rows": 77,
+        "decoder_norm": "free",
+        "clip": 2.0,
+        "resampling": Resampling((0.5,), 100, 0.3),
+        "initialisation": Initialisation("independent", 0.5, 0.1),
+    }
+    add_run(store, "anchored", identity({}, config, objective, **options), anchors="languages")
+    (run,) = read_runs(store)
+    (line,) = yaml.safe_load(control_line(run, []))
+    settings = DictionarySettings.model_validate(line)
+    assert settings.problems() == []
+    assert settings.config(dict.fromkeys((*config.input, *config.output), 5)) == config
+    assert settings.objective() == replace(objective, anchoring=0.1)
+    assert settings.resampling_value() == options["resampling"]
+    assert settings.initialisation_value() == options["initialisation"]
+    found = {"warmup_share": settings.warmup, "decay_share": settings.decay, "clip": settings.clip}
+    found |= {"dead_after_rows": settings.dead_after_rows, "decoder_norm": settings.decoder_norm}
+    assert found == {name: options[name] for name in found}
 
 
 # ---- pieces

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jobs.spec import Spec, SpecError, load_spec, parse_spec
+from pipeline.sdl.activations import TopK
 from workers.planning import held_out_start
 from workers.settings import CorpusSettings
 
@@ -59,7 +60,7 @@ def test_a_dictionary_needs_name_input_and_latents() -> None:
     assert spec.train is not None
     (dictionary,) = spec.train.dictionaries
     assert dictionary.input == dictionary.outputs == ("resid_post.8",)
-    assert (dictionary.activation.kind, dictionary.activation.k, dictionary.anchors) == ("topk", 32, None)
+    assert (dictionary.activation.activation(), dictionary.anchors) == (TopK(32), None)
     assert (spec.train.rows, spec.train.batch_rows) == (None, 4096)
 
 
@@ -155,7 +156,11 @@ def test_hub_ids_are_left_alone_unless_a_folder_has_the_name(tmp_path: Path) -> 
 def test_all_mistakes_at_once() -> None:
     dictionaries = [
         {"name": "a b", "input": "resid_post.8", "latents": 0},
-        {"name": "b", "input": ["resid_post.8", "mlp_in.8"], "latent": 5, "activation": {"kind": "jump", "kk": 1}},
+        {"name": "b", "input": [], "latent": 5, "activation": {"kind": "jump", "kk": 1}},
+        {"name": "c", "input": "resid_pots.8", "latents": 9, "loss": {"l_1": 5, "prefixes": 3}, "skip": "perhaps"},
+        {"name": "d", "input": "a/resid_post.8", "latents": 9, "anchors": {"wieght": 1, "distance": "cosin"}},
+        {"name": "e", "input": "mlp_in.8", "latents": 9, "resampling": {"att": [0.5], "rows": 0}, "decay": 2},
+        {"name": "f", "input": "mlp_in.8", "latents": 9, "activation": {"kind": "relu", "k": 3}, "clip": 0},
     ]
     told = mistakes(
         stor="x",
@@ -178,11 +183,23 @@ def test_all_mistakes_at_once() -> None:
         "train.batch_rows must be greater than 0, not 0",
         "train.dictionaries[0].name must be letters, digits and _ . - after a first letter or digit, not 'a b'",
         "train.dictionaries[0].latents must be greater than 0, not 0",
-        "train.dictionaries[1].input takes at most 1, not 2",
+        "train.dictionaries[1].input takes at least 1, not 0",
         "train.dictionaries[1].latents is missing",
         "unknown key train.dictionaries[1].latent: did you mean latents?",
-        "train.dictionaries[1].activation.kind must be 'topk', not 'jump'",
+        "train.dictionaries[1].activation.kind must be 'topk', 'batch_topk', 'relu', 'jumprelu' or 'gated', not 'jump'",
         "unknown key train.dictionaries[1].activation.kk: did you mean k?",
+        "train.dictionaries[2].input: unknown site 'resid_pots.8': did you mean resid_post.8?",
+        "unknown key train.dictionaries[2].loss.l_1: did you mean l1?",
+        "train.dictionaries[2].loss.prefixes must be a list, not 3",
+        "train.dictionaries[2].skip must be true or false, not 'perhaps'",
+        "train.dictionaries[3].anchors.name is missing",
+        "unknown key train.dictionaries[3].anchors.wieght: did you mean weight?",
+        "train.dictionaries[3].anchors.distance must be 'squared' or 'cosine', not 'cosin'",
+        "unknown key train.dictionaries[4].resampling.att: did you mean at?",
+        "train.dictionaries[4].resampling.rows must be greater than 0, not 0",
+        "train.dictionaries[4].decay must be at most 1, not 2",
+        "train.dictionaries[5].activation: relu has no k",
+        "train.dictionaries[5].clip must be greater than 0, not 0",
         "cluster must be a section with keys like address, hang_s, load_s, grace_s",
     ):
         assert line in told, line
@@ -249,7 +266,7 @@ def test_what_spans_sections() -> None:
     ]
     few = {**DICTIONARY, "latents": 16}
     assert mistakes(train={"dictionaries": [DICTIONARY | {"name": "a"}, few]}) == [
-        "train.dictionaries[1]: activation.k 32 is more than its 16 latents"
+        "train.dictionaries[1]: activation.k must be between 1 and latents = 16, not 32"
     ]
     assert mistakes(train={"dictionaries": [DICTIONARY, DICTIONARY]}) == [
         "train: dictionaries need different names; sae is used twice"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.report import write_report
 from pipeline.models import describe_model
+from pipeline.sdl.files import load_dictionary
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
 from storage.store import Store, open_store
@@ -131,7 +132,7 @@ def trained(path: Path, name: str, model: Path) -> tuple[torch.Tensor, dict[str,
         None,
         EvaluateSettings(rows=500, contexts=8),
     )
-    return load_file(path / "runs" / name / "dictionary.safetensors")["W_enc"], evaluate(plan)
+    return load_file(path / "runs" / name / "dictionary.safetensors")["blocks.0.W_enc"], evaluate(plan)
 
 
 def test_a_spec_trains_on_its_own_models_sites(
@@ -181,3 +182,38 @@ def test_anchors_of_the_other_model_under_the_same_name_are_refused(
     assert plan_training(store.for_model(names[0]), settings_of_run).dictionaries
     with pytest.raises(StoreMismatch, match=r"'languages' at resid_post\.1 were made from another model's rows"):
         plan_training(store.for_model(names[1]), settings_of_run)
+
+
+def test_a_crosscoder_over_both_models(tmp_path: Path, both: Store, names: list[str], llama: Path) -> None:
+    """Shared latents have one decoder in both models, up to each one's scale; no model alone can run it."""
+    store = open_store(shutil.copytree(both.path, tmp_path / "both"))
+    sites = tuple(f"{model}/{SITE}" for model in names)
+    dictionary = DictionarySettings(
+        name="diff",
+        input=sites,
+        latents=64,
+        shared_latents=24,
+        activation=ActivationSettings(kind="batch_topk", k=4),
+        learning_rate=0.01,
+    )
+    settings = TrainSettings(rows=65_536, batch_rows=512, threads=1, dictionaries=(dictionary,))
+    Trainer(plan_training(store, settings)).train()
+    trained = load_dictionary(store.path / "runs" / "diff", input=sites)
+    for name in names:
+        load_dictionary(store.path / "runs" / "diff", model=name)
+    first, second = torch.nn.functional.normalize(trained.W_dec.view(64, 2, 32), dim=2).unbind(1)
+    assert (first * second).sum(1)[:24].min() > 1 - 1e-6
+    assert (first * second).sum(1)[24:].min() < 0.99
+    (plan,) = plan_evaluations(
+        store.for_model(names[0]),
+        ModelSettings(id=str(llama), dtype="float32"),
+        HarvestSettings(sites=tuple(SITES)),
+        settings,
+        None,
+        EvaluateSettings(rows=500, contexts=8),
+    )
+    found = evaluate(plan)
+    assert found["loss"] is None
+    assert 0 < found["fvu"] < 0.9
+    write_report(store)
+    assert f"{sites[0]}, {sites[1]}" in (store.path / "report.html").read_text()

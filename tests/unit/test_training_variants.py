@@ -1,0 +1,163 @@
+"""Dictionaries of several sites through the trainer and the evaluator: rows side by side, anchors, thresholds, loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import harvest
+
+from pipeline.errors import InputError
+from pipeline.models import describe_model
+from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.files import load_dictionary
+from pipeline.sdl.training import DictionaryTrainer
+from storage.errors import StorageError
+from storage.records import Record
+from storage.runs import open_run
+from storage.store import Store
+from workers.dictionary_settings import DictionarySettings
+from workers.evaluator import EvaluationPlan, evaluate, first_held_out_row
+from workers.settings import AnchorSettings, EvaluateSettings, TrainSettings
+from workers.stages import anchors
+from workers.tensors import to_torch
+from workers.trainer import Trainer, anchors_of, normalisation
+from workers.training_plan import plan_training
+
+SITES = ["mlp_in.0", "mlp_in.1", "mlp_out.0", "mlp_out.1", "resid_post.0", "resid_post.1"]
+LATENTS, K = 48, 4
+DICTIONARIES = [
+    {
+        "name": "crosscoder",
+        "input": "resid_post.{0,1}",
+        "activation": {"kind": "batch_topk", "k": K},
+        "anchors": "languages",
+    },
+    {
+        "name": "cross-layer",
+        "input": "mlp_in.{0,1}",
+        "output": "mlp_out.{0,1}",
+        "cross_layer": True,
+        "activation": {"k": K},
+        "anchors": {"name": "languages", "sides": "decoder", "control": "random", "distance": "cosine", "weight": 0.5},
+    },
+    {
+        "name": "skip",
+        "input": "mlp_in.1",
+        "output": "mlp_out.1",
+        "skip": True,
+        "activation": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.5},
+        "loss": {"l0": 0.01, "l0_target": 6, "prefixes": [8, 24]},
+        "resampling": {"at": [0.5], "rows": 512},
+        "clip": 5,
+    },
+]
+SETTINGS = TrainSettings.model_validate(
+    {
+        "rows": 40_960,
+        "batch_rows": 256,
+        "threads": 1,
+        "dictionaries": [{"latents": LATENTS, "learning_rate": 0.01, **d} for d in DICTIONARIES],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, llama: Path, corpus: Path) -> Store:
+    store = harvest(tmp_path_factory.mktemp("variants") / "store", llama, corpus, SITES, holdout=0.2, dtype="float32")
+    anchors(store, AnchorSettings(name="languages", by=("language",), min_rows=10), SITES)
+    Trainer(plan_training(store, SETTINGS)).train()
+    return store
+
+
+def evaluation_of(store: Store, run: str, model: Path) -> Record:
+    return evaluate(
+        EvaluationPlan(
+            store=store.url,
+            run=run,
+            anchors="languages",
+            model=describe_model(str(model)),
+            model_dtype="float32",
+            attention="sdpa",
+            batch_tokens=512,
+            settings=EvaluateSettings(rows=700, contexts=8),
+            threads=1,
+        )
+    )
+
+
+def settings_of(name: str) -> DictionarySettings:
+    return next(d for d in SETTINGS.dictionaries if d.name == name)
+
+
+@pytest.mark.parametrize("name", [d["name"] for d in DICTIONARIES])
+def test_a_trained_dictionary_is_evaluated(store: Store, llama: Path, name: str) -> None:
+    curve = open_run(store, name).curve()
+    assert curve[-1]["fvu"] < 0.7 * curve[0]["fvu"]
+    dictionary = load_dictionary(store.path / "runs" / name, model=str(llama))
+    assert dictionary.config.input == settings_of(name).input
+    found = evaluation_of(store, name, llama)
+    assert 0 < found["fvu"] < 1
+    assert len(found["density"]) == dictionary.config.total_latents
+    assert found["loss"]["clean"] < found["loss"]["mean_ablated"] + 1
+    assert found["loss"]["spliced"] == pytest.approx(found["loss"]["clean"], rel=0.2)
+    assert [group["value"] for group in found["subpopulations"]] == ["de", "en", "fr"]
+    assert all(("anchor_cosine" in group) == (name != "skip") for group in found["subpopulations"])
+
+
+def test_the_threshold_gives_the_asked_l0_on_held_out_rows(store: Store) -> None:
+    dictionary = load_dictionary(store.path / "runs" / "crosscoder")
+    start = store.info.held_out_start
+    x = torch.cat(
+        [to_torch(store.read(s, slice(start, store.num_rows))).float() for s in dictionary.config.input], dim=1
+    )
+    assert int((dictionary.encode(x) > 0).sum()) == K * len(x)
+    assert start <= first_held_out_row(store)
+
+
+def test_each_layer_of_a_cross_layer_transcoder_has_its_latents(store: Store) -> None:
+    dictionary = load_dictionary(store.path / "runs" / "cross-layer")
+    assert [tuple(b.W_dec.shape) for b in dictionary.each_block()] == [(LATENTS, 64), (LATENTS, 32)]
+    assert dictionary.config.total_latents == 2 * LATENTS
+    assert all((b.W_dec.norm(dim=1) > 0).all() for b in dictionary.each_block())
+
+
+@pytest.mark.parametrize("name", [d["name"] for d in DICTIONARIES])
+def test_the_weights_are_those_of_training_on_the_stream_by_hand(store: Store, name: str) -> None:
+    """To the bit: columns in the order of the spec, the store's own moments, its anchors."""
+    (plan,) = [d for d in plan_training(store, SETTINGS).dictionaries if d.name == name]
+    norms = [normalisation(store, sites) for sites in (plan.config.input, plan.config.output)]
+    given = None if plan.anchors is None else anchors_of(store, plan.anchors, plan.config, plan.training.seed)
+    trainer = DictionaryTrainer(Dictionary(plan.config), plan.training, *norms, given)
+    sites = dict.fromkeys((*plan.config.input, *plan.config.output))
+    torch.set_num_threads(1)
+    for batch in store.stream(list(sites), batch_rows=256, seed=SETTINGS.seed, steps=plan.training.steps):
+        x = torch.cat([to_torch(batch[site]) for site in plan.config.input], dim=1)
+        y = torch.cat([to_torch(batch[site]) for site in plan.config.output], dim=1)
+        trainer.step(x, x if plan.config.is_autoencoder else y)
+    found, expected = load_dictionary(store.path / "runs" / name), trainer.result()
+    for parameter, weight in expected.named_parameters():
+        assert torch.equal(found.get_parameter(parameter), weight)
+
+
+def test_normalisation_of_several_sites_is_each_ones_own(store: Store) -> None:
+    sites = ["resid_post.0", "mlp_out.1"]
+    norm = normalisation(store, sites)
+    x = torch.cat([to_torch(store.read(s, slice(0, store.info.held_out_start))).float() for s in sites], dim=1)
+    for part in norm(x).split(32, dim=1):
+        torch.testing.assert_close(part.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+        assert part.square().sum(1).mean().item() == pytest.approx(32, rel=1e-4)
+
+
+def test_what_cannot_be_trained_is_refused_before_it_begins(store: Store) -> None:
+    def plan(**keys: object) -> None:
+        dictionary = {"name": "new", "input": "resid_post.0", "latents": LATENTS, **keys}
+        plan_training(store, TrainSettings.model_validate({"dictionaries": [dictionary]}))
+
+    with pytest.raises(StorageError, match=r"resid_post\.7 is not in the store"):
+        plan(input="resid_post.7")
+    with pytest.raises(InputError, match="3 anchors of 'languages' do not fit into 2 latents"):
+        plan(latents=2, activation={"k": 1}, anchors="languages")
+    with pytest.raises(StorageError, match="elsewhere"):
+        plan(anchors="elsewhere")
+    with pytest.raises(InputError, match="nothing makes a relu dictionary sparse"):
+        plan(activation={"kind": "relu"})
