@@ -22,8 +22,7 @@ SERVED = 0.1
 def polysemanticity(dictionary: Dictionary, features: Tensor, base: Tensor, strength: float) -> Tensor:
     """Which latents serve which features: bool [features, latents].
 
-    Each feature is given alone, `base` + `strength` times its row of [features, d_in], as activations at extreme sparsity
-    are. A latent with several features is polysemantic, one with none is dead to them.
+    Each feature is given alone, `base` + `strength` times its row of [features, d_in], as at extreme sparsity. A latent with several features is polysemantic, one with none is dead to them.
     """
     values = dictionary.encode(base + strength * features)
     return values > (SERVED * values.amax(1, keepdim=True)).clamp(min=1e-12)
@@ -54,10 +53,10 @@ def absorption(
     features: Tensor,
     families: Sequence[tuple[int, Sequence[int]]],
 ) -> Absorption:
-    """Absorption of parents into their children (Chanin et al. 2024, arXiv 2409.14507), with the truth in place of probes.
+    """Absorption of parents into their children (Chanin et al. 2024, arXiv 2409.14507), the truth in place of probes.
 
-    `x` [rows, d_in], `coefficients` [rows, n], `features` [n, d_out] unit rows, `families`: parents with their children.
-    A feature's own latent is the one whose decoder is nearest to it.
+    `x` [rows, d_in], `coefficients` [rows, n], `features` [n, d_out] unit rows, `families`: parents, each with its
+    children. A feature's own latent is the one whose decoder is nearest to it.
     """
     decoders = functional.normalize(dictionary.W_dec, dim=1)
     own = (decoders @ features.T).argmax(0)
@@ -79,26 +78,24 @@ def absorption(
 
 
 @torch.no_grad()
-def loss_of_truth(x: Tensor, y: Tensor, coefficients: Tensor, features: Tensor) -> float:
+def loss_of_truth(y: Tensor, coefficients: Tensor, features: Tensor) -> float:
     """FVU of the near-optimal configuration of Theorem 3.2: the true coefficients written with the true features.
 
     `y` [rows, d_out] is reconstructed up to its mean. Without noise it is 0; a minimum well above it is spurious.
     """
-    del x
     error = y - coefficients @ features
-    error = error - error.mean(0)
-    return (error.square().sum() / (y - y.mean(0)).square().sum()).item()
+    return ((error - error.mean(0)).square().sum() / (y - y.mean(0)).square().sum()).item()
 
 
 @dataclass(frozen=True)
 class Optimality:
-    """How far a dictionary is from what every local optimum satisfies; each [latents], nan where a latent never fires."""
+    """How far a dictionary is from what local optima satisfy; each [latents], nan where a latent never fires."""
 
     tilt: Tensor
-    """||E[z_i r] across d_i|| / E[z_i ||r||]: at an optimum, the residuals of the rows that a latent serves, weighted by
-    its activity, leave nothing across its own direction. 0 is optimal, 1 the worst."""
+    """||E[z_i r] across d_i|| / E[z_i ||r||]: at an optimum, the residuals of the rows that a latent serves, weighted
+    by its activity, leave nothing across its own direction. 0 is optimal, 1 the worst."""
     pull: Tensor
-    """E[z_i <d_i, r>] / E[z_i^2]: by how much its activity is too low (positive, as an L1 term makes it) or too high."""
+    """E[z_i <d_i, r>] / E[z_i^2]: how much too low its activity is (as an L1 term makes it); negative: too high."""
     density: Tensor
     """Share of rows on which it fires."""
 

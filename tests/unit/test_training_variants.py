@@ -15,9 +15,10 @@ from storage.errors import StorageError
 from storage.records import Record
 from storage.runs import open_run
 from storage.store import Store
+from workers.anchor_settings import AnchorSettings
 from workers.dictionary_settings import DictionarySettings
 from workers.evaluator import EvaluationPlan, evaluate, first_held_out_row
-from workers.settings import AnchorSettings, EvaluateSettings, TrainSettings
+from workers.settings import EvaluateSettings, TrainSettings
 from workers.stages import anchors
 from workers.tensors import to_torch
 from workers.trainer import Trainer, anchors_of, normalisation
