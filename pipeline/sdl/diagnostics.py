@@ -22,7 +22,8 @@ SERVED = 0.1
 def polysemanticity(dictionary: Dictionary, features: Tensor, base: Tensor, strength: float) -> Tensor:
     """Which latents serve which features: bool [features, latents].
 
-    Each feature is given alone, `base` + `strength` times its row of [features, d_in], as at extreme sparsity. A latent with several features is polysemantic, one with none is dead to them.
+    Each feature is given alone, `base` + `strength` times its row of [features, d_in], as at extreme sparsity. A
+    latent with several features is polysemantic, one with none is dead to them.
     """
     values = dictionary.encode(base + strength * features)
     return values > (SERVED * values.amax(1, keepdim=True)).clamp(min=1e-12)
