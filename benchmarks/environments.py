@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -42,11 +42,12 @@ def environment_python(name: str, packages: Sequence[str]) -> Path:
 class PeerProcess:
     """A script that runs in a peer's environment: one JSON line in, one JSON line out."""
 
-    def __init__(self, python: Path, script: str, settings: dict[str, Any], threads: int):
+    def __init__(self, python: Path, script: str, settings: dict[str, Any], threads: int, messages: IO[str]):
+        """`messages`: a file for progress bars and warnings, shown only if it fails."""
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
         environment.pop("PYTHONPATH", None)
         self.name = script
-        self.messages = tempfile.TemporaryFile("w+")  # progress bars and warnings: shown only if it fails
+        self.messages = messages
         self.process = subprocess.Popen(
             [python, Path(__file__).with_name(script)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.messages, text=True, env=environment,
@@ -74,14 +75,14 @@ class PeerProcess:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.messages.close()
 
 
 @contextmanager
 def peer_process(python: Path, script: str, settings: dict[str, Any], threads: int) -> Iterator[PeerProcess]:
     """A PeerProcess that ends with the block."""
-    process = PeerProcess(python, script, settings, threads)
-    try:
-        yield process
-    finally:
-        process.close()
+    with tempfile.TemporaryFile("w+") as messages:
+        process = PeerProcess(python, script, settings, threads, messages)
+        try:
+            yield process
+        finally:
+            process.close()

@@ -7,12 +7,14 @@ from torch.nn import functional
 DIRECTIONS_PER_DIMENSION = 8
 ACTIVE = 16
 NOISE = 0.05
+SEED = 2_512_05534
+"""Of the directions: far from those of first weights, which would otherwise be the directions themselves."""
 
 
 def sparse_rows(rows: int, d: int, seed: int) -> Tensor:
     """float32 [rows, d] with E||x||^2 = d, mean zero: each row has 16 of 8 d unit directions, with exponential
     coefficients of both signs, and Gaussian noise of 5 % of the variance. The directions depend on d alone."""
-    directions = torch.randn(DIRECTIONS_PER_DIMENSION * d, d, generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(DIRECTIONS_PER_DIMENSION * d, d, generator=torch.Generator().manual_seed(SEED))
     directions = functional.normalize(directions, dim=1)
     generator = torch.Generator().manual_seed(seed + 1)
     x = torch.empty(rows, d)
