@@ -46,19 +46,22 @@ Result = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, help="2,000, if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--small", action="store_true", help="200,000 rows and 200 steps, to check the benchmark")
+    parser.add_argument("--small", action="store_true", help="200,000 rows, 200 steps: a check")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--libraries", nargs="+", default=(OURS, *LIBRARIES), choices=(OURS, *LIBRARIES))
+    parser.add_argument("--own-rates", action="store_true", help="train peers with their own learning rates only")
     parser.add_argument("--folder", type=Path, default=ENVIRONMENTS / "frontier", help="rows, cells and the plot")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows, steps = (200_000, 200) if arguments.small else (arguments.rows, arguments.steps)
+    rows, steps = (200_000, arguments.steps or 200) if arguments.small else (arguments.rows, arguments.steps or 2000)
     files = prepare_rows(arguments.folder / f"rows-{rows}", rows)
     folder = arguments.folder / f"rows-{rows}-steps-{steps}-seed-{arguments.seed}"
     cells = [c for c in all_cells() if c.kind in arguments.kinds and c.library in arguments.libraries]
+    if arguments.own_rates:
+        cells = [c for c in cells if c.rate is None]
     results = run(cells, files, folder, steps, arguments.seed, arguments.threads)
     verdicts = compare(results)
     print(table(results, verdicts))
