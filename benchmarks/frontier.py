@@ -27,6 +27,7 @@ from benchmarks.frontier_cells import (
     DICTIONARY_LEARNING,
     KINDS,
     LATENTS,
+    OUR_RATE,
     OURS,
     PREFIXES,
     SAELENS,
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="200,000 rows, 200 steps: a check")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--libraries", nargs="+", default=(OURS, *LIBRARIES), choices=(OURS, *LIBRARIES))
+    parser.add_argument("--rate", type=float, default=OUR_RATE, help="of ours, and of peers beside their own")
     parser.add_argument("--own-rates", action="store_true", help="train peers with their own learning rates only")
     parser.add_argument("--folder", type=Path, default=ENVIRONMENTS / "frontier", help="rows, cells and the plot")
     arguments = parser.parse_args()
@@ -59,9 +61,9 @@ def main() -> None:
     rows, steps = (200_000, arguments.steps or 200) if arguments.small else (arguments.rows, arguments.steps or 2000)
     files = prepare_rows(arguments.folder / f"rows-{rows}", rows)
     folder = arguments.folder / f"rows-{rows}-steps-{steps}-seed-{arguments.seed}"
-    cells = [c for c in all_cells() if c.kind in arguments.kinds and c.library in arguments.libraries]
+    cells = [c for c in all_cells(arguments.rate) if c.kind in arguments.kinds and c.library in arguments.libraries]
     if arguments.own_rates:
-        cells = [c for c in cells if c.rate is None]
+        cells = [c for c in cells if c.library == OURS or c.rate is None]
     results = run(cells, files, folder, steps, arguments.seed, arguments.threads)
     verdicts = compare(results)
     print(table(results, verdicts))
@@ -134,7 +136,7 @@ def figures(cell: Cell, x: Tensor, y: Tensor, firings: list[int], settings: dict
         "library": cell.library,
         "kind": cell.kind,
         "settings": settings,
-        "own_rate": cell.rate is None,
+        "own_rate": cell.library == OURS or cell.rate is None,
         "fvu": (error / variance).item(),
         "l0": sum(firings) / len(x),
         "dead_share": sum(f == 0 for f in firings) / len(firings),
