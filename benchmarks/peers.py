@@ -11,15 +11,13 @@ as a row, BOS too), no shuffling, one shard, no hub. By default it runs models a
 and stores float32; the model as transformers has it (AutoModelForCausalLM), and float16, are faster. It does not flush
 to disk, and its hooks on every module rule out compiling.
 
-It is installed once, with its dependencies, into .bench-venv/saelens: it wants other packages than we do.
+It is installed once, with its dependencies, into .bench-venv/saelens (see benchmarks.environments).
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
 
+from benchmarks.environments import SAELENS, PeerProcess, environment_python, peer_process
 from benchmarks.harvest import (
     BATCH_TOKENS,
     CONTEXT,
@@ -51,8 +49,6 @@ from benchmarks.machine import machine
 from storage.store import open_store
 from workers.cluster import connected
 
-ENVIRONMENT = Path(__file__).parents[1] / ".bench-venv" / "saelens"
-SAELENS = "sae-lens==6.54.12"
 SAELENS_ROWS = 4 * ROWS_PER_UNIT
 OURS = "ours, 3 sites, bfloat16"
 THEIRS = {
@@ -69,7 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    python = saelens_python()
+    python = environment_python("saelens", [SAELENS])
     with tempfile.TemporaryDirectory(prefix="bench-") as name, connected("local", cpus=arguments.threads):
         result = run(Path(name), python, arguments.rounds, arguments.threads)
     print(json.dumps({"machine": machine(), "saelens": SAELENS, "threads": arguments.threads, **result}))
@@ -114,25 +110,8 @@ def write_contexts(store_url: str, path: Path) -> None:
     pq.write_table(pa.table({"input_ids": contexts.tolist()}), path)
 
 
-def saelens_python() -> Path:
-    """The interpreter of SAELens' environment, which is made if it is not there."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "installed").is_file():
-        print(f"installing {SAELENS} into {ENVIRONMENT}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet"]
-        torch_pin = ENVIRONMENT / "constraints.txt"
-        torch_pin.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
-        subprocess.run([*pip, "--constraint", torch_pin, "torch"], check=True)
-        subprocess.run([*pip, "--constraint", torch_pin, SAELENS], check=True)
-        # Comes with it, is not needed here, and where its build is not torch's, importing transformers fails.
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
-        (ENVIRONMENT / "installed").write_text(SAELENS)
-    return python
-
-
 @contextmanager
-def saelens(python: Path, folder: Path, threads: int, kind: str, dtype: str) -> Iterator["subprocess.Popen[str]"]:
+def saelens(python: Path, folder: Path, threads: int, kind: str, dtype: str) -> Iterator[PeerProcess]:
     """A process that runs SAELens' runner whenever it is asked to; it has done so once."""
     place = folder / f"{kind}-{dtype}"
     place.mkdir()
@@ -151,35 +130,14 @@ def saelens(python: Path, folder: Path, threads: int, kind: str, dtype: str) -> 
         "compile": False,
         "threads": threads,
     }
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
-    environment.pop("PYTHONPATH", None)
-    process = subprocess.Popen(
-        [python, Path(__file__).with_name("saelens_cache.py")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    try:
-        _say(process, json.dumps(settings))
-        saelens_rate(process)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    with peer_process(python, "saelens_cache.py", settings, threads) as peer:
+        saelens_rate(peer)
+        yield peer
 
 
-def saelens_rate(process: "subprocess.Popen[str]") -> Rate:
-    _say(process, "run")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith('{"rows"'):
-            found = json.loads(line)
-            return found["rows"] / found["seconds"], found["rows"] / found["core_seconds"]
-    raise SystemExit(f"SAELens ended with exit status {process.wait()}: see its messages above")
-
-
-def _say(process: "subprocess.Popen[str]", line: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
+def saelens_rate(peer: PeerProcess) -> Rate:
+    found = peer.ask({"run": True})
+    return found["rows"] / found["seconds"], found["rows"] / found["core_seconds"]
 
 
 if __name__ == "__main__":
