@@ -170,9 +170,9 @@ class JumpReLU(_Kind):
     The threshold itself is trained, not its logarithm, which Adam freezes; straight-through gradients, see `_Jump`.
     """
 
-    threshold: float = 0.1
+    threshold: float = 1.0
     """Initial threshold, in units of normalised activations."""
-    bandwidth: float = 0.1
+    bandwidth: float = 1.0
     """Width around a threshold in which a preactivation gives it a gradient."""
     kind: ClassVar[str] = "jumprelu"
     trained: ClassVar[tuple[str, ...]] = ("threshold",)
