@@ -18,7 +18,7 @@ def page(example: Cell, records: Sequence[Record]) -> dict[str, str]:
     methods = list(dict.fromkeys(r["method"] for r in records))
     return {
         "lrb.md": _markdown(example, records, methods),
-        "lrb.json": json.dumps([{k: v for k, v in r.items() if k != "curve"} for r in records], indent=1) + "\n",
+        "lrb.json": json.dumps(records, indent=1) + "\n",
         "lrb.svg": _bars(records, methods),
     }
 
