@@ -17,12 +17,16 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
 from pipeline.sdl.anchoring import controlled
+from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.diagnostics import absorption
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
-from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
+from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
 
+SCORED_ROWS = 20_000
+"""Samples on which thresholds are set and absorption is measured."""
 ARMS = ("plain", "anchored", "random")
 LAYOUTS = {"sae": ((0,), (0,)), "transcoder": ((0,), (1,)), "crosscoder": ((0, 1), (0, 1))}
 """Which sources are read and which are written."""
@@ -134,6 +138,8 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         inputs = x[rows]
         found = trainer.step(inputs, inputs if y is x else y[rows])
     result = trainer.result()
+    if isinstance(method.activation, BatchTopK):
+        calibrate(result, lambda: [x[:SCORED_ROWS]], trainer.competing())
     return {
         "method": cell.method,
         "arm": cell.arm,
@@ -141,6 +147,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         "changes": dict(cell.changes),
         "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
         "decoder": asdict(recovery(result.W_dec, side_by_side(data.features, writes), size.anchors)),
+        **({} if size.bench.hierarchy is None else _absorption(size, result, x, data, writes)),
         "fvu": found.fvu,
         "l0": found.l0,
         "dead": found.dead_share,
@@ -148,10 +155,27 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     }
 
 
+def _absorption(size: Size, result: Dictionary, x: Tensor, data: Data, writes: Sequence[int]) -> dict[str, Any]:
+    """Absorption of the parents that an anchored arm is given, and of the others."""
+    assert size.bench.hierarchy is not None
+    features, rows = side_by_side(data.features, writes), slice(0, SCORED_ROWS)
+    found = {}
+    for name, given in (("absorption", False), ("absorption_of_anchored", True)):
+        families = [f for f in size.bench.hierarchy.families() if (f[0] < size.anchors) == given]
+        if families:
+            of = absorption(result, x[rows], data.coefficients[rows], features, families)
+            found[name] = {**asdict(of), "rate": of.rate}
+    return found
+
+
 def resolve(cell: Cell) -> tuple[Size, Method]:
     """The size and the method with the cell's changes. Raises InputError for a name that neither has."""
     changes = dict(cell.changes)
     size = replace(cell.size, **{n: changes.pop(n) for n in list(changes) if hasattr(cell.size, n)})
+    of_data = {n: changes.pop(n) for n in list(changes) if hasattr(size.bench, n)}
+    if isinstance(levels := of_data.get("hierarchy"), dict):
+        of_data["hierarchy"] = Hierarchy(**levels)
+    size = replace(size, bench=replace(size.bench, **of_data))
     size = replace(size, bench=replace(size.bench, seed=size.bench.seed + cell.seed))
     known = methods(size)
     if cell.method not in known:
