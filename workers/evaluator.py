@@ -16,6 +16,7 @@ from pipeline.language import loss_recovered
 from pipeline.loading import ON_CPU, load_causal_model
 from pipeline.models import ModelInfo
 from pipeline.placement import Placement
+from pipeline.sdl.diagnostics import antipodal_pairs, optimality
 from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.files import load_dictionary
 from pipeline.sdl.metrics import auroc, measure_code
@@ -108,6 +109,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
         **asdict(metrics),
         "loss": _loss(store, dictionary, plan, start, stop),
         "auroc_rows": stop_codes - start,
+        "optimality": _optimality(store, dictionary, start, stop_codes),
         "subpopulations": groups,
         "latents": [
             {
@@ -142,6 +144,23 @@ def _pairs(store: Store, dictionary: Dictionary, start: int, stop: int) -> Itera
     for first in range(start, stop, READ_ROWS):
         rows = slice(first, min(first + READ_ROWS, stop))
         yield pair(dictionary.config, partial(_rows_of, store, rows))
+
+
+def _optimality(store: Store, dictionary: Dictionary, start: int, stop: int) -> Record | None:
+    """How far the dictionary is from what optima satisfy (arXiv 2606.02385), on some rows; None of several blocks."""
+    if len(dictionary.each_block()) > 1:
+        return None
+    x, y = next(_pairs(store, dictionary, start, min(stop, start + READ_ROWS)))
+    found = optimality(dictionary, x.to(dictionary.b_dec.device), y.to(dictionary.b_dec.device))
+    fires = found.density > 0
+    if not bool(fires.any()):
+        return None
+    return {
+        "rows": len(x),
+        "median_tilt": found.tilt[fires].median().item(),
+        "median_pull": found.pull[fires].median().item(),
+        "antipodal_pairs": len(antipodal_pairs(dictionary, found.density)),
+    }
 
 
 def _rows_of(store: Store, rows: slice, site: str) -> Tensor:

@@ -88,7 +88,9 @@ def density_section(runs: Sequence[RunView]) -> str:
     intro = (
         "The density of a latent is the share of held-out rows on which it fires. Each bar counts the latents of one "
         "range of densities, on a logarithmic axis. Latents that fire on a large share of rows seldom stand for one "
-        "thing; latents that never fire, the dead ones, are in no bar and counted beside the name."
+        "thing; latents that never fire, the dead ones, are in no bar and counted beside the name. <em>Tilt</em> is 0 "
+        "where no decoder row could be turned to reconstruct better (1 is the worst), <em>pull</em> by how much "
+        "activities are too low for their rows; dense latents that write opposite directions are no two concepts."
     )
     measured = [(i, run, run.evaluation) for i, run in enumerate(runs) if run.evaluation is not None]
     if not measured:
@@ -111,4 +113,9 @@ def _density_caption(run: RunView, evaluation: Record) -> str:
     alive = [d for d in evaluation["density"] if d > 0]
     dead = len(evaluation["density"]) - len(alive)
     middle = f"<br>median density of the others {percent(median(alive))}" if alive else ""
+    if found := evaluation.get("optimality"):
+        middle += (
+            f"<br>median tilt {number(found['median_tilt'])}, pull {number(found['median_pull'])}; "
+            f"{count(found['antipodal_pairs'])} dense antipodal pairs"
+        )
     return f"<b>{text(run.name)}</b>: {count(dead)} of {count(len(evaluation['density']))} latents dead{middle}"
