@@ -17,6 +17,7 @@ SLAB_ROWS = 256
 SPARSE_SHARE = 0.03
 """Share of entries above which dense products are as fast."""
 NEARLY = 0.01
+"""Lowers a floor that bfloat16 is compared with by six times the usual error of a product."""
 GROUP = 8
 """Columns of which the largest is looked at first."""
 
@@ -86,13 +87,17 @@ def select_batch_top_k(
 def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Tensor | float, dtype: torch.dtype) -> Places | None:
     """The places of the preactivations above `floor` ([latents], or one for all), and of some that are nearly so.
 
-    None as soon as they are more than SPARSE_SHARE of all looked at. In bfloat16 preactivations are off by some
-    thousandths of ||x|| ||w||: the floor is lowered by NEARLY of that, so that hardly any above it is missed.
+    None as soon as they are more than SPARSE_SHARE of all looked at. In bfloat16 the factors of a product are off by
+    some thousandths, and so is a product with x, of ||x|| ||w|| / sqrt(d): the floor is lowered by NEARLY of that. Near
+    the floor the product, the bias, their sum and the floor are rounded too, each by at most 2^-9 of |floor| + |bias|.
+    So hardly any above the floor is missed.
     """
     latents, found, count = len(W_enc), [], 0
-    near = NEARLY * torch.linalg.vector_norm(W_enc, dim=1) if dtype != torch.float32 else 0.0
-    size = torch.linalg.vector_norm(x, dim=1).median() / x.shape[1] ** 0.5
-    lowered = torch.as_tensor(floor - near * size, dtype=dtype, device=x.device)
+    floors = torch.as_tensor(floor, device=x.device)
+    if dtype != torch.float32:
+        size = torch.linalg.vector_norm(x, dim=1).median() / x.shape[1] ** 0.5
+        floors = floors - NEARLY * size * torch.linalg.vector_norm(W_enc, dim=1) - (floors.abs() + b_enc.abs()) / 2**7
+    lowered = floors.to(dtype)
     for rows, preactivations in _slabs(x, W_enc, b_enc, dtype):
         places = (preactivations > lowered).nonzero()
         count += len(places)
