@@ -187,7 +187,7 @@ def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> Dictiona
         dead_after_rows=max(1, size.steps * size.batch_rows // 20),
         decoder_norm=method.decoder_norm,
         tied=method.tied,
-        initialisation=method.initialisation,
+        initialisation=Initialisation() if method.tied else method.initialisation,
         products=method.products,
         seed=cell.seed,
     )
