@@ -90,7 +90,7 @@ def test_it_learns() -> None:
 
 @pytest.mark.parametrize("variant", ["transcoder", "skip", "cross_layer"])
 def test_where_the_output_is_not_the_input_it_is_refused(variant: str) -> None:
-    with pytest.raises(InputError, match="^tied: an encoder can only be its decoder's transpose where"):
+    with pytest.raises(InputError, match=r"^tied: an encoder can only be its decoder's transpose where"):
         make_trainer(TIED, VARIANTS[variant])
 
 
@@ -102,7 +102,7 @@ def test_an_encoder_that_begins_otherwise_is_refused(initialisation: Initialisat
 
 def test_products_in_other_types_are_refused() -> None:
     for wrong in ({"dense": "bf16"}, {"selection": "float16"}):
-        with pytest.raises(InputError, match="products are computed in float32 or bfloat16, not (bf16|float16)"):
+        with pytest.raises(InputError, match=r"products are computed in float32 or bfloat16, not (bf16|float16)"):
             Products(**wrong)
 
 
