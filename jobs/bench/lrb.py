@@ -47,7 +47,7 @@ def cells_of(
     ]
     for cell in cells:
         resolve(cell)
-    return cells
+    return list(dict.fromkeys(cells))
 
 
 def _change(text: str) -> tuple[str, Any]:

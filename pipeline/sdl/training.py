@@ -81,7 +81,7 @@ class DictionaryTrainer:
         """`anchors` are directions of the raw activations; their lengths do not matter.
 
         Raises InputError where dictionary, objective and anchors do not fit together."""
-        check_training(dictionary, config, anchors)
+        check_training(dictionary.config, config, anchors)
         self.dictionary = dictionary
         self.config = config
         self.device = torch.device(device)
@@ -230,9 +230,8 @@ class DictionaryTrainer:
         self.step_number = int(state["step"])
 
 
-def check_training(dictionary: Dictionary, config: TrainingConfig, anchors: Anchors | None) -> None:
+def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anchors | None) -> None:
     """Raise InputError where dictionary, objective and anchors do not fit together."""
-    shape = dictionary.config
     config.objective.check(shape)
     if config.resampling is not None:
         config.resampling.check()
