@@ -91,8 +91,8 @@ def _compared(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
     """The table of differences between arms."""
     lines = [
         *_wrapped(
-            "One arm minus another, seed by seed, of decoder columns. It is better where the interval of M_GT leaves out "
-            "zero, or, where that says nothing, the interval of M_IP; that takes two seeds or more."
+            "One arm minus another, seed by seed, of decoder columns. It is better where the interval of M_GT leaves "
+            "out zero, or, where that says nothing, the interval of M_IP; that takes two seeds or more."
         ),
         "",
         "| method | arm | minus | M_GT | M_IP | better |",
@@ -114,11 +114,8 @@ def _wrapped(text: str) -> list[str]:
 
 def _machines(records: Sequence[Record]) -> str:
     """Where the cells were run, and for how long."""
-    on = dict.fromkeys(
-        f"{m['cpu']}, {m['cores']} cores, CPU threads of a cell: {m['threads']}"
-        for r in records
-        if (m := r.get("machine"))
-    )
+    machines = [found for r in records if (found := r.get("machine"))]
+    on = dict.fromkeys(f"{m['cpu']}, {m['cores']} cores, CPU threads of a cell: {m['threads']}" for m in machines)
     return f"Machine: {'; '.join(on) or 'not known'}. {sum(r['minutes'] for r in records):.1f} minutes of cells in all."
 
 
@@ -134,9 +131,8 @@ def _verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
 def _shown(values: Sequence[float], figure: str, sign: str = "") -> str:
     middle, half = interval(values)
     scale, digits = (100, 1) if figure == "m_gt" else (1, 3)
-    return f"{round(scale * middle, digits) + 0.0:{sign}.{digits}f}" + (
-        f" ± {scale * half:.{digits}f}" if half is not None else ""
-    )
+    shown = f"{round(scale * middle, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000
+    return shown if half is None else f"{shown} ± {scale * half:.{digits}f}"
 
 
 def _bars(records: Sequence[Record], methods: Sequence[str]) -> str:
