@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import mean, stdev
 from textwrap import wrap
 
@@ -20,7 +20,7 @@ def page(example: Cell, records: Sequence[Record]) -> dict[str, str]:
     methods = list(dict.fromkeys(r["method"] for r in records))
     return {
         "lrb.md": _markdown(example, records, methods),
-        "lrb.json": json.dumps([{k: v for k, v in r.items() if k != "curve"} for r in records], indent=1) + "\n",
+        "lrb.json": json.dumps(records, indent=1) + "\n",
         "lrb.svg": _bars(records, methods),
     }
 
@@ -44,10 +44,12 @@ def differences(records: Sequence[Record], method: str, arm: str, base: str, sid
 
 
 def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) -> str:
-    size, _ = resolve(example)
+    size, method = resolve(example)
     bench = {n: v for n, v in asdict(example.size.bench).items() if n != "seed" and v is not None}
     bench |= {n: v for n, v in asdict(size.bench).items() if n in bench}
-    training = {n: v for n, v in asdict(size).items() if n != "bench"}
+    training = {n: v for n, v in asdict(size).items() if n != "bench"} | {"steps": round(size.steps / method.effort)}
+    longer = {m: how.effort for m in methods if (how := resolve(replace(example, method=m))[1]).effort != 1}
+    taking = "".join(f" {m} takes {effort:g} times the steps." for m, effort in longer.items())
     changed = ", ".join(f"{name} = {value}" for name, value in example.changes)
     lines = [
         "# The Linear Representation Bench",
@@ -64,7 +66,7 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
         "",
         *_wrapped("Data: " + ", ".join(f"{name} {value}" for name, value in bench.items()) + "."),
         "",
-        *_wrapped("Training: " + ", ".join(f"{name} {value}" for name, value in training.items()) + "."),
+        *_wrapped("Training: " + ", ".join(f"{name} {value}" for name, value in training.items()) + "." + taking),
         *(["", *_wrapped(f"Set otherwise than the size has it: {changed}.")] if changed else []),
         *(["", *_wrapped(_machines(records))] if records else []),
         "",

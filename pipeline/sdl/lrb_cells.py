@@ -40,6 +40,8 @@ class Method:
     tied: bool = False
     decoder_norm: str = "unit"
     initialisation: Initialisation = field(default=Initialisation())
+    effort: float = 1.0
+    """Times the size's steps."""
     products: Products = field(default=Products(dense="bfloat16"))
 
 
@@ -76,12 +78,12 @@ def small() -> Size:
 
 
 def half() -> Size:
-    return Size(Bench(500, 384, 100_000), 8000, 1500, 2048, 2e-3, 10, 50)
+    return Size(Bench(500, 384, 100_000), 8000, 300, 2048, 2e-3, 10, 50)
 
 
 def full() -> Size:
     """The paper's n, n_p, F, N, S and M."""
-    return Size(Bench(), 16_000, 1500, 2048, 2e-3, 20, 100)
+    return Size(Bench(), 16_000, 400, 2048, 2e-3, 20, 100)
 
 
 SIZES = {"small": small, "half": half, "full": full}
@@ -95,7 +97,7 @@ def methods(size: Size) -> dict[str, Method]:
     quiet = Initialisation(encoder_scale=min(1.0, 2 * size.bench.width / latents))
     return {
         "relu": Method(ReLU(), Objective(l1=2.0), initialisation=quiet),
-        "jumprelu": Method(JumpReLU(2.5, 1.0), Objective(l0=1e-2)),
+        "jumprelu": Method(JumpReLU(2.5, 1.0), Objective(l0=1e-3), effort=2.0),
         "gated": Method(Gated(), Objective(l1=2.0), initialisation=quiet),
         "topk": Method(TopK(k)),
         "batch_topk": Method(BatchTopK(k)),
@@ -130,12 +132,9 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     trainer = make_trainer(size, method, cell, data)
     x = side_by_side(data.sources, reads)
     y = x if reads == writes else side_by_side(data.sources, writes)
-    curve = []
-    for step, rows in enumerate(batches(size, cell.seed)):
+    for rows in batches(size, cell.seed):
         inputs = x[rows]
         found = trainer.step(inputs, inputs if y is x else y[rows])
-        if step % max(1, size.steps // 50) == 0 or step + 1 == size.steps:
-            curve.append({"step": step, "fvu": found.fvu, "l0": found.l0, "dead": found.dead_share})
     result = trainer.result()
     return {
         "method": cell.method,
@@ -144,8 +143,9 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         "changes": dict(cell.changes),
         "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
         "decoder": asdict(recovery(result.W_dec, side_by_side(data.features, writes), size.anchors)),
-        **{name: curve[-1][name] for name in ("fvu", "l0", "dead")},
-        "curve": curve,
+        "fvu": found.fvu,
+        "l0": found.l0,
+        "dead": found.dead_share,
         "minutes": (time.perf_counter() - started) / 60,
     }
 
@@ -170,6 +170,7 @@ def resolve(cell: Cell) -> tuple[Size, Method]:
         method = replace(method, **{part: _changed(getattr(method, part), left, part)})
     if left:
         raise InputError(_no_such_change(left, size, method))
+    size = replace(size, steps=round(size.steps * method.effort))
     _check(size, method)
     return size, method
 

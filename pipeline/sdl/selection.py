@@ -17,7 +17,11 @@ SLAB_ROWS = 256
 SPARSE_SHARE = 0.03
 """Share of entries above which dense products are as fast."""
 NEARLY = 0.01
-"""Lowers a floor that bfloat16 is compared with by six times the usual error of a product."""
+"""Lowers a floor by six times the usual error of a product in bfloat16."""
+SAMPLE_ROWS = 64
+"""Rows from which the floor of a batch is guessed."""
+SAMPLE_MARGIN = 1.3
+"""How many times the entries wanted the floor is to let through, by these rows."""
 GROUP = 8
 """Columns of which the largest is looked at first."""
 
@@ -51,36 +55,32 @@ def select_batch_top_k(
 ) -> Places:
     """The places of the k * rows largest preactivations (times `weights` [latents], if given) of the whole batch.
 
-    First the 2k largest of each row; the k * rows largest of those are the batch's unless one of them is the least of
-    its row's: such rows hide more, and are looked at again with twice as many.
+    A floor that lets through somewhat more is guessed from some of the rows; of what is above it, the largest are kept.
+    Where it lets through too few, it is lowered until it does not.
     """
-    if weights is not None:
-        W_enc, b_enc = W_enc * weights[:, None], b_enc * weights
     latents, kept = len(W_enc), k * len(x)
-    width = min(2 * k, latents)
-    scores = torch.empty(len(x), width, dtype=dtype, device=x.device)
-    latent = torch.empty(len(x), width, dtype=torch.int64, device=x.device)
-    for rows, preactivations in _slabs(x, W_enc, b_enc, dtype):
-        latent[rows] = top_k_of_rows(preactivations, width)
-        scores[rows] = preactivations.gather(1, latent[rows])
+    encoder, bias = W_enc.to(dtype), b_enc.to(dtype)
+    if weights is not None:
+        encoder, bias = encoder.mul(weights.to(dtype)[:, None]), bias * weights.to(dtype)
+    sample = x[:: max(1, len(x) // SAMPLE_ROWS)].to(dtype)
+    scores = torch.addmm(bias, sample, encoder.T).flatten()
+    margin = SAMPLE_MARGIN
     while True:
-        least = scores.flatten().float().topk(kept).values[-1]
-        crowded = (scores.amin(1) >= least).nonzero().squeeze(1) if width < latents else latent.new_empty(0)
-        if len(crowded) == 0:
+        wanted = min(len(scores), int(margin * k * len(sample)))
+        everything = wanted == len(scores)
+        floor = -torch.inf if everything else float(scores.topk(wanted, sorted=False).values.min())
+        shift = 0.0 if everything else floor
+        parts = [
+            (rows.start + row, latent, value)
+            for rows, above in _slabs(x, encoder, bias - shift, dtype)
+            for row, latent, value in [_entries(above, everything)]
+        ]
+        row, latent, value = (torch.cat(part) for part in zip(*parts, strict=True))
+        if len(value) >= kept:
             break
-        wider = min(2 * width, latents)
-        scores = torch.nn.functional.pad(scores, (0, wider - width), value=-torch.inf)
-        latent = torch.nn.functional.pad(latent, (0, wider - width))
-        for rows, preactivations in _slabs(x[crowded], W_enc, b_enc, dtype):
-            latent[crowded[rows]] = top_k_of_rows(preactivations, wider)
-            scores[crowded[rows]] = preactivations.gather(1, latent[crowded[rows]])
-        width = wider
-    chosen = scores.flatten().topk(kept, sorted=False).indices
-    row, latent = chosen // width, latent.flatten()[chosen]
-    order = (row * latents + latent).argsort()
-    starts = latent.new_zeros(len(x) + 1)
-    torch.cumsum(torch.bincount(row, minlength=len(x)), 0, out=starts[1:])
-    return Places(starts, latent[order], latents)
+        margin *= 2
+    chosen = value.topk(kept, sorted=False).indices
+    return _in_order(row[chosen], latent[chosen], len(x), latents)
 
 
 @torch.no_grad()
@@ -89,25 +89,46 @@ def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Tensor | float,
 
     None as soon as they are more than SPARSE_SHARE of all looked at. In bfloat16 the factors of a product are off by
     some thousandths, and so is a product with x, of ||x|| ||w|| / sqrt(d): the floor is lowered by NEARLY of that. Near
-    the floor the product, the bias, their sum and the floor are rounded too, each by at most 2^-9 of |floor| + |bias|.
-    So hardly any above the floor is missed.
+    the floor the product and what is added to it are rounded too, each by at most 2^-8 of itself. So hardly any above
+    the floor is missed.
     """
-    latents, found, count = len(W_enc), [], 0
-    floors = torch.as_tensor(floor, device=x.device)
+    found, count = [], 0
+    over = b_enc - floor
     if dtype != torch.float32:
         size = torch.linalg.vector_norm(x, dim=1).median() / x.shape[1] ** 0.5
-        floors = floors - NEARLY * size * torch.linalg.vector_norm(W_enc, dim=1) - (floors.abs() + b_enc.abs()) / 2**7
-    lowered = floors.to(dtype)
-    for rows, preactivations in _slabs(x, W_enc, b_enc, dtype):
-        places = (preactivations > lowered).nonzero()
-        count += len(places)
-        if count > SPARSE_SHARE * rows.stop * latents:
+        over = over + NEARLY * size * torch.linalg.vector_norm(W_enc, dim=1) + over.abs() / 2**7
+    for rows, above in _slabs(x, W_enc, over, dtype):
+        row, latent, _ = _entries(above)
+        count += len(row)
+        if count > SPARSE_SHARE * rows.stop * len(W_enc):
             return None
-        found.append(torch.stack([places[:, 0] + rows.start, places[:, 1]]))
-    row, latent = torch.cat(found, dim=1)
-    starts = latent.new_zeros(len(x) + 1)
-    torch.cumsum(torch.bincount(row, minlength=len(x)), 0, out=starts[1:])
-    return Places(starts, latent.contiguous(), latents)
+        found.append((rows.start + row, latent))
+    row, latent = (torch.cat(part) for part in zip(*found, strict=True))
+    return _in_order(row, latent, len(x), len(W_enc))
+
+
+def _in_order(row: Tensor, latent: Tensor, rows: int, latents: int) -> Places:
+    order = (row * latents + latent).argsort()
+    starts = latent.new_zeros(rows + 1)
+    torch.cumsum(torch.bincount(row, minlength=rows), 0, out=starts[1:])
+    return Places(starts, latent[order], latents)
+
+
+def _entries(values: Tensor, everything: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and values of the positive entries of [rows, n], or of all of them.
+
+    Through groups of columns, as in `top_k_of_rows`: only where a group's largest entry is positive are all looked at.
+    """
+    rows, n = values.shape
+    if everything or n % GROUP:
+        places = torch.ones_like(values, dtype=torch.bool).nonzero() if everything else (values > 0).nonzero()
+        row, column = places.unbind(1)
+        return row, column, values[row, column]
+    grouped = values.view(rows, GROUP, n // GROUP)
+    row, group = (grouped.amax(1) > 0).nonzero().unbind(1)
+    members = grouped[row, :, group]
+    which, member = (members > 0).nonzero().unbind(1)
+    return row[which], member * (n // GROUP) + group[which], members[which, member]
 
 
 def _slabs(x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
