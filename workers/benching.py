@@ -15,6 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from pipeline.errors import InputError
 from pipeline.sdl.lrb_cells import Cell, resolve, train_cell
 from storage.records import Record, digest
 from workers.machine import machine
@@ -58,7 +59,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tup
         try:
             found = ray.get(done)
         except RayError as error:
-            raised = raised or error
+            raised = raised or _of_cell(error, cell)
             continue
         record = {"identity": identity_of(cell), **found}
         path = file_of(folder, cell)
@@ -68,6 +69,14 @@ def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tup
         yield cell, record
     if raised is not None:
         raise raised
+
+
+def _of_cell(error: Exception, cell: Cell) -> Exception:
+    """What was raised, and by which cell if it is a refusal."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, InputError):
+        return InputError(f"{cell.method}, {cell.arm}, seed {cell.seed}: {cause}")
+    return error
 
 
 def _run(cell: Cell, threads: int) -> dict[str, Any]:

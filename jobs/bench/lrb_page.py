@@ -45,11 +45,9 @@ def differences(records: Sequence[Record], method: str, arm: str, base: str, sid
 
 def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) -> str:
     size, of_example = resolve(example)
-    bench = {n: v for n, v in asdict(example.size.bench).items() if n != "seed" and v is not None}
-    bench |= {n: v for n, v in asdict(size.bench).items() if n in bench}
-    training = {n: v for n, v in asdict(size).items() if n != "bench"} | {
-        "steps": round(size.steps / of_example.effort)
-    }
+    bench = {n: v for n, v in asdict(size.bench).items() if n != "seed" and v is not None}
+    training = {n: v for n, v in asdict(size).items() if n != "bench"}
+    training["steps"] = round(size.steps / of_example.effort)
     longer = {m: how.effort for m in methods if (how := resolve(replace(example, method=m))[1]).effort != 1}
     taking = "".join(f" {m} takes {effort:g} times the steps." for m, effort in longer.items())
     changed = ", ".join(f"{name} = {value}" for name, value in example.changes)
