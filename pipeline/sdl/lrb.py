@@ -31,6 +31,11 @@ class Hierarchy:
     child_share: float = 0.2
     """Probability of each child where its parent is active."""
 
+    def families(self) -> list[tuple[int, range]]:
+        """Each parent with its children."""
+        first = self.parents
+        return [(p, range(first + p * self.children, first + (p + 1) * self.children)) for p in range(self.parents)]
+
 
 @dataclass(frozen=True)
 class Bench:

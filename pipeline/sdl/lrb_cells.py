@@ -18,12 +18,16 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
 from pipeline.sdl.anchoring import controlled
+from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.diagnostics import absorption
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
 from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.training import DictionaryTrainer, TrainingConfig, check_training
 
+SCORED_ROWS = 20_000
+"""Samples on which thresholds are set and absorption is measured."""
 ARMS = ("plain", "anchored", "random")
 LAYOUTS = {"sae": ((0,), (0,)), "transcoder": ((0,), (1,)), "crosscoder": ((0, 1), (0, 1))}
 """Which sources are read and which are written."""
@@ -42,6 +46,8 @@ class Method:
     initialisation: Initialisation = field(default=Initialisation())
     effort: float = 1.0
     """Times the size's steps."""
+    sides: str = "both"
+    """Which rows anchors pull: both, encoder or decoder."""
     products: Products = field(default=Products(dense="bfloat16"))
 
 
@@ -136,6 +142,8 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         inputs = x[rows]
         found = trainer.step(inputs, inputs if y is x else y[rows])
     result = trainer.result()
+    if isinstance(method.activation, BatchTopK):
+        calibrate(result, lambda: [x[:SCORED_ROWS]], trainer.competing())
     return {
         "method": cell.method,
         "arm": cell.arm,
@@ -143,11 +151,25 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         "changes": dict(cell.changes),
         "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
         "decoder": asdict(recovery(result.W_dec, side_by_side(data.features, writes), size.anchors)),
+        **({} if size.bench.hierarchy is None else _absorption(size, result, x, data, writes)),
         "fvu": found.fvu,
         "l0": found.l0,
         "dead": found.dead_share,
         "minutes": (time.perf_counter() - started) / 60,
     }
+
+
+def _absorption(size: Size, result: Dictionary, x: Tensor, data: Data, writes: Sequence[int]) -> dict[str, Any]:
+    """Absorption of the parents that an anchored arm is given, and of the others."""
+    assert size.bench.hierarchy is not None
+    features, rows = side_by_side(data.features, writes), slice(0, SCORED_ROWS)
+    found = {}
+    for name, given in (("absorption", False), ("absorption_of_anchored", True)):
+        families = [f for f in size.bench.hierarchy.families() if (f[0] < size.anchors) == given]
+        if families:
+            of = absorption(result, x[rows], data.coefficients[rows], features, families)
+            found[name] = {**asdict(of), "rate": of.rate}
+    return found
 
 
 def resolve(cell: Cell) -> tuple[Size, Method]:
@@ -156,12 +178,9 @@ def resolve(cell: Cell) -> tuple[Size, Method]:
         raise InputError(f"no arm {cell.arm!r}; there are {', '.join(ARMS)}")
     left = dict(cell.changes)
     size = _changed(cell.size, left, "size")
-    bench = size.bench
-    levels = _changed(bench.hierarchy or Hierarchy(), left, "hierarchy")
-    if levels != Hierarchy():
-        bench = replace(bench, hierarchy=levels)
-    bench = _changed(bench, left, "bench")
-    size = replace(size, bench=replace(bench, seed=bench.seed + cell.seed))
+    levels = _hierarchy(size.bench.hierarchy, left)
+    bench = _changed(replace(size.bench, hierarchy=None), left, "bench")
+    size = replace(size, bench=replace(bench, seed=bench.seed + cell.seed, hierarchy=levels))
     known = methods(size)
     if cell.method not in known:
         raise InputError(f"no method {cell.method!r}; there are {', '.join(known)}")
@@ -187,6 +206,23 @@ def _changed(value: T, left: dict[str, Any], part: str) -> T:
             if given in left:
                 mine[name] = _like(getattr(value, name), left.pop(given), given)
     return replace(value, **mine) if mine else value  # type: ignore[type-var]
+
+
+def _hierarchy(levels: Hierarchy | None, left: dict[str, Any]) -> Hierarchy | None:
+    """With changes of its fields, each by itself (parents) or together: ("hierarchy", {"parents": 9})."""
+    together = left.pop("hierarchy", None)
+    if not isinstance(together, dict | None):
+        raise InputError(f'hierarchy is a section, as {{"parents": 9}}, or {{}} for its defaults, not {together!r}')
+    wanted = dict(together or {})
+    for name in _names(Hierarchy()):
+        if name in left:
+            wanted[name] = left.pop(name)
+    if not wanted and together is None:
+        return levels
+    found = _changed(levels or Hierarchy(), wanted, "hierarchy")
+    if wanted:
+        raise InputError(f"a hierarchy has {', '.join(_names(found))}, and no {', '.join(wanted)}")
+    return found
 
 
 def _names(value: Any) -> list[str]:
@@ -221,6 +257,8 @@ def _check(size: Size, method: Method) -> None:
     """Raise InputError, before anything runs, for what cannot be trained."""
     if method.layout not in LAYOUTS:
         raise InputError(f"layout is one of {', '.join(LAYOUTS)}, not {method.layout!r}")
+    if method.sides not in ("both", "encoder", "decoder"):
+        raise InputError(f"sides is both, encoder or decoder, not {method.sides!r}")
     if small := [n for n in ("latents", "steps", "batch_rows", "anchors") if getattr(size, n) < 1]:
         raise InputError(f"{', '.join(small)}: at least 1")
     if size.anchors >= min(size.bench.features, size.latents + 1):
@@ -267,19 +305,21 @@ def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> Dictiona
         _training(size, method, cell.seed),
         Normalisation.side_by_side([norms[i] for i in reads]),
         Normalisation.side_by_side([norms[i] for i in writes]),
-        _anchors(size, cell, data.features, reads, writes),
+        _anchors(size, method, cell, data.features),
     )
 
 
-def _anchors(
-    size: Size, cell: Cell, features: Sequence[Tensor], reads: Sequence[int], writes: Sequence[int]
-) -> Anchors | None:
+def _anchors(size: Size, method: Method, cell: Cell, features: Sequence[Tensor]) -> Anchors | None:
     if cell.arm == "plain":
         return None
     given = {str(i): W[: size.anchors] for i, W in enumerate(features)}
     given = controlled(given, "random" if cell.arm == "random" else "none", cell.seed)
     of_sources = [given[str(i)] for i in range(len(features))]
-    return Anchors(side_by_side(of_sources, reads), side_by_side(of_sources, writes))
+    reads, writes = LAYOUTS[method.layout]
+    return Anchors(
+        None if method.sides == "decoder" else side_by_side(of_sources, reads),
+        None if method.sides == "encoder" else side_by_side(of_sources, writes),
+    )
 
 
 def _normalisation(rows: Tensor) -> Normalisation:

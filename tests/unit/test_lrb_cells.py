@@ -81,6 +81,15 @@ def test_random_anchors_differ_from_seed_to_seed_and_between_sources() -> None:
             assert functional.cosine_similarity(found[i], found[j], dim=1).abs().max() < 0.5
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_anchors_of_one_side(side: str) -> None:
+    cell = Cell(QUICK, "topk", "anchored", 0, (("sides", side),))
+    size, how = resolve(cell)
+    anchors = make_trainer(size, how, cell, data_of(size.bench, 1)).anchors
+    assert anchors is not None
+    assert (anchors.encoder is None, anchors.decoder is None) == (side == "decoder", side == "encoder")
+
+
 @pytest.mark.parametrize(("samples", "rows", "steps"), [(10, 4, 25), (7, 7, 5), (3, 8, 9)])
 def test_batches_are_epochs(samples: int, rows: int, steps: int) -> None:
     size = replace(QUICK, bench=replace(QUICK.bench, samples=samples), batch_rows=rows, steps=steps)
@@ -112,6 +121,9 @@ def test_the_seed_of_a_cell_is_that_of_its_data_too() -> None:
         ("topk", "noise", 0.1, lambda size, how: size.bench.noise == 0.1),
         ("topk", "variant", "negative", lambda size, how: size.bench.variant == "negative"),
         ("topk", "parents", 5, lambda size, how: size.bench.hierarchy == Hierarchy(parents=5)),
+        ("topk", "parents", 20, lambda size, how: size.bench.hierarchy == Hierarchy()),
+        ("topk", "hierarchy", {}, lambda size, how: size.bench.hierarchy == Hierarchy()),
+        ("topk", "hierarchy", {"children": 2}, lambda size, how: size.bench.hierarchy == Hierarchy(children=2)),
         ("topk", "tied", True, lambda size, how: how.tied),
         ("topk", "decoder_norm", "free", lambda size, how: how.decoder_norm == "free"),
         ("relu", "l1", 3, lambda size, how: how.objective.l1 == 3),
@@ -164,6 +176,9 @@ def test_tied_weights_begin_alike() -> None:
         ("topk", "plain", {"k": 481}, "activation.k must be between 1 and latents = 480, not 481"),
         ("topk", "plain", {"l1": 1}, "topk fixes how many latents are active with k; l1"),
         ("transcoder", "plain", {"tied": True}, "tied: an encoder can only be"),
+        ("topk", "plain", {"hierarchy": {"child": 2}}, "a hierarchy has parents, children, child_share, and no child"),
+        ("topk", "plain", {"hierarchy": 2}, "hierarchy is a section, as .* not 2"),
+        ("topk", "plain", {"sides": "left"}, "sides is both, encoder or decoder, not 'left'"),
         ("topk", "plain", {"layout": "clt"}, "layout is one of sae, transcoder, crosscoder, not 'clt'"),
         ("topk", "plain", {"steps": 0, "batch_rows": -1}, "steps, batch_rows: at least 1"),
         ("topk", "anchored", {"anchors": 120}, "120 anchors are too many for 120 features"),
