@@ -255,3 +255,13 @@ def test_with_a_loose_k_and_many_anchors_the_other_features_gain(seed: int) -> N
     arms = {arm: trained("topk", arm, seed, ("k", 48), ("anchors", 90))["decoder"]["m_ip"] for arm in ARMS}
     assert arms["anchored"] > arms["plain"] + 0.02
     assert arms["anchored"] > arms["random"] + 0.04
+
+
+@pytest.mark.parametrize("method", ["topk", "batch_topk", "crosscoder"])
+def test_hierarchical_data_give_absorption_too(method: str) -> None:
+    """Of parents that an anchored arm is given, and of the others."""
+    changes = (("hierarchy", {"parents": 25, "children": 2, "child_share": 0.5}),)
+    record = train_cell(Cell(QUICK, method, "anchored", 0, changes))
+    for name in ("absorption", "absorption_of_anchored"):
+        assert record[name]["rate"] == max(0.0, record[name]["with_child"] - record[name]["alone"])
+    assert "absorption" not in train_cell(Cell(QUICK, method, "anchored", 0))
