@@ -13,9 +13,12 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError
 
+from pipeline.errors import InputError
 from pipeline.sdl.lrb_cells import Cell, resolve, train_cell
 from storage.records import Record, digest
+from workers.machine import machine
 
 CELLS = "cells"
 
@@ -44,22 +47,39 @@ def read_cell(folder: Path, cell: Cell) -> Record | None:
 def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tuple[Cell, Record]]:
     """Run the cells that have no record yet, as many at once as the cluster has room for; yield each as it is done.
 
-    Ray must be up. Raises what a cell raised, once the others that were begun are done.
+    Ray must be up. Where cells raise, the others are run all the same; then what the first of them raised is.
     """
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     remote = ray.remote(num_cpus=threads, max_retries=3)(_run)
     waiting = {remote.remote(cell, threads): cell for cell in cells if read_cell(folder, cell) is None}
+    raised: Exception | None = None
     while waiting:
         (done,), _ = ray.wait(list(waiting), num_returns=1)
         cell = waiting.pop(done)
-        record = {"identity": identity_of(cell), **ray.get(done)}
+        try:
+            found = ray.get(done)
+        except RayError as error:
+            raised = raised or _of_cell(error, cell)
+            continue
+        record = {"identity": identity_of(cell), **found}
         path = file_of(folder, cell)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(record, indent=1) + "\n")
         partial.replace(path)
         yield cell, record
+    if raised is not None:
+        raise raised
+
+
+def _of_cell(error: Exception, cell: Cell) -> Exception:
+    """What was raised, and by which cell if it is a refusal."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, InputError):
+        return InputError(f"{cell.method}, {cell.arm}, seed {cell.seed}: {cause}")
+    return error
 
 
 def _run(cell: Cell, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    return train_cell(cell)
+    about = machine()
+    return {**train_cell(cell), "machine": {"cpu": about["cpu"], "cores": about["cores"], "threads": threads}}

@@ -13,6 +13,7 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
+from pipeline.sdl.training import tied_refusal
 from pipeline.sites import expand_sites
 from workers.section import Count, Name, Settings
 
@@ -138,11 +139,15 @@ class DictionarySettings(Settings):
     """unit: decoder rows keep norm 1."""
     clip: Positive | None = None
     """Largest norm of the gradient."""
+    tied: bool = False
+    """Of an SAE or a crosscoder: the encoder is the decoder's transpose throughout."""
     resampling: ResamplingSettings | None = None
     """Revive dead latents at inputs with a large loss; never, if not given."""
     initialisation: InitialisationSettings = InitialisationSettings()
     dead_after_rows: Count | None = None
     """A latent silent for so many rows counts as dead; 10 M, or 5 % of a shorter run, if not given."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What dense products are computed in; weights, selected entries and optimiser are float32 in any case."""
     exact: bool = False
     """Dense float32 products throughout: the plain formula, several times slower."""
 
@@ -180,9 +185,14 @@ class DictionarySettings(Settings):
                 resampling.check()
         except InputError as error:
             return [str(error)]
+        found = []
         if self.decoder_norm == "unit" and self.initialisation.decoder_norm != 1:
-            return ["initialisation.decoder_norm other than 1 needs decoder_norm: free"]
-        return []
+            found.append("initialisation.decoder_norm other than 1 needs decoder_norm: free")
+        if self.tied and (reason := tied_refusal(config, self.initialisation_value())):
+            found.append(reason)
+        if self.exact and self.precision != "float32":
+            found.append(f"exact means float32 throughout, and precision is {self.precision}: leave out one of them")
+        return found
 
     def resampling_value(self) -> Resampling | None:
         return None if self.resampling is None else Resampling(**self.resampling.model_dump())
@@ -191,4 +201,5 @@ class DictionarySettings(Settings):
         return Initialisation(**self.initialisation.model_dump())
 
     def products(self) -> Products:
-        return Products(sparse=not self.exact, selection="float32" if self.exact else "bfloat16")
+        selection = "float32" if self.exact else "bfloat16"
+        return Products(sparse=not self.exact, selection=selection, dense=self.precision)

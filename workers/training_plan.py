@@ -110,6 +110,7 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
         dead_after_rows=wanted.dead_after_rows or max(1, min(DEAD_ROWS, int(rows * DEAD_SHARE_OF_RUN))),
         decoder_norm=wanted.decoder_norm,
         clip=wanted.clip,
+        tied=wanted.tied,
         resampling=wanted.resampling_value(),
         initialisation=wanted.initialisation_value(),
         anchors_first=wanted.anchors is None or wanted.anchors.first,

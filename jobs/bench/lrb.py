@@ -47,7 +47,7 @@ def cells_of(
     ]
     for cell in cells:
         resolve(cell)
-    return cells
+    return [cell for i, cell in enumerate(cells) if cell not in cells[:i]]
 
 
 def _change(text: str) -> tuple[str, Any]:

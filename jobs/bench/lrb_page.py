@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import mean, stdev
+from textwrap import wrap
 
 from pipeline.sdl.lrb_cells import ARMS, Cell, resolve
 from storage.records import Record
 
 ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73"}
 FIGURES = (("decoder", "m_gt"), ("decoder", "m_ip"), ("decoder", "mcc"), ("encoder", "m_gt"), ("encoder", "m_ip"))
+COMPARED = (("anchored", "plain"), ("anchored", "random"), ("random", "plain"))
 NAMES = {"m_gt": "M_GT", "m_ip": "M_IP", "mcc": "MCC"}
 
 
@@ -32,31 +34,48 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
-def differences(records: Sequence[Record], method: str, arm: str, side: str, figure: str) -> list[float]:
-    """Arm minus plain, seed by seed."""
-    of_arm = {r["seed"]: r[side][figure] for r in records if r["method"] == method and r["arm"] == arm}
-    plain = {r["seed"]: r[side][figure] for r in records if r["method"] == method and r["arm"] == "plain"}
-    return [of_arm[seed] - plain[seed] for seed in sorted(of_arm.keys() & plain.keys())]
+def differences(records: Sequence[Record], method: str, arm: str, base: str, side: str, figure: str) -> list[float]:
+    """Arm minus base, seed by seed, of the seeds that both have."""
+    of_arm, of_base = (
+        {r["seed"]: r[side][figure] for r in records if r["method"] == method and r["arm"] == which}
+        for which in (arm, base)
+    )
+    return [of_arm[seed] - of_base[seed] for seed in sorted(of_arm.keys() & of_base.keys())]
 
 
 def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) -> str:
-    size, _ = resolve(example)
-    bench = asdict(size.bench)
+    size, of_example = resolve(example)
+    bench = {n: v for n, v in asdict(size.bench).items() if n != "seed" and v is not None}
+    training = {n: v for n, v in asdict(size).items() if n != "bench"}
+    training["steps"] = round(size.steps / of_example.effort)
+    longer = {m: how.effort for m in methods if (how := resolve(replace(example, method=m))[1]).effort != 1}
+    taking = "".join(f" {m} takes {effort:g} times the steps." for m, effort in longer.items())
+    changed = ", ".join(f"{name} = {value}" for name, value in example.changes)
     lines = [
-        "Recovery of the features that no arm was anchored to. M_GT: share of features whose largest |cosine| with a "
-        "row is above 0.95, in %; M_IP: mean of those cosines; MCC: mean cosine after Hungarian matching. Means over "
-        "seeds ± half a 95 % interval; a seed draws data, first weights and the order of samples.",
+        "# The Linear Representation Bench",
         "",
-        "Data: " + ", ".join(f"{name} {value}" for name, value in bench.items()),
+        *_wrapped(
+            f"Recovery of the {size.bench.features - size.anchors} features of {size.bench.features} that no arm was "
+            f"anchored to: plain; anchored to the first {size.anchors} features; anchored to as many random directions."
+        ),
         "",
-        "Training: "
-        + ", ".join(f"{name} {value}" for name, value in asdict(size).items() if name != "bench")
-        + "".join(f"; {name} = {value}" for name, value in example.changes),
+        "- M_GT: share of features whose largest |cosine| with a row is above 0.95, in %.",
+        "- M_IP: mean of those cosines. MCC: mean cosine where each feature has a row of its own (Hungarian matching).",
+        "- FVU, L0, dead: of the last batch; dead is the share of latents that were silent for 5 % of the training.",
+        "- Means over seeds ± half a 95 % interval (Student's t); a seed draws data, first weights, order of samples.",
+        "",
+        *_wrapped("Data: " + ", ".join(f"{name} {value}" for name, value in bench.items()) + "."),
+        "",
+        *_wrapped("Training: " + ", ".join(f"{name} {value}" for name, value in training.items()) + "." + taking),
+        *(["", *_wrapped(f"Set otherwise than the size has it: {changed}.")] if changed else []),
+        *(["", *_wrapped(_machines(records))] if records else []),
+        "",
+        "![mean largest cosine of each method and arm](lrb.svg)",
         "",
         "| method | arm | seeds | "
         + " | ".join(f"{side} {NAMES[figure]}" for side, figure in FIGURES)
         + " | FVU | L0 | dead % | minutes |",
-        "|---" * (3 + len(FIGURES) + 4) + "|",
+        "|---|---|" + "--:|" * (1 + len(FIGURES) + 4),
     ]
     for method in methods:
         for arm in ARMS:
@@ -64,22 +83,42 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
             if found:
                 cells = [_shown([r[side][figure] for r in found], figure) for side, figure in FIGURES]
                 about = [f"{mean(r['fvu'] for r in found):.4f}", f"{mean(r['l0'] for r in found):.1f}"]
-                about += [f"{100 * mean(r['dead'] for r in found):.1f}", f"{mean(r['minutes'] for r in found):.1f}"]
+                about += [f"{100 * mean(r['dead'] for r in found):.1f}", f"{mean(r['minutes'] for r in found):.2f}"]
                 lines.append(f"| {' | '.join([method, arm, str(len(found)), *cells, *about])} |")
-    lines += [
+    lines += ["", *_compared(records, methods)]
+    return "\n".join(lines) + "\n"
+
+
+def _compared(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
+    """The table of differences between arms."""
+    lines = [
+        *_wrapped(
+            "One arm minus another, seed by seed, of decoder columns. It is better where the interval of M_GT leaves "
+            "out zero, or, where that says nothing, the interval of M_IP; that takes two seeds or more."
+        ),
         "",
-        "Minus plain, seed by seed:",
-        "",
-        "| method | arm | decoder M_GT | decoder M_IP | better than plain |",
+        "| method | arm | minus | M_GT | M_IP | better |",
+        "|---|---|---|--:|--:|---|",
     ]
-    lines.append("|---|---|---|---|---|")
     for method in methods:
-        for arm in ("anchored", "random"):
-            gains = {f: differences(records, method, arm, "decoder", f) for f in ("m_gt", "m_ip")}
+        for arm, base in COMPARED:
+            gains = {f: differences(records, method, arm, base, "decoder", f) for f in ("m_gt", "m_ip")}
             if gains["m_gt"]:
                 shown = [_shown(gains[figure], figure, sign="+") for figure in ("m_gt", "m_ip")]
-                lines.append(f"| {method} | {arm} | {' | '.join(shown)} | {_verdict(gains['m_gt'], gains['m_ip'])} |")
-    return "\n".join(lines) + "\n"
+                cells = [method, arm, base, *shown, _verdict(gains["m_gt"], gains["m_ip"])]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _machines(records: Sequence[Record]) -> str:
+    """Where the cells were run, and for how long."""
+    machines = [found for r in records if (found := r.get("machine"))]
+    on = dict.fromkeys(f"{m['cpu']}, {m['cores']} cores, CPU threads of a cell: {m['threads']}" for m in machines)
+    return f"Machine: {'; '.join(on) or 'not known'}. {sum(r['minutes'] for r in records):.1f} minutes of cells in all."
 
 
 def _verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
@@ -94,14 +133,16 @@ def _verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
 def _shown(values: Sequence[float], figure: str, sign: str = "") -> str:
     middle, half = interval(values)
     scale, digits = (100, 1) if figure == "m_gt" else (1, 3)
-    return f"{scale * middle:{sign}.{digits}f}" + (f" ± {scale * half:.{digits}f}" if half is not None else "")
+    shown = f"{round(scale * middle, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000
+    return shown if half is None else f"{shown} ± {scale * half:.{digits}f}"
 
 
 def _bars(records: Sequence[Record], methods: Sequence[str]) -> str:
     """Decoder and encoder M_IP of each method and arm, with a whisker for the interval."""
-    width, left, top, height, bar = 90 * len(methods) + 60, 40, 30, 160, 20
+    width, left, top, height, bar = max(90 * len(methods) + 60, 300), 40, 54, 160, 20
+    tall_page = 2 * (height + 70) + top - 30
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {2 * (height + 70)}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall_page}" font-family="sans-serif" '
         'font-size="11"><rect width="100%" height="100%" fill="#fff"/>'
     ]
     for panel, side in enumerate(("decoder", "encoder")):
@@ -127,7 +168,7 @@ def _bars(records: Sequence[Record], methods: Sequence[str]) -> str:
                         centre = x_bar + bar / 2
                         parts.append(f'<path d="M{centre} {low:.1f}V{high:.1f}" stroke="#000"/>')
     for j, arm in enumerate(ARMS):
-        x = width - 220 + 70 * j
+        x = left + 90 * j
         parts.append(f'<rect x="{x}" y="8" width="10" height="10" fill="{ARM_COLOURS[arm]}"/>')
         parts.append(f'<text x="{x + 14}" y="17">{arm}</text>')
     return "".join([*parts, "</svg>\n"])

@@ -120,8 +120,12 @@ def control_line(run: RunView, names: Sequence[str]) -> str:
     line |= {"warmup": training["warmup_share"], "decay": training["decay_share"]}
     kept = ("decoder_norm", "clip", "resampling", "initialisation", "dead_after_rows")
     line |= {key: training[key] for key in kept if training[key] is not None}
+    if training["tied"]:
+        line["tied"] = True
     if not training["products"]["sparse"]:
         line["exact"] = True
+    elif training["products"]["dense"] != "float32":
+        line["precision"] = training["products"]["dense"]
     return "- " + yaml.safe_dump(line, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 

@@ -33,6 +33,10 @@ class Products:
     dense: str = "float32"
     """The type of dense products: bfloat16 is several times as fast where the machine has instructions for it."""
 
+    def __post_init__(self) -> None:
+        if wrong := {self.selection, self.dense} - {"float32", "bfloat16"}:
+            raise InputError(f"products are computed in float32 or bfloat16, not {', '.join(sorted(wrong))}")
+
     @property
     def selection_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.selection == "bfloat16" else torch.float32

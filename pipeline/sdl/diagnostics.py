@@ -16,6 +16,8 @@ from pipeline.sdl.dictionary import Dictionary
 
 SERVED = 0.1
 """A latent serves a feature if it is at least this strong, against the strongest, when the feature is alone."""
+ROUNDING = 1e-5
+"""A residual that is so small a part of its row is a matter of float32."""
 
 
 @torch.no_grad()
@@ -115,12 +117,14 @@ def optimality(dictionary: Dictionary, x: Tensor, y: Tensor) -> Optimality:
     along = (weighted * atoms).sum(1)
     across = torch.linalg.vector_norm(weighted - along[:, None] * atoms, dim=1)
     size = z.T @ torch.linalg.vector_norm(residual, dim=1) / len(x)
+    # Where nothing is left but rounding errors their direction says nothing: then the tilt is 0, or nearly.
+    rounding = ROUNDING * (z.T @ torch.linalg.vector_norm(y.to(z), dim=1)) / len(x)
     norms = torch.linalg.vector_norm(dictionary.W_dec, dim=1)
     energy = z.square().mean(0) * norms
     fires = (z > 0).float().mean(0)
     undefined = torch.full_like(size, torch.nan)
     return Optimality(
-        tilt=torch.where(fires > 0, across / size, undefined),
+        tilt=torch.where(fires > 0, across / size.maximum(rounding), undefined),
         pull=torch.where(fires > 0, along / energy, undefined),
         density=fires,
     )

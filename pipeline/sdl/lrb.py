@@ -81,6 +81,15 @@ class Bench:
             for name in ("sparsity", "interference", "correlation")
             if not 0 <= getattr(self, name) < 1
         ]
+        for least, names in (
+            (1, ("features", "width", "samples")),
+            (0, ("margin", "negative_weight", "least", "beta", "noise")),
+        ):
+            problems += [
+                f"{n} is at least {least}, not {getattr(self, n)}" for n in names if not getattr(self, n) >= least
+            ]
+        if self.hierarchy is not None and not 0 < self.hierarchy.child_share <= 1:
+            problems.append(f"hierarchy.child_share is above 0 and at most 1, not {self.hierarchy.child_share}")
         if self.hierarchy is not None and self.hierarchy.parents * (1 + self.hierarchy.children) > self.features:
             problems.append(
                 f"{self.hierarchy.parents} parents with {self.hierarchy.children} children each do not fit into "
@@ -172,14 +181,19 @@ class Recovery:
     m_ip: float
     """Mean over features of the largest cosine."""
     mcc: float
-    """Mean cosine where every feature has a row of its own (Hungarian matching)."""
+    """Mean cosine where every feature has a row of its own (Hungarian matching); 0 for those that get none."""
 
 
 @torch.no_grad()
 def recovery(weights: Tensor, features: Tensor, first: int = 0) -> Recovery:
-    """Score rows of `weights` [latents, d] on the features [first, n) of [n, d]; those before were anchored."""
+    """Score rows of `weights` [latents, d] on the features [first, n) of [n, d]; those before were anchored.
+
+    Raises InputError if that leaves none.
+    """
     from scipy.optimize import linear_sum_assignment  # where a bench is scored, and nowhere else
 
+    if first >= len(features):
+        raise InputError(f"all {len(features)} features were anchored, which leaves none to score: take fewer anchors")
     cosines = functional.normalize(features[first:].float(), dim=1) @ functional.normalize(weights.float(), dim=1).T
     cosines = cosines.abs()
     best = cosines.amax(1)
@@ -187,7 +201,7 @@ def recovery(weights: Tensor, features: Tensor, first: int = 0) -> Recovery:
     return Recovery(
         m_gt=(best > RECOVERED).float().mean().item(),
         m_ip=best.mean().item(),
-        mcc=float(cosines.numpy()[matched].mean()),
+        mcc=float(cosines.numpy()[matched].sum()) / len(cosines),
     )
 
 

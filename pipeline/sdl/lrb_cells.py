@@ -6,10 +6,11 @@ arms are scored on the features that the anchored one was not given.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from pipeline.sdl.diagnostics import absorption
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
 from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.objective import Anchors, Objective
-from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
+from pipeline.sdl.training import DictionaryTrainer, TrainingConfig, check_training
 
 SCORED_ROWS = 20_000
 """Samples on which thresholds are set and absorption is measured."""
@@ -45,6 +46,8 @@ class Method:
     initialisation: Initialisation = field(default=Initialisation())
     effort: float = 1.0
     """Times the size's steps."""
+    sides: str = "both"
+    """Which rows anchors pull: both, encoder or decoder."""
     products: Products = field(default=Products(dense="bfloat16"))
 
 
@@ -71,7 +74,8 @@ class Cell:
     seed: int
     """Of the data, the first weights and the order of the samples."""
     changes: tuple[tuple[str, Any], ...] = ()
-    """Fields of the size, the method or its objective that are set otherwise, for sweeps: ("k", 10)."""
+    """Fields of the size, its bench, the method or its parts that are set otherwise, for sweeps: ("k", 10). The first
+    of these that has such a field takes it; ("initialisation.decoder_norm", 0.1) names the part too."""
 
 
 def small() -> Size:
@@ -169,34 +173,106 @@ def _absorption(size: Size, result: Dictionary, x: Tensor, data: Data, writes: S
 
 
 def resolve(cell: Cell) -> tuple[Size, Method]:
-    """The size and the method with the cell's changes. Raises InputError for a name that neither has."""
-    changes = dict(cell.changes)
-    size = replace(cell.size, **{n: changes.pop(n) for n in list(changes) if hasattr(cell.size, n)})
-    of_data = {n: changes.pop(n) for n in list(changes) if hasattr(size.bench, n)}
-    if isinstance(levels := of_data.get("hierarchy"), dict):
-        of_data["hierarchy"] = Hierarchy(**levels)
-    size = replace(size, bench=replace(size.bench, **of_data))
-    size = replace(size, bench=replace(size.bench, seed=size.bench.seed + cell.seed))
+    """The size and the method with the cell's changes. Raises InputError for what there is not, or cannot be."""
+    if cell.arm not in ARMS:
+        raise InputError(f"no arm {cell.arm!r}; there are {', '.join(ARMS)}")
+    left = dict(cell.changes)
+    size = _changed(cell.size, left, "size")
+    levels = _hierarchy(size.bench.hierarchy, left)
+    bench = _changed(replace(size.bench, hierarchy=None), left, "bench")
+    size = replace(size, bench=replace(bench, seed=bench.seed + cell.seed, hierarchy=levels))
     known = methods(size)
     if cell.method not in known:
         raise InputError(f"no method {cell.method!r}; there are {', '.join(known)}")
-    if cell.arm not in ARMS:
-        raise InputError(f"no arm {cell.arm!r}; there are {', '.join(ARMS)}")
-    method = known[cell.method]
-    for part in ("activation", "objective", "initialisation", "products"):
-        value = getattr(method, part)
-        mine = {n: changes.pop(n) for n in list(changes) if hasattr(value, n)}
-        method = replace(method, **{part: replace(value, **mine)})
-    if unknown := [n for n in changes if not hasattr(method, n)]:
-        raise InputError(f"no such thing to change: {', '.join(unknown)}")
-    method = replace(method, **changes)
-    return replace(size, steps=round(size.steps * method.effort)), method
+    method = _changed(known[cell.method], left, "method")
+    for part in PARTS:
+        method = replace(method, **{part: _changed(getattr(method, part), left, part)})
+    if left:
+        raise InputError(_no_such_change(left, size, method))
+    size = replace(size, steps=round(size.steps * method.effort))
+    _check(size, method)
+    return size, method
 
 
-def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> DictionaryTrainer:
+PARTS = ("activation", "objective", "initialisation", "products")
+T = TypeVar("T")
+
+
+def _changed(value: T, left: dict[str, Any], part: str) -> T:
+    """`value` with the changes that name a field of it, alone or as `part`.field; they are taken out of `left`."""
+    mine = {}
+    for name in _names(value):
+        for given in (name, f"{part}.{name}"):
+            if given in left:
+                mine[name] = _like(getattr(value, name), left.pop(given), given)
+    return replace(value, **mine) if mine else value  # type: ignore[type-var]
+
+
+def _hierarchy(levels: Hierarchy | None, left: dict[str, Any]) -> Hierarchy | None:
+    """With changes of its fields, each by itself (parents) or together: ("hierarchy", {"parents": 9})."""
+    together = left.pop("hierarchy", None)
+    if not isinstance(together, dict | None):
+        raise InputError(f'hierarchy is a section, as {{"parents": 9}}, or {{}} for its defaults, not {together!r}')
+    wanted = dict(together or {})
+    for name in _names(Hierarchy()):
+        if name in left:
+            wanted[name] = left.pop(name)
+    if not wanted and together is None:
+        return levels
+    found = _changed(levels or Hierarchy(), wanted, "hierarchy")
+    if wanted:
+        raise InputError(f"a hierarchy has {', '.join(_names(found))}, and no {', '.join(wanted)}")
+    return found
+
+
+def _names(value: Any) -> list[str]:
+    """Fields that hold a plain value."""
+    return [f.name for f in fields(value) if f.name != "hierarchy" and not is_dataclass(getattr(value, f.name))]
+
+
+def _like(old: Any, new: Any, name: str) -> Any:
+    """The new value. Raises InputError if it is of another kind than the old one; what was None becomes a number."""
+    if isinstance(old, bool | str):
+        fits = type(new) is type(old)
+    elif isinstance(old, tuple):
+        fits = isinstance(new, tuple) and all(type(each) is int for each in new)
+    else:
+        fits = type(new) is int or (type(new) is float and type(old) is not int)
+    if not fits:
+        kinds = {bool: "true or false", str: "a word", tuple: "a list of numbers", int: "a whole number"}
+        raise InputError(f"{name} is {kinds.get(type(old), 'a number')}, not {new!r}")
+    return new
+
+
+def _no_such_change(left: Iterable[str], size: Size, method: Method) -> str:
+    values = (size, size.bench, Hierarchy(), method, *(getattr(method, part) for part in PARTS))
+    known = list(dict.fromkeys(name for value in values for name in _names(value)))
+    near = [close for name in left for close in get_close_matches(name, known, 1)]
+    return f"no such thing to change: {', '.join(left)}; " + (
+        f"the nearest is {', '.join(near)}" if near else f"there are {', '.join(known)}"
+    )
+
+
+def _check(size: Size, method: Method) -> None:
+    """Raise InputError, before anything runs, for what cannot be trained."""
+    if method.layout not in LAYOUTS:
+        raise InputError(f"layout is one of {', '.join(LAYOUTS)}, not {method.layout!r}")
+    if method.sides not in ("both", "encoder", "decoder"):
+        raise InputError(f"sides is both, encoder or decoder, not {method.sides!r}")
+    if small := [n for n in ("latents", "steps", "batch_rows", "anchors") if getattr(size, n) < 1]:
+        raise InputError(f"{', '.join(small)}: at least 1")
+    if size.anchors >= min(size.bench.features, size.latents + 1):
+        raise InputError(
+            f"{size.anchors} anchors are too many for {size.bench.features} features, of which some must be left to "
+            f"score, and {size.latents} latents"
+        )
+    check_training(_config(size, method), _training(size, method, 0), None)
+
+
+def _config(size: Size, method: Method) -> DictionaryConfig:
     reads, writes = LAYOUTS[method.layout]
     width = size.bench.width
-    config = DictionaryConfig(
+    return DictionaryConfig(
         tuple(f"source.{i}" for i in reads),
         tuple(f"source.{i}" for i in writes),
         (width,) * len(reads),
@@ -204,7 +280,10 @@ def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> Dictiona
         size.latents,
         method.activation,
     )
-    training = TrainingConfig(
+
+
+def _training(size: Size, method: Method, seed: int) -> TrainingConfig:
+    return TrainingConfig(
         steps=size.steps,
         batch_rows=size.batch_rows,
         learning_rate=size.learning_rate,
@@ -212,29 +291,35 @@ def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> Dictiona
         dead_after_rows=max(1, size.steps * size.batch_rows // 20),
         decoder_norm=method.decoder_norm,
         tied=method.tied,
-        initialisation=method.initialisation,
+        initialisation=Initialisation() if method.tied else method.initialisation,
         products=method.products,
-        seed=cell.seed,
+        seed=seed,
     )
+
+
+def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> DictionaryTrainer:
+    reads, writes = LAYOUTS[method.layout]
     norms = [_normalisation(rows) for rows in data.sources]
     return DictionaryTrainer(
-        Dictionary(config),
-        training,
+        Dictionary(_config(size, method)),
+        _training(size, method, cell.seed),
         Normalisation.side_by_side([norms[i] for i in reads]),
         Normalisation.side_by_side([norms[i] for i in writes]),
-        _anchors(size, cell, data.features, reads, writes),
+        _anchors(size, method, cell, data.features),
     )
 
 
-def _anchors(
-    size: Size, cell: Cell, features: Sequence[Tensor], reads: Sequence[int], writes: Sequence[int]
-) -> Anchors | None:
+def _anchors(size: Size, method: Method, cell: Cell, features: Sequence[Tensor]) -> Anchors | None:
     if cell.arm == "plain":
         return None
     given = {str(i): W[: size.anchors] for i, W in enumerate(features)}
     given = controlled(given, "random" if cell.arm == "random" else "none", cell.seed)
     of_sources = [given[str(i)] for i in range(len(features))]
-    return Anchors(side_by_side(of_sources, reads), side_by_side(of_sources, writes))
+    reads, writes = LAYOUTS[method.layout]
+    return Anchors(
+        None if method.sides == "decoder" else side_by_side(of_sources, reads),
+        None if method.sides == "encoder" else side_by_side(of_sources, writes),
+    )
 
 
 def _normalisation(rows: Tensor) -> Normalisation:

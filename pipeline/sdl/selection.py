@@ -17,6 +17,7 @@ SLAB_ROWS = 256
 SPARSE_SHARE = 0.03
 """Share of entries above which dense products are as fast."""
 NEARLY = 0.01
+"""Lowers a floor by six times the usual error of a product in bfloat16."""
 SAMPLE_ROWS = 64
 """Rows from which the floor of a batch is guessed."""
 SAMPLE_MARGIN = 1.3
@@ -86,13 +87,17 @@ def select_batch_top_k(
 def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Tensor | float, dtype: torch.dtype) -> Places | None:
     """The places of the preactivations above `floor` ([latents], or one for all), and of some that are nearly so.
 
-    None as soon as they are more than SPARSE_SHARE of all looked at. In bfloat16 preactivations are off by some
-    thousandths of ||x|| ||w||: the floor is lowered by NEARLY of that, so that hardly any above it is missed.
+    None as soon as they are more than SPARSE_SHARE of all looked at. In bfloat16 the factors of a product are off by
+    some thousandths, and so is a product with x, of ||x|| ||w|| / sqrt(d): the floor is lowered by NEARLY of that. Near
+    the floor the product and what is added to it are rounded too, each by at most 2^-8 of itself. So hardly any above
+    the floor is missed.
     """
     found, count = [], 0
-    near = NEARLY * torch.linalg.vector_norm(W_enc, dim=1) if dtype != torch.float32 else 0.0
-    size = torch.linalg.vector_norm(x, dim=1).median() / x.shape[1] ** 0.5
-    for rows, above in _slabs(x, W_enc, b_enc - floor + near * size, dtype):
+    over = b_enc - floor
+    if dtype != torch.float32:
+        size = torch.linalg.vector_norm(x, dim=1).median() / x.shape[1] ** 0.5
+        over = over + NEARLY * size * torch.linalg.vector_norm(W_enc, dim=1) + over.abs() / 2**7
+    for rows, above in _slabs(x, W_enc, over, dtype):
         row, latent, _ = _entries(above)
         count += len(row)
         if count > SPARSE_SHARE * rows.stop * len(W_enc):

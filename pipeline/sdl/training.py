@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import JumpReLU, Products
+from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Block, Dictionary, Initialisation, Normalisation
 from pipeline.sdl.objective import Anchors, Evaluated, Objective, evaluate
 from pipeline.sdl.resampling import Resampling, resample
@@ -44,7 +45,7 @@ class TrainingConfig:
     resampling: Resampling | None = None
     initialisation: Initialisation = field(default=Initialisation())
     tied: bool = False
-    """The encoder is the decoder's transpose throughout (autoencoders)."""
+    """The encoder is the decoder's transpose throughout (where the output is the input)."""
     anchors_first: bool = True
     """Anchored latents begin at their anchors, so that none has to cross the space; else as all others do."""
     products: Products = field(default=Products())
@@ -80,7 +81,7 @@ class DictionaryTrainer:
         """`anchors` are directions of the raw activations; their lengths do not matter.
 
         Raises InputError where dictionary, objective and anchors do not fit together."""
-        check_training(dictionary, config, anchors)
+        check_training(dictionary.config, config, anchors)
         self.dictionary = dictionary
         self.config = config
         self.device = torch.device(device)
@@ -229,9 +230,8 @@ class DictionaryTrainer:
         self.step_number = int(state["step"])
 
 
-def check_training(dictionary: Dictionary, config: TrainingConfig, anchors: Anchors | None) -> None:
+def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anchors | None) -> None:
     """Raise InputError where dictionary, objective and anchors do not fit together."""
-    shape = dictionary.config
     config.objective.check(shape)
     if config.resampling is not None:
         config.resampling.check()
@@ -239,8 +239,8 @@ def check_training(dictionary: Dictionary, config: TrainingConfig, anchors: Anch
         raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
     if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
         raise InputError("decoders of another initial norm than 1 need decoder_norm: free")
-    if config.tied and (not shape.is_autoencoder or shape.cross_layer):
-        raise InputError("tied: an encoder can only be its decoder's transpose where the output is the input")
+    if config.tied and (reason := tied_refusal(shape, config.initialisation)):
+        raise InputError(reason)
     if anchors is None:
         return
     if anchors.count > shape.latents:
@@ -254,6 +254,18 @@ def check_training(dictionary: Dictionary, config: TrainingConfig, anchors: Anch
             )
         if not bool(torch.isfinite(of_side).all()):
             raise InputError(f"anchors of the {side} hold nan or infinity")
+
+
+def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str | None:
+    """Why a dictionary of this shape cannot have tied weights; None if it can."""
+    if not shape.is_autoencoder or shape.cross_layer:
+        return "tied: an encoder can only be its decoder's transpose where the output is the input"
+    if (initialisation.encoder, initialisation.encoder_scale) != ("transposed", 1):
+        return (
+            "tied: the encoder begins as the decoder does, so initialisation.encoder and encoder_scale have no effect: "
+            "leave them out"
+        )
+    return None
 
 
 def normalised_anchors(anchors: Anchors, x_norm: Normalisation, y_norm: Normalisation) -> Anchors:

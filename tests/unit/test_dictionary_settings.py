@@ -71,6 +71,7 @@ def test_the_shortest_dictionary_is_the_default_one() -> None:
     assert settings.decay == expected["decay_share"]
     assert settings.decoder_norm == expected["decoder_norm"]
     assert settings.clip == expected["clip"]
+    assert settings.tied == expected["tied"]
     assert settings.resampling_value() == expected["resampling"]
     assert settings.initialisation_value() == expected["initialisation"]
     assert settings.products() == expected["products"]
@@ -155,6 +156,12 @@ def test_exact_is_the_plain_formula() -> None:
     assert parse(exact=True).products() == Products(sparse=False, selection="float32")
 
 
+def test_the_precision_of_dense_products() -> None:
+    assert parse(precision="bfloat16").products() == Products(dense="bfloat16")
+    with pytest.raises(ValidationError, match="precision"):
+        parse(precision="float16")
+
+
 def test_the_shape_reaches_the_config() -> None:
     layers = parse(input="mlp_in.{1,2}", output="mlp_out.{1,2}", cross_layer=True, skip=True)
     widths = {"mlp_in.1": 4, "mlp_in.2": 4, "mlp_out.1": 5, "mlp_out.2": 5}
@@ -185,6 +192,9 @@ def test_the_shape_reaches_the_config() -> None:
             "initialisation.decoder_norm other than 1 needs decoder_norm: free",
         ),
         ({"resampling": {"at": [0.5, 0.25]}}, "resampling.at must be shares of the steps"),
+        ({"tied": True, "output": "mlp_out.1"}, "only be its decoder's transpose where the output is the input"),
+        ({"tied": True, "initialisation": {"encoder_scale": 0.5}}, "initialisation.encoder and encoder_scale have no"),
+        ({"exact": True, "precision": "bfloat16"}, "exact means float32 throughout, and precision is bfloat16"),
         ({"input": ["resid_post.1", "resid_post.1"]}, "a site is given twice: resid_post.1, resid_post.1"),
     ],
 )

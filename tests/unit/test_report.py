@@ -20,7 +20,7 @@ from jobs.report.anchoring import Comparison, Score, compare, summary
 from jobs.report.latents import shaded
 from jobs.report.runs import control_line, control_of, read_runs
 from jobs.report.store import cosines
-from pipeline.sdl.activations import JumpReLU, TopK
+from pipeline.sdl.activations import JumpReLU, Products, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
@@ -433,6 +433,7 @@ def test_the_control_of_a_dictionary_with_every_option_has_them_too(store: Store
         "clip": 2.0,
         "resampling": Resampling((0.5,), 100, 0.3),
         "initialisation": Initialisation("independent", 0.5, 0.1),
+        "products": Products(dense="bfloat16"),
     }
     add_run(store, "anchored", identity({}, config, objective, **options), anchors="languages")
     (run,) = read_runs(store)
@@ -443,6 +444,7 @@ def test_the_control_of_a_dictionary_with_every_option_has_them_too(store: Store
     assert settings.objective() == replace(objective, anchoring=0.1)
     assert settings.resampling_value() == options["resampling"]
     assert settings.initialisation_value() == options["initialisation"]
+    assert settings.products() == options["products"]
     found = {"warmup_share": settings.warmup, "decay_share": settings.decay, "clip": settings.clip}
     found |= {"dead_after_rows": settings.dead_after_rows, "decoder_norm": settings.decoder_norm}
     assert found == {name: options[name] for name in found}
