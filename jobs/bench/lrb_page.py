@@ -86,6 +86,8 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
                 about += [f"{100 * mean(r['dead'] for r in found):.1f}", f"{mean(r['minutes'] for r in found):.2f}"]
                 lines.append(f"| {' | '.join([method, arm, str(len(found)), *cells, *about])} |")
     lines += ["", *_compared(records, methods)]
+    if any("absorption" in r for r in records):
+        lines += ["", *_absorption(records, methods)]
     return "\n".join(lines) + "\n"
 
 
@@ -107,6 +109,31 @@ def _compared(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
                 shown = [_shown(gains[figure], figure, sign="+") for figure in ("m_gt", "m_ip")]
                 cells = [method, arm, base, *shown, _verdict(gains["m_gt"], gains["m_ip"])]
                 lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _absorption(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
+    """The table of absorption, of data with parents and children."""
+    lines = [
+        *_wrapped(
+            "Absorption: share of samples on which a parent is active and its own latent is not, in %: where no child "
+            "is active, where one is, and the difference, which is what children absorb. Of parents that the anchored "
+            "arm is anchored to, and of the others."
+        ),
+        "",
+        "| method | arm | others: alone | with a child | absorbed | anchored ones: alone | with a child | absorbed |",
+        "|---|---|" + "--:|" * 6,
+    ]
+    for method in methods:
+        for arm in ARMS:
+            found = [r for r in records if r["method"] == method and r["arm"] == arm]
+            cells = [
+                _shown([r[group][figure] for r in found], "m_gt") if all(group in r for r in found) else ""
+                for group in ("absorption", "absorption_of_anchored")
+                for figure in ("alone", "with_child", "rate")
+            ]
+            if found:
+                lines.append(f"| {' | '.join([method, arm, *cells])} |")
     return lines
 
 

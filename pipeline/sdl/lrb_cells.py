@@ -20,7 +20,7 @@ from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Pro
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.diagnostics import absorption
+from pipeline.sdl.diagnostics import absorption, polysemanticity
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
 from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.objective import Anchors, Objective
@@ -151,11 +151,24 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         "changes": dict(cell.changes),
         "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
         "decoder": asdict(recovery(result.W_dec, side_by_side(data.features, writes), size.anchors)),
+        **_pattern(result, x, data, reads),
         **({} if size.bench.hierarchy is None else _absorption(size, result, x, data, writes)),
         "fvu": found.fvu,
         "l0": found.l0,
         "dead": found.dead_share,
         "minutes": (time.perf_counter() - started) / 60,
+    }
+
+
+def _pattern(result: Dictionary, x: Tensor, data: Data, reads: Sequence[int]) -> dict[str, float]:
+    """How many latents serve several features, of those that serve any, and how many features no latent serves."""
+    active = data.coefficients[:SCORED_ROWS]
+    strength = (active.sum() / (active > 0).sum()).item()
+    served = polysemanticity(result, side_by_side(data.features, reads), x.mean(0), strength)
+    features_of = served.sum(0)
+    return {
+        "polysemantic": ((features_of > 1).sum() / (features_of > 0).sum().clamp(min=1)).item(),
+        "unserved": (served.sum(1) == 0).float().mean().item(),
     }
 
 
