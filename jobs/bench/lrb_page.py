@@ -81,7 +81,7 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
         for arm in ARMS:
             found = [r for r in records if r["method"] == method and r["arm"] == arm]
             if found:
-                cells = [_shown([r[side][figure] for r in found], figure) for side, figure in FIGURES]
+                cells = [shown([r[side][figure] for r in found], figure) for side, figure in FIGURES]
                 about = [f"{mean(r['fvu'] for r in found):.4f}", f"{mean(r['l0'] for r in found):.1f}"]
                 about += [f"{100 * mean(r['dead'] for r in found):.1f}", f"{mean(r['minutes'] for r in found):.2f}"]
                 lines.append(f"| {' | '.join([method, arm, str(len(found)), *cells, *about])} |")
@@ -106,8 +106,8 @@ def _compared(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
         for arm, base in COMPARED:
             gains = {f: differences(records, method, arm, base, "decoder", f) for f in ("m_gt", "m_ip")}
             if gains["m_gt"]:
-                shown = [_shown(gains[figure], figure, sign="+") for figure in ("m_gt", "m_ip")]
-                cells = [method, arm, base, *shown, _verdict(gains["m_gt"], gains["m_ip"])]
+                shown = [shown(gains[figure], figure, sign="+") for figure in ("m_gt", "m_ip")]
+                cells = [method, arm, base, *shown, verdict(gains["m_gt"], gains["m_ip"])]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -128,7 +128,7 @@ def _absorption(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
         for arm in ARMS:
             found = [r for r in records if r["method"] == method and r["arm"] == arm]
             cells = [
-                _shown([r[group][figure] for r in found], "m_gt") if all(group in r for r in found) else ""
+                shown([r[group][figure] for r in found], "m_gt") if all(group in r for r in found) else ""
                 for group in ("absorption", "absorption_of_anchored")
                 for figure in ("alone", "with_child", "rate")
             ]
@@ -148,7 +148,7 @@ def _machines(records: Sequence[Record]) -> str:
     return f"Machine: {'; '.join(on) or 'not known'}. {sum(r['minutes'] for r in records):.1f} minutes of cells in all."
 
 
-def _verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
+def verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
     """yes or no where an interval leaves out zero, by M_GT, and where that says nothing by M_IP."""
     for values in (m_gt, m_ip):
         middle, half = interval(values)
@@ -157,7 +157,7 @@ def _verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
     return "not told apart"
 
 
-def _shown(values: Sequence[float], figure: str, sign: str = "") -> str:
+def shown(values: Sequence[float], figure: str, sign: str = "") -> str:
     middle, half = interval(values)
     scale, digits = (100, 1) if figure == "m_gt" else (1, 3)
     shown = f"{round(scale * middle, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000

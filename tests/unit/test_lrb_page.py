@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from jobs.bench.lrb import cells_of
-from jobs.bench.lrb_page import _verdict, differences, interval, page
+from jobs.bench.lrb_page import differences, interval, page
+from jobs.bench.lrb_page import verdict as verdict_of
 from pipeline.errors import InputError
 from pipeline.sdl.lrb_cells import ARMS, Cell, small
 
@@ -62,7 +63,7 @@ def test_one_value_has_no_interval() -> None:
     ],
 )
 def test_the_verdict(m_gt: list[float], m_ip: list[float], verdict: str) -> None:
-    assert _verdict(m_gt, m_ip) == verdict
+    assert verdict_of(m_gt, m_ip) == verdict
 
 
 def test_differences_are_of_the_same_seed() -> None:

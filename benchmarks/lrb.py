@@ -1,0 +1,167 @@
+"""The tables of docs/lrb.md: python -m benchmarks.lrb [SECTION ...]
+
+Each section is a list of cells of the Linear Representation Bench (`granary bench lrb`). Cells that were run are lines
+of benchmarks/lrb_results.jsonl, under the digest of everything that determines them; those that are missing are run, and
+the section's table in docs/lrb.md is written anew after each. So it goes on where it was, on another day too.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from jobs.bench.lrb_page import differences, shown, verdict
+from pipeline.sdl.lrb_cells import ARMS, SIZES, Cell, resolve
+from storage.records import Record, digest
+from workers.benching import identity_of, run_cells
+from workers.cluster import connected
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "lrb_results.jsonl", HERE.parent / "docs" / "lrb.md"
+TABLE = ("relu", "jumprelu", "topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")
+FAMILIES = ("hierarchy", {"parents": 20, "children": 4, "child_share": 0.2})
+Changes = tuple[tuple[str, object], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Lines of a section's table: one a method and arm."""
+
+    size: str
+    methods: Sequence[str]
+    arms: Sequence[str] = ARMS
+    seeds: int = 3
+    changes: Changes = ()
+
+    def cells(self) -> list[Cell]:
+        size = SIZES[self.size]()
+        return [
+            Cell(size, method, arm, seed, self.changes)
+            for seed in range(self.seeds)
+            for method in self.methods
+            for arm in self.arms
+        ]
+
+
+def sweep(size: str, method: str, name: str, values: Sequence[object], rest: Changes = (), **how: object) -> list[Row]:
+    return [Row(size, (method,), changes=((name, value), *rest), **how) for value in values]  # type: ignore[arg-type]
+
+
+SECTIONS: dict[str, list[Row]] = {
+    "half": [Row("half", TABLE)],
+    "full": [Row("full", ("topk", "batch_topk", "relu"), ("plain", "anchored"), seeds=2)],
+    "loose k": sweep("small", "topk", "k", (6, 10, 16, 32, 64, 128), (("anchors", 100),)),
+    "anchors": sweep("small", "topk", "anchors", (10, 25, 50, 100, 150), (("k", 64),)),
+    "weight": sweep("small", "topk", "anchoring", (0.001, 0.01, 0.1, 1.0), (("k", 64), ("anchors", 100))),
+    "sides": sweep("small", "topk", "sides", ("both", "encoder", "decoder"), (("k", 64), ("anchors", 100))),
+    "relu": sweep("small", "relu", "l1", (0.1, 0.5, 1.0, 2.0, 5.0), arms=("plain",)),
+    "jumprelu": [
+        Row("small", ("jumprelu",), ("plain",), changes=(("threshold", threshold), ("l0", l0)))
+        for threshold in (0.1, 1.0, 2.5)
+        for l0 in (1e-3, 1e-2)
+    ],
+    "encoder": [
+        *sweep("small", "topk", "tied", (False, True), arms=("plain",)),
+        *sweep("small", "topk", "noise", (0.05, 0.2), arms=("plain",)),
+    ],
+    "absorption": [
+        Row("small", ("topk", "batch_topk", "matryoshka"), changes=(FAMILIES, ("k", 6), ("anchors", 10))),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a cell")
+    parser.add_argument("--take", type=Path, metavar="FOLDER", help="first take over the cells that are done there")
+    arguments = parser.parse_args()
+    results = read_results()
+    for path in sorted((arguments.take / "cells").glob("*.json")) if arguments.take else ():
+        keep(results, json.loads(path.read_text()))
+    with connected("local", cpus=arguments.threads):
+        for name in arguments.section or SECTIONS:
+            rows = SECTIONS[name]
+            cells = [cell for row in rows for cell in row.cells() if key_of(identity_of(cell)) not in results]
+            print(f"{name}: {len(cells)} cells to run", flush=True)
+            for cell, record in run_cells(cells, HERE.parent / ".bench-venv" / "lrb", arguments.threads):
+                keep(results, record)
+                write_section(name, rows, results)
+                print(f"  {cell.method} {cell.arm} {cell.seed} {dict(cell.changes)}: {record['decoder']}", flush=True)
+            write_section(name, rows, results)
+
+
+def key_of(identity: Record) -> str:
+    return digest(identity)[:16]
+
+
+def read_results() -> dict[str, Record]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {record["key"]: record for record in map(json.loads, lines)}
+
+
+def keep(results: dict[str, Record], record: Record) -> None:
+    """Append a cell's record, without the identity that its key stands for."""
+    key = key_of(record["identity"])
+    if key not in results:
+        results[key] = {"key": key, **{k: v for k, v in record.items() if k != "identity"}}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(results[key]) + "\n")
+
+
+def write_section(name: str, rows: Sequence[Row], results: dict[str, Record]) -> None:
+    """Put the section's table between its marks in docs/lrb.md."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    page = PAGE.read_text()
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    if not after and end not in rest:
+        raise SystemExit(f"{PAGE} has no marks {begin} and {end} for the table")
+    PAGE.write_text(f"{before}{begin}\n{table(rows, results)}{end}{after}")
+
+
+def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
+    absorbing = any(FAMILIES in row.changes for row in rows)
+    head = "| method | arm | seeds | decoder M_GT % | decoder M_IP | encoder M_GT % | encoder M_IP | FVU | L0 |"
+    head += " absorbed, others % | absorbed, anchored % |" if absorbing else " minus plain, M_IP | better than plain |"
+    lines = [head, "|---|---|" + "--:|" * (9 if absorbing else 8) + ("" if absorbing else "---|")]
+    minutes, machines = 0.0, set()
+    for row in rows:
+        records = [found for cell in row.cells() if (found := results.get(key_of(identity_of(cell)))) is not None]
+        minutes += sum(r["minutes"] for r in records)
+        machines |= {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records}
+        for method in row.methods:
+            for arm in row.arms:
+                of = [r for r in records if r["method"] == method and r["arm"] == arm]
+                if of:
+                    lines.append(_line(row, method, arm, of, records, absorbing))
+    size, _ = resolve(rows[0].cells()[0])
+    about = (
+        f"n = {size.bench.features}, n_p = {size.bench.width}, F = {size.latents}, N = {size.bench.samples:,}, "
+        f"S = {size.bench.sparsity}, M = {size.bench.interference}; {size.steps} steps of {size.batch_rows} rows at "
+        f"{size.learning_rate:g}, k = {size.k}, {size.anchors} anchors where no row says otherwise. "
+        f"{'; '.join(sorted(machines))}: {minutes:.0f} minutes of cells of one thread."
+    )
+    return "\n".join([*lines, "", about]) + "\n"
+
+
+def _line(row: Row, method: str, arm: str, of: list[Record], records: list[Record], absorbing: bool) -> str:
+    changes = [f"{name} = {value}" for name, value in row.changes if name != "hierarchy"]
+    cells = [", ".join([method, *changes]), arm, str(len(of))]
+    figures: list[tuple[str, str]] = [(side, figure) for side in ("decoder", "encoder") for figure in ("m_gt", "m_ip")]
+    cells += [shown([r[side][figure] for r in of], figure) for side, figure in figures]
+    cells += [f"{mean(r['fvu'] for r in of):.4f}", f"{mean(r['l0'] for r in of):.1f}"]
+    if absorbing:
+        rate: Callable[[str], str] = lambda group: shown([r[group]["rate"] for r in of], "m_gt")  # noqa: E731
+        return f"| {' | '.join([*cells, rate('absorption'), rate('absorption_of_anchored')])} |"
+    if arm == "plain":
+        return f"| {' | '.join([*cells, '', ''])} |"
+    gains = [differences(records, method, arm, "plain", "decoder", figure) for figure in ("m_gt", "m_ip")]
+    compared = [shown(gains[1], "m_ip", sign="+"), verdict(*gains)] if gains[0] else ["", ""]
+    return f"| {' | '.join([*cells, *compared])} |"
+
+
+if __name__ == "__main__":
+    main()
