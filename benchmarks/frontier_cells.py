@@ -14,7 +14,8 @@ from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
 from pipeline.sdl.objective import Objective
-from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
+from pipeline.sdl.training import DictionaryTrainer
+from pipeline.sdl.training_config import TrainingConfig
 
 OURS, SAELENS, DICTIONARY_LEARNING = "ours", "SAELens", "dictionary_learning"
 KINDS = ("topk", "batch_topk", "jumprelu", "gated", "matryoshka", "relu")

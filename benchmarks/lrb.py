@@ -1,8 +1,8 @@
 """The tables of docs/lrb.md: python -m benchmarks.lrb [SECTION ...]
 
 Each section is a list of cells of the Linear Representation Bench (`granary bench lrb`). Cells that were run are lines
-of benchmarks/lrb_results.jsonl, under the digest of everything that determines them; those that are missing are run, and
-the section's table in docs/lrb.md is written anew after each. So it goes on where it was, on another day too.
+of benchmarks/lrb_results.jsonl, under the digest of everything that determines them; those that are missing are run,
+and the section's table in docs/lrb.md is written anew after each. So it goes on where it was, on another day too.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from jobs.bench.lrb_page import differences, shown, verdict
-from pipeline.sdl.lrb_cells import ARMS, SIZES, Cell, resolve
+from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell, resolve
 from storage.records import Record, digest
 from workers.benching import identity_of, run_cells
 from workers.cluster import connected

@@ -25,7 +25,8 @@ from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows
 from pipeline.sdl.metrics import measure_code
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
+from pipeline.sdl.training import DictionaryTrainer
+from pipeline.sdl.training_config import TrainingConfig
 
 FOLDER = Path(__file__).parents[1] / ".bench-venv" / "frontier"
 RUNS: dict[str, dict[str, Any]] = {

@@ -34,7 +34,8 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.losses import reconstruction_loss
 from pipeline.sdl.selection import select_top_k
-from pipeline.sdl.training import DictionaryTrainer, TrainingConfig, default_learning_rate
+from pipeline.sdl.training import DictionaryTrainer
+from pipeline.sdl.training_config import TrainingConfig, default_learning_rate
 
 BATCHES = 4
 """Batches that are given again and again."""

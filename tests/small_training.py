@@ -7,7 +7,8 @@ from torch import Tensor
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.objective import Anchors, Objective
-from pipeline.sdl.training import DictionaryTrainer, StepMetrics, TrainingConfig
+from pipeline.sdl.training import DictionaryTrainer, StepMetrics
+from pipeline.sdl.training_config import TrainingConfig
 
 ROWS, STEPS = 40, 10
 SPARSE = {

@@ -16,7 +16,8 @@ import torch
 from ray.exceptions import RayError
 
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_cells import Cell, resolve, train_cell
+from pipeline.sdl.lrb_cells import train_cell
+from pipeline.sdl.lrb_recipes import Cell, resolve
 from storage.records import Record, digest
 from workers.machine import machine
 

@@ -13,7 +13,7 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training import tied_refusal
+from pipeline.sdl.training_config import tied_refusal
 from pipeline.sites import expand_sites
 from workers.section import Count, Name, Settings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.training import TrainingConfig, default_learning_rate
+from pipeline.sdl.training_config import TrainingConfig, default_learning_rate
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
 from storage.moments import training_units

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.bench.lrb_page import page
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_cells import ARMS, SIZES, Cell, methods, resolve
+from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell, methods, resolve
 from storage.records import Record
 
 IN_TABLE = ("relu", "jumprelu", "topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from statistics import mean, stdev
 from textwrap import wrap
 
-from pipeline.sdl.lrb_cells import ARMS, Cell, resolve
+from pipeline.sdl.lrb_recipes import ARMS, Cell, resolve
 from storage.records import Record
 
 ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73"}
@@ -106,8 +106,8 @@ def _compared(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
         for arm, base in COMPARED:
             gains = {f: differences(records, method, arm, base, "decoder", f) for f in ("m_gt", "m_ip")}
             if gains["m_gt"]:
-                shown = [shown(gains[figure], figure, sign="+") for figure in ("m_gt", "m_ip")]
-                cells = [method, arm, base, *shown, verdict(gains["m_gt"], gains["m_ip"])]
+                gained = [shown(gains[figure], figure, sign="+") for figure in ("m_gt", "m_ip")]
+                cells = [method, arm, base, *gained, verdict(gains["m_gt"], gains["m_ip"])]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -160,8 +160,8 @@ def verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
 def shown(values: Sequence[float], figure: str, sign: str = "") -> str:
     middle, half = interval(values)
     scale, digits = (100, 1) if figure == "m_gt" else (1, 3)
-    shown = f"{round(scale * middle, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000
-    return shown if half is None else f"{shown} ± {scale * half:.{digits}f}"
+    text = f"{round(scale * middle, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000
+    return text if half is None else f"{text} ± {scale * half:.{digits}f}"
 
 
 def _bars(records: Sequence[Record], methods: Sequence[str]) -> str:

@@ -1,116 +1,30 @@
 """One cell of the Linear Representation Bench: a method, an arm and a seed, trained and scored.
 
-Methods are recipes: a shape, an activation and terms of the loss, with every number that the paper leaves out. Arms:
-`plain`; `anchored` to the first true features, encoder and decoder; `random`, as many random directions instead. All
-arms are scored on the features that the anchored one was not given.
+Arms: `plain`; `anchored` to the first true features, encoder and decoder; `random`, as many random directions instead.
+All arms are scored on the features that the anchored one was not given.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.errors import InputError
-from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
+from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
-from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.diagnostics import absorption, polysemanticity
-from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
-from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows, recovery
-from pipeline.sdl.objective import Anchors, Objective
-from pipeline.sdl.training import DictionaryTrainer, TrainingConfig, check_training
+from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
+from pipeline.sdl.lrb_recipes import LAYOUTS, Cell, Method, Size, config_of, resolve, training_of
+from pipeline.sdl.objective import Anchors
+from pipeline.sdl.training import DictionaryTrainer
 
 SCORED_ROWS = 20_000
 """Samples on which thresholds are set and absorption is measured."""
-ARMS = ("plain", "anchored", "random")
-LAYOUTS = {"sae": ((0,), (0,)), "transcoder": ((0,), (1,)), "crosscoder": ((0, 1), (0, 1))}
-"""Which sources are read and which are written."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A member of the family as the bench trains it."""
-
-    activation: Activation
-    objective: Objective = field(default=Objective())
-    layout: str = "sae"
-    """sae, transcoder or crosscoder (two sources)."""
-    tied: bool = False
-    decoder_norm: str = "unit"
-    initialisation: Initialisation = field(default=Initialisation())
-    effort: float = 1.0
-    """Times the size's steps."""
-    sides: str = "both"
-    """Which rows anchors pull: both, encoder or decoder."""
-    products: Products = field(default=Products(dense="bfloat16"))
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a table is: the data, the dictionary and the training."""
-
-    bench: Bench
-    latents: int
-    steps: int
-    batch_rows: int
-    learning_rate: float
-    k: int
-    anchors: int
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is trained."""
-
-    size: Size
-    method: str
-    arm: str
-    seed: int
-    """Of the data, the first weights and the order of the samples."""
-    changes: tuple[tuple[str, Any], ...] = ()
-    """Fields of the size, its bench, the method or its parts that are set otherwise, for sweeps: ("k", 10). The first
-    of these that has such a field takes it; ("initialisation.decoder_norm", 0.1) names the part too."""
-
-
-def small() -> Size:
-    """About a minute for each seed of the table on two cores."""
-    return Size(Bench(250, 192, 20_000, 0.96, 0.2), 1000, 600, 1024, 3e-3, 10, 25)
-
-
-def half() -> Size:
-    return Size(Bench(500, 384, 100_000), 8000, 300, 2048, 2e-3, 10, 50)
-
-
-def full() -> Size:
-    """The paper's n, n_p, F, N, S and M."""
-    return Size(Bench(), 16_000, 400, 2048, 2e-3, 20, 100)
-
-
-SIZES = {"small": small, "half": half, "full": full}
-
-
-def methods(size: Size) -> dict[str, Method]:
-    """What the bench can train."""
-    k, latents = size.k, size.latents
-    prefixes = tuple(latents // divisor for divisor in (16, 8, 4, 2))
-    # Half of F latents with unit decoders, each as strong as its projection, would overshoot x F / 2 d times.
-    quiet = Initialisation(encoder_scale=min(1.0, 2 * size.bench.width / latents))
-    return {
-        "relu": Method(ReLU(), Objective(l1=2.0), initialisation=quiet),
-        "jumprelu": Method(JumpReLU(2.5, 1.0), Objective(l0=1e-3), effort=2.0),
-        "gated": Method(Gated(), Objective(l1=2.0), initialisation=quiet),
-        "topk": Method(TopK(k)),
-        "batch_topk": Method(BatchTopK(k)),
-        "matryoshka": Method(BatchTopK(k), Objective(prefixes=prefixes)),
-        "transcoder": Method(TopK(k), layout="transcoder"),
-        "crosscoder": Method(BatchTopK(k), layout="crosscoder"),
-    }
 
 
 @dataclass(frozen=True)
@@ -185,137 +99,12 @@ def _absorption(size: Size, result: Dictionary, x: Tensor, data: Data, writes: S
     return found
 
 
-def resolve(cell: Cell) -> tuple[Size, Method]:
-    """The size and the method with the cell's changes. Raises InputError for what there is not, or cannot be."""
-    if cell.arm not in ARMS:
-        raise InputError(f"no arm {cell.arm!r}; there are {', '.join(ARMS)}")
-    left = dict(cell.changes)
-    size = _changed(cell.size, left, "size")
-    levels = _hierarchy(size.bench.hierarchy, left)
-    bench = _changed(replace(size.bench, hierarchy=None), left, "bench")
-    size = replace(size, bench=replace(bench, seed=bench.seed + cell.seed, hierarchy=levels))
-    known = methods(size)
-    if cell.method not in known:
-        raise InputError(f"no method {cell.method!r}; there are {', '.join(known)}")
-    method = _changed(known[cell.method], left, "method")
-    for part in PARTS:
-        method = replace(method, **{part: _changed(getattr(method, part), left, part)})
-    if left:
-        raise InputError(_no_such_change(left, size, method))
-    size = replace(size, steps=round(size.steps * method.effort))
-    _check(size, method)
-    return size, method
-
-
-PARTS = ("activation", "objective", "initialisation", "products")
-T = TypeVar("T")
-
-
-def _changed(value: T, left: dict[str, Any], part: str) -> T:
-    """`value` with the changes that name a field of it, alone or as `part`.field; they are taken out of `left`."""
-    mine = {}
-    for name in _names(value):
-        for given in (name, f"{part}.{name}"):
-            if given in left:
-                mine[name] = _like(getattr(value, name), left.pop(given), given)
-    return replace(value, **mine) if mine else value  # type: ignore[type-var]
-
-
-def _hierarchy(levels: Hierarchy | None, left: dict[str, Any]) -> Hierarchy | None:
-    """With changes of its fields, each by itself (parents) or together: ("hierarchy", {"parents": 9})."""
-    together = left.pop("hierarchy", None)
-    if not isinstance(together, dict | None):
-        raise InputError(f'hierarchy is a section, as {{"parents": 9}}, or {{}} for its defaults, not {together!r}')
-    wanted = dict(together or {})
-    for name in _names(Hierarchy()):
-        if name in left:
-            wanted[name] = left.pop(name)
-    if not wanted and together is None:
-        return levels
-    found = _changed(levels or Hierarchy(), wanted, "hierarchy")
-    if wanted:
-        raise InputError(f"a hierarchy has {', '.join(_names(found))}, and no {', '.join(wanted)}")
-    return found
-
-
-def _names(value: Any) -> list[str]:
-    """Fields that hold a plain value."""
-    return [f.name for f in fields(value) if f.name != "hierarchy" and not is_dataclass(getattr(value, f.name))]
-
-
-def _like(old: Any, new: Any, name: str) -> Any:
-    """The new value. Raises InputError if it is of another kind than the old one; what was None becomes a number."""
-    if isinstance(old, bool | str):
-        fits = type(new) is type(old)
-    elif isinstance(old, tuple):
-        fits = isinstance(new, tuple) and all(type(each) is int for each in new)
-    else:
-        fits = type(new) is int or (type(new) is float and type(old) is not int)
-    if not fits:
-        kinds = {bool: "true or false", str: "a word", tuple: "a list of numbers", int: "a whole number"}
-        raise InputError(f"{name} is {kinds.get(type(old), 'a number')}, not {new!r}")
-    return new
-
-
-def _no_such_change(left: Iterable[str], size: Size, method: Method) -> str:
-    values = (size, size.bench, Hierarchy(), method, *(getattr(method, part) for part in PARTS))
-    known = list(dict.fromkeys(name for value in values for name in _names(value)))
-    near = [close for name in left for close in get_close_matches(name, known, 1)]
-    return f"no such thing to change: {', '.join(left)}; " + (
-        f"the nearest is {', '.join(near)}" if near else f"there are {', '.join(known)}"
-    )
-
-
-def _check(size: Size, method: Method) -> None:
-    """Raise InputError, before anything runs, for what cannot be trained."""
-    if method.layout not in LAYOUTS:
-        raise InputError(f"layout is one of {', '.join(LAYOUTS)}, not {method.layout!r}")
-    if method.sides not in ("both", "encoder", "decoder"):
-        raise InputError(f"sides is both, encoder or decoder, not {method.sides!r}")
-    if small := [n for n in ("latents", "steps", "batch_rows", "anchors") if getattr(size, n) < 1]:
-        raise InputError(f"{', '.join(small)}: at least 1")
-    if size.anchors >= min(size.bench.features, size.latents + 1):
-        raise InputError(
-            f"{size.anchors} anchors are too many for {size.bench.features} features, of which some must be left to "
-            f"score, and {size.latents} latents"
-        )
-    check_training(_config(size, method), _training(size, method, 0), None)
-
-
-def _config(size: Size, method: Method) -> DictionaryConfig:
-    reads, writes = LAYOUTS[method.layout]
-    width = size.bench.width
-    return DictionaryConfig(
-        tuple(f"source.{i}" for i in reads),
-        tuple(f"source.{i}" for i in writes),
-        (width,) * len(reads),
-        (width,) * len(writes),
-        size.latents,
-        method.activation,
-    )
-
-
-def _training(size: Size, method: Method, seed: int) -> TrainingConfig:
-    return TrainingConfig(
-        steps=size.steps,
-        batch_rows=size.batch_rows,
-        learning_rate=size.learning_rate,
-        objective=method.objective,
-        dead_after_rows=max(1, size.steps * size.batch_rows // 20),
-        decoder_norm=method.decoder_norm,
-        tied=method.tied,
-        initialisation=Initialisation() if method.tied else method.initialisation,
-        products=method.products,
-        seed=seed,
-    )
-
-
 def make_trainer(size: Size, method: Method, cell: Cell, data: Data) -> DictionaryTrainer:
     reads, writes = LAYOUTS[method.layout]
     norms = [_normalisation(rows) for rows in data.sources]
     return DictionaryTrainer(
-        Dictionary(_config(size, method)),
-        _training(size, method, cell.seed),
+        Dictionary(config_of(size, method)),
+        training_of(size, method, cell.seed),
         Normalisation.side_by_side([norms[i] for i in reads]),
         Normalisation.side_by_side([norms[i] for i in writes]),
         _anchors(size, method, cell, data.features),

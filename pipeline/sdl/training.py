@@ -3,53 +3,24 @@
 Nothing here reads a store or knows where a batch is from; `workers.trainer` feeds several trainers from one stream.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import InputError
-from pipeline.sdl.activations import JumpReLU, Products
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Block, Dictionary, Initialisation, Normalisation
-from pipeline.sdl.objective import Anchors, Evaluated, Objective, evaluate
-from pipeline.sdl.resampling import Resampling, resample
+from pipeline.sdl.activations import JumpReLU
+from pipeline.sdl.dictionary import Block, Dictionary, Normalisation
+from pipeline.sdl.objective import Anchors, Evaluated, evaluate
+from pipeline.sdl.resampling import resample
+from pipeline.sdl.training_config import TrainingConfig, check_training
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 """For losses that sum the error over dimensions, as the papers' do; ours is divided by d, and so is this."""
 SLAB = 512
 """Decoder rows that are normalised at once: they stay in the cache."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a dictionary is trained. All of it determines the weights."""
-
-    steps: int
-    batch_rows: int
-    learning_rate: float
-    """Peak of Adam's learning rate."""
-    objective: Objective = field(default=Objective())
-    warmup_share: float = 0.05
-    """Share of the steps over which the rate rises from zero."""
-    decay_share: float = 0.2
-    """Share of the steps, at the end, over which it falls to zero."""
-    dead_after_rows: int = 10_000_000
-    """A latent that was silent for so many rows counts as dead."""
-    decoder_norm: str = "unit"
-    """unit: decoder rows keep norm 1, over all sites together. free: they have any."""
-    clip: float | None = None
-    """Largest norm of the gradient of all weights together, of a loss that sums the error over dimensions."""
-    resampling: Resampling | None = None
-    initialisation: Initialisation = field(default=Initialisation())
-    tied: bool = False
-    """The encoder is the decoder's transpose throughout (where the output is the input)."""
-    anchors_first: bool = True
-    """Anchored latents begin at their anchors, so that none has to cross the space; else as all others do."""
-    products: Products = field(default=Products())
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -230,44 +201,6 @@ class DictionaryTrainer:
         self.step_number = int(state["step"])
 
 
-def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anchors | None) -> None:
-    """Raise InputError where dictionary, objective and anchors do not fit together."""
-    config.objective.check(shape)
-    if config.resampling is not None:
-        config.resampling.check()
-    if config.decoder_norm not in ("unit", "free"):
-        raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
-    if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
-        raise InputError("decoders of another initial norm than 1 need decoder_norm: free")
-    if config.tied and (reason := tied_refusal(shape, config.initialisation)):
-        raise InputError(reason)
-    if anchors is None:
-        return
-    if anchors.count > shape.latents:
-        raise InputError(f"{anchors.count} anchors do not fit into {shape.latents} latents")
-    for side, of_side, width in (("encoder", anchors.encoder, shape.d_in), ("decoder", anchors.decoder, shape.d_out)):
-        if of_side is None:
-            continue
-        if of_side.shape != (anchors.count, width):
-            raise InputError(
-                f"anchors of the {side} must be [{anchors.count}, {width}] for these sites, not {list(of_side.shape)}"
-            )
-        if not bool(torch.isfinite(of_side).all()):
-            raise InputError(f"anchors of the {side} hold nan or infinity")
-
-
-def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str | None:
-    """Why a dictionary of this shape cannot have tied weights; None if it can."""
-    if not shape.is_autoencoder or shape.cross_layer:
-        return "tied: an encoder can only be its decoder's transpose where the output is the input"
-    if (initialisation.encoder, initialisation.encoder_scale) != ("transposed", 1):
-        return (
-            "tied: the encoder begins as the decoder does, so initialisation.encoder and encoder_scale have no effect: "
-            "leave them out"
-        )
-    return None
-
-
 def normalised_anchors(anchors: Anchors, x_norm: Normalisation, y_norm: Normalisation) -> Anchors:
     """Directions of raw activations -> the same in the normalised space, float32, where the normalisation is."""
     encoder = None if anchors.encoder is None else anchors.encoder.to(x_norm.scale) * x_norm.scale
@@ -311,8 +244,3 @@ def _not_finite(step: int, x: Tensor, y: Tensor) -> str:
     if columns:
         return f"step {step}: activations are nan or infinite in {'; '.join(dict.fromkeys(columns))}; verify the store"
     return f"step {step}: the loss is not finite though the activations are: lower the learning rate, or clip gradients"
-
-
-def default_learning_rate(latents: int) -> float:
-    """2e-4 / sqrt(latents / 2^14), the scaling rule of Gao et al. 2024."""
-    return float(2e-4 / (latents / 2**14) ** 0.5)

@@ -12,7 +12,8 @@ from pipeline.sdl.activations import TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.objective import Anchors
-from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
+from pipeline.sdl.training import DictionaryTrainer
+from pipeline.sdl.training_config import TrainingConfig
 from pipeline.sites import KINDS, STORED_TYPES, Site
 from pipeline.unit import UnitRunner
 

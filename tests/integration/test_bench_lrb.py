@@ -11,7 +11,8 @@ import ray as ray_itself
 from jobs.bench.lrb import cells_of
 from jobs.cli import main
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_cells import Cell, train_cell
+from pipeline.sdl.lrb_cells import train_cell
+from pipeline.sdl.lrb_recipes import Cell
 from workers.benching import file_of, read_cell, run_cells
 from workers.cluster import connected
 

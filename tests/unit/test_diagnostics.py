@@ -13,7 +13,8 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.diagnostics import absorption, antipodal_pairs, loss_of_truth, optimality, polysemanticity
 from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows
-from pipeline.sdl.lrb_cells import Cell, Data, Size, batches, make_trainer, resolve
+from pipeline.sdl.lrb_cells import Data, batches, make_trainer
+from pipeline.sdl.lrb_recipes import Cell, Size, resolve
 
 
 def dictionary_of(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor | None = None, k: int | None = None) -> Dictionary:

@@ -13,7 +13,8 @@ from pipeline.errors import InputError
 from pipeline.sdl.activations import BatchTopK, JumpReLU, ReLU, TopK
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.lrb import Bench, Hierarchy
-from pipeline.sdl.lrb_cells import ARMS, SIZES, Cell, Size, batches, data_of, make_trainer, methods, resolve, train_cell
+from pipeline.sdl.lrb_cells import batches, data_of, make_trainer, train_cell
+from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell, Size, methods, resolve
 
 REDUCED = Size(Bench(120, 96, 10_000, 0.95, 0.25), 480, 300, 512, 5e-3, 6, 20)
 """Six features are active on average, of 120 in 96 dimensions."""

@@ -10,7 +10,7 @@ from jobs.bench.lrb import cells_of
 from jobs.bench.lrb_page import differences, interval, page
 from jobs.bench.lrb_page import verdict as verdict_of
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_cells import ARMS, Cell, small
+from pipeline.sdl.lrb_recipes import ARMS, Cell, small
 
 
 def record(method: str, arm: str, seed: int, m_gt: float, m_ip: float) -> dict[str, Any]:

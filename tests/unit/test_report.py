@@ -25,7 +25,7 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training import TrainingConfig
+from pipeline.sdl.training_config import TrainingConfig
 from storage.anchors import AnchorSet, read_anchors, write_anchors
 from storage.create import create_store
 from storage.errors import StorageError

@@ -14,7 +14,8 @@ from pipeline.sdl.activations import Products
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
 from pipeline.sdl.objective import Objective, evaluate
 from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training import DictionaryTrainer, TrainingConfig
+from pipeline.sdl.training import DictionaryTrainer
+from pipeline.sdl.training_config import TrainingConfig
 
 AUTOENCODERS = ("sae", "crosscoder", "shared")
 TIED = replace(SETTINGS, tied=True)

@@ -1,0 +1,84 @@
+"""How a dictionary is trained, and what of it does not go together."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.errors import InputError
+from pipeline.sdl.activations import Products
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Initialisation
+from pipeline.sdl.objective import Anchors, Objective
+from pipeline.sdl.resampling import Resampling
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a dictionary is trained. All of it determines the weights."""
+
+    steps: int
+    batch_rows: int
+    learning_rate: float
+    """Peak of Adam's learning rate."""
+    objective: Objective = field(default=Objective())
+    warmup_share: float = 0.05
+    """Share of the steps over which the rate rises from zero."""
+    decay_share: float = 0.2
+    """Share of the steps, at the end, over which it falls to zero."""
+    dead_after_rows: int = 10_000_000
+    """A latent that was silent for so many rows counts as dead."""
+    decoder_norm: str = "unit"
+    """unit: decoder rows keep norm 1, over all sites together. free: they have any."""
+    clip: float | None = None
+    """Largest norm of the gradient of all weights together, of a loss that sums the error over dimensions."""
+    resampling: Resampling | None = None
+    initialisation: Initialisation = field(default=Initialisation())
+    tied: bool = False
+    """The encoder is the decoder's transpose throughout (where the output is the input)."""
+    anchors_first: bool = True
+    """Anchored latents begin at their anchors, so that none has to cross the space; else as all others do."""
+    products: Products = field(default=Products())
+    seed: int = 0
+
+
+def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anchors | None) -> None:
+    """Raise InputError where dictionary, objective and anchors do not fit together."""
+    config.objective.check(shape)
+    if config.resampling is not None:
+        config.resampling.check()
+    if config.decoder_norm not in ("unit", "free"):
+        raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
+    if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
+        raise InputError("decoders of another initial norm than 1 need decoder_norm: free")
+    if config.tied and (reason := tied_refusal(shape, config.initialisation)):
+        raise InputError(reason)
+    if anchors is None:
+        return
+    if anchors.count > shape.latents:
+        raise InputError(f"{anchors.count} anchors do not fit into {shape.latents} latents")
+    for side, of_side, width in (("encoder", anchors.encoder, shape.d_in), ("decoder", anchors.decoder, shape.d_out)):
+        if of_side is None:
+            continue
+        if of_side.shape != (anchors.count, width):
+            raise InputError(
+                f"anchors of the {side} must be [{anchors.count}, {width}] for these sites, not {list(of_side.shape)}"
+            )
+        if not bool(torch.isfinite(of_side).all()):
+            raise InputError(f"anchors of the {side} hold nan or infinity")
+
+
+def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str | None:
+    """Why a dictionary of this shape cannot have tied weights; None if it can."""
+    if not shape.is_autoencoder or shape.cross_layer:
+        return "tied: an encoder can only be its decoder's transpose where the output is the input"
+    if (initialisation.encoder, initialisation.encoder_scale) != ("transposed", 1):
+        return (
+            "tied: the encoder begins as the decoder does, so initialisation.encoder and encoder_scale have no effect: "
+            "leave them out"
+        )
+    return None
+
+
+def default_learning_rate(latents: int) -> float:
+    """2e-4 / sqrt(latents / 2^14), the scaling rule of Gao et al. 2024."""
+    return float(2e-4 / (latents / 2**14) ** 0.5)
