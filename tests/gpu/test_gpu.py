@@ -8,10 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.language import loss_recovered
 from pipeline.rounding import round_rows, square_error
 from pipeline.rows import ContextRows
-from pipeline.sdl.activations import TopK
+from pipeline.sdl.activations import BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Normalisation
-from pipeline.sdl.objective import Anchors
+from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.training import DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig
 from pipeline.sites import KINDS, STORED_TYPES, Site
@@ -84,13 +84,24 @@ def test_int8_of_a_unit_is_that_of_its_rows() -> None:
     assert found["float32"].square_errors[site] == 0
 
 
-def test_training_follows_the_cpu() -> None:
+KINDS_OF_DICTIONARY = {
+    "topk": (TopK(8), Objective()),
+    "batch_topk": (BatchTopK(8), Objective(prefixes=(64, 128))),
+    "relu": (ReLU(), Objective(l1=1.0)),
+    "jumprelu": (JumpReLU(2.0, 1.0), Objective(l0=1e-2)),
+    "gated": (Gated(), Objective(l1=1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_DICTIONARY)
+def test_training_follows_the_cpu(kind: str) -> None:
+    activation, objective = KINDS_OF_DICTIONARY[kind]
     trained = {}
     for device in ("cpu", "cuda"):
         norm = Normalisation(torch.zeros(D_MODEL), torch.ones(D_MODEL))
-        config = TrainingConfig(steps=20, batch_rows=256, learning_rate=1e-3)
+        config = TrainingConfig(20, 256, 1e-3, objective, products=Products(selection="float32"))
         anchors = Anchors(torch.eye(D_MODEL)[:4], torch.eye(D_MODEL)[:4])
-        dictionary = Dictionary(DictionaryConfig(("a",), ("a",), (D_MODEL,), (D_MODEL,), 256, TopK(8)))
+        dictionary = Dictionary(DictionaryConfig(("a",), ("a",), (D_MODEL,), (D_MODEL,), 256, activation))
         trainer = DictionaryTrainer(dictionary, config, norm, norm, anchors, device)
         generator = torch.Generator().manual_seed(1)
         for _ in range(20):
