@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("no_ray")
         ),
         (
             {"train": changed(TRAIN, {"dictionaries": [{**DICTIONARY, "latents": 2}]})},
-            "train.dictionaries[0]: activation.k 4 is more than its 2 latents",
+            "train.dictionaries[0]: activation.k must be between 1 and latents = 2, not 4",
         ),
         (
             {"train": changed(TRAIN, {"dictionaries": [{**DICTIONARY, "anchors": "a"}]})},
@@ -77,7 +77,7 @@ def test_several_mistakes_are_told_at_once(lab: Lab) -> None:
         "corpus.context": 1,
         "corpus.seed": "a",
         "harvest.sites": ["resid_pots.1"],
-        "train": {"dictionaries": [{"name": "a b", "input": SITES[:2], "latent": 8}]},
+        "train": {"dictionaries": [{"name": "a b", "input": [], "latent": 8}]},
     }
     err = lab.refused("harvest", lab.spec(changes), lines=10)
     told = err.splitlines()[1:]
@@ -88,7 +88,7 @@ def test_several_mistakes_are_told_at_once(lab: Lab) -> None:
         "corpus.context must be greater than 1, not 1",
         "corpus.seed must be a whole number, not 'a'",
         "harvest.sites: unknown site 'resid_pots.1': did you mean resid_post.1?",
-        "train.dictionaries[0].input takes at most 1, not 2",
+        "train.dictionaries[0].input takes at least 1, not 0",
         "train.dictionaries[0].latents is missing",
         "unknown key train.dictionaries[0].latent: did you mean latents?",
     ):
