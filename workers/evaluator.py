@@ -22,7 +22,7 @@ from pipeline.sdl.files import load_dictionary
 from pipeline.sdl.metrics import auroc, measure_code
 from pipeline.sites import parse_site
 from storage.anchors import read_anchors
-from storage.errors import StorageError
+from storage.errors import StorageError, StoreMismatch
 from storage.moments import MomentKey, merged_moments, training_units
 from storage.records import Record, digest
 from storage.runs import Run, open_run
@@ -75,6 +75,18 @@ def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
     }
 
 
+def check_model(store: Store, run: Run) -> None:
+    """Raise StoreMismatch if the dictionary is of other activations than the store's model has at its sites."""
+    for site, digest_then in run.record()["identity"]["harvests"].items():
+        harvest, _ = store.find(site)
+        if harvest.digest != digest_then:
+            of = next((h.model for h in store.harvests if h.digest == digest_then), "a model that is not in the store")
+            raise StoreMismatch(
+                f"the dictionary {run.name!r} reads {site} of {of}, and the spec's model is {harvest.model}: give the "
+                "spec the dictionary's model, or train one of this model under another name"
+            )
+
+
 def is_evaluated(store: Store, plan: EvaluationPlan) -> bool:
     found = open_run(store, plan.run).evaluation()
     return found is not None and found["identity"] == evaluation_identity(store, plan)
@@ -92,6 +104,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
     store = store.for_model(name_in_store(store, plan.model))
     run = open_run(store, plan.run)
     run.dictionary_record()
+    check_model(store, run)
     dictionary = load_dictionary(str(run.folder)).to(plan.device)
     start = first_held_out_row(store)
     stop = min(store.num_rows, start + plan.settings.rows)

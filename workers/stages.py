@@ -24,7 +24,7 @@ from storage.unitsets import UnitSet, shown
 from workers.anchor_settings import AnchorSettings
 from workers.anchoring import make_anchors, plan_anchors, tasks_for
 from workers.cluster import require_gpus
-from workers.evaluator import EvaluationPlan, evaluate_remotely, is_evaluated
+from workers.evaluator import EvaluationPlan, check_model, evaluate_remotely, is_evaluated
 from workers.giving_up import HarvestFailed
 from workers.harvester import UnitResult
 from workers.harvesting import HarvestJob, declare, run_harvest
@@ -140,7 +140,9 @@ def plan_evaluations(
     info = describe_model(model.id, model.revision)
     plans = []
     for wanted in train_settings.dictionaries:
-        open_run(store, wanted.name).dictionary_record()  # raises when it is not trained
+        run = open_run(store, wanted.name)
+        run.dictionary_record()  # raises when it is not trained
+        check_model(store, run)
         plan = EvaluationPlan(
             store=store.url,
             run=wanted.name,

@@ -133,6 +133,11 @@ class _Member:
         about: dict[str, Any] = {
             "models": models_of(self.store, self.plan.config),
             "identity": self.plan.identity,
+            "normalisation": {
+                "folded": True,  # the weights are of activations as they are stored
+                "input_scale": scales_of(self.trainer.x_norm, self.plan.config.input, self.plan.config.input_widths),
+                "output_scale": scales_of(self.trainer.y_norm, self.plan.config.output, self.plan.config.output_widths),
+            },
             "anchors": None if self.plan.anchors is None else self.plan.anchors.model_dump(),
             "made_with": versions(),
         }
@@ -155,6 +160,11 @@ def normalisation(store: Store, sites: Sequence[str]) -> Normalisation:
         except InputError as error:
             raise InputError(f"{site}: {error}") from None
     return Normalisation.side_by_side(parts)
+
+
+def scales_of(norm: Normalisation, sites: Sequence[str], widths: Sequence[int]) -> Record:
+    """Site -> what its centred activations were multiplied with in training."""
+    return {site: part[0].item() for site, part in zip(sites, norm.scale.split(list(widths)), strict=True)}
 
 
 def pair(config: DictionaryConfig, of_site: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

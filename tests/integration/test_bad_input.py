@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import start_harvest
-from lab import DICTIONARY, GONE, SITE, SITES, TRAIN, Lab, changed
+from lab import DICTIONARY, GONE, SITE, TRAIN, Lab, changed
 
 from pipeline.errors import InputError
 

@@ -168,6 +168,24 @@ def test_a_run_of_the_other_model_under_the_same_name_is_refused(
         trained(shared, "sae", tuned)
 
 
+def test_a_dictionary_is_not_evaluated_on_the_other_models_activations(
+    tmp_path: Path, both: Store, names: list[str], llama: Path, tuned: Path
+) -> None:
+    shared = shutil.copytree(both.path, tmp_path / "both")
+    trained(shared, "sae", llama)
+    dictionary = DictionarySettings(name="sae", input=SITE, latents=64)
+    with pytest.raises(StoreMismatch) as refused:
+        plan_evaluations(
+            open_store(shared).for_model(names[1]),
+            ModelSettings(id=str(tuned), dtype="float32"),
+            HarvestSettings(sites=tuple(SITES)),
+            TrainSettings(dictionaries=(dictionary,)),
+            None,
+            EvaluateSettings(),
+        )
+    assert all(name in str(refused.value) for name in names)
+
+
 def test_anchors_of_the_other_model_under_the_same_name_are_refused(
     tmp_path: Path, both: Store, names: list[str]
 ) -> None:
