@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from jobs.bench.lrb_page import differences, shown, verdict
-from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell, resolve
+from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell
 from storage.records import Record, digest
 from workers.benching import identity_of, run_cells
 from workers.cluster import connected
@@ -137,7 +137,7 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
                 of = [r for r in records if r["method"] == method and r["arm"] == arm]
                 if of:
                     lines.append(_line(row, method, arm, of, records, absorbing))
-    size, _ = resolve(rows[0].cells()[0])
+    size = SIZES[rows[0].size]()
     about = (
         f"n = {size.bench.features}, n_p = {size.bench.width}, F = {size.latents}, N = {size.bench.samples:,}, "
         f"S = {size.bench.sparsity}, M = {size.bench.interference}; {size.steps} steps of {size.batch_rows} rows at "
