@@ -94,6 +94,11 @@ class AnchoringSettings(Settings):
     first: bool = True
     """Anchored latents begin at their anchors."""
 
+    @property
+    def shown(self) -> str:
+        """The set's name; of a control another one, as its latents are none of the subpopulations'."""
+        return self.name if self.control == "none" else f"{self.name} ({self.control})"
+
 
 def _as_anchoring(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value

@@ -104,7 +104,7 @@ class _Member:
     @classmethod
     def begin(cls, store: Store, plan: DictionaryPlan, device: str) -> "_Member":
         run = open_run(store, plan.name)
-        name = None if plan.anchors is None else plan.anchors.name
+        name = None if plan.anchors is None else plan.anchors.shown
         run.begin(plan.identity, {"anchors": name, "made_with": versions()})
         trainer = DictionaryTrainer(
             Dictionary(plan.config),

@@ -210,3 +210,9 @@ def test_the_documentation_names_every_key() -> None:
         section = next((s for s in (field.annotation, *get_args(field.annotation)) if isinstance(s, SECTION)), None)
         for key in [name] if section is None else [f"{name}.{inner}" for inner in section.model_fields]:
             assert f"`{key}`" in table or key == "anchors.name", key
+
+
+def test_a_control_does_not_go_by_the_name_of_the_anchors() -> None:
+    """Reports and evaluations take a run of that name for one whose first latents are the subpopulations'."""
+    assert AnchoringSettings(name="languages").shown == "languages"
+    assert AnchoringSettings(name="languages", control="random").shown == "languages (random)"

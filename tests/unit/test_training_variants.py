@@ -102,7 +102,9 @@ def test_a_trained_dictionary_is_evaluated(store: Store, llama: Path, name: str)
     assert found["loss"]["clean"] < found["loss"]["mean_ablated"] + 1
     assert found["loss"]["spliced"] == pytest.approx(found["loss"]["clean"], rel=0.2)
     assert [group["value"] for group in found["subpopulations"]] == ["de", "en", "fr"]
-    assert all(("anchor_cosine" in group) == (name != "skip") for group in found["subpopulations"])
+    how = settings_of(name).anchors
+    anchored = how is not None and how.control == "none"  # the latents of a control are none of the subpopulations'
+    assert all(("anchor_cosine" in group) == anchored for group in found["subpopulations"])
 
 
 def test_the_threshold_gives_the_asked_l0_on_held_out_rows(store: Store) -> None:
