@@ -37,7 +37,7 @@ from benchmarks.frontier_cells import (
 )
 from benchmarks.frontier_plot import draw
 from benchmarks.frontier_rows import RowFiles, prepare_rows
-from benchmarks.machine import machine
+from workers.machine import machine
 
 LIBRARIES = {SAELENS: "saelens", DICTIONARY_LEARNING: "dictionary_learning"}
 READ_ROWS = 8192

@@ -38,12 +38,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.machine import machine
 from jobs.demo.corpus import standard_library_documents
 from pipeline.models import describe_model
 from workers.cluster import connected
 from workers.harvester import Harvester, HarvesterSetup, UnitResult
 from workers.harvesting import declare, prepare_harvests
+from workers.machine import machine
 from workers.planning import ensure_store
 from workers.schedule import UNITS_IN_FLIGHT
 from workers.settings import CorpusSettings, HarvestSettings, ModelSettings

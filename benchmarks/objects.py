@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import machine
 from storage.arrays import DTYPES, RowArray
 from storage.files import in_threads
 from storage.harvests import chunk_rows_for
 from storage.objects import PART_BYTES, ObjectStore
 from storage.places import Place
 from storage.remote import FsspecFiles
+from workers.machine import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 

@@ -45,9 +45,9 @@ from benchmarks.harvest import (
     ratio_of,
     start,
 )
-from benchmarks.machine import machine
 from storage.store import open_store
 from workers.cluster import connected
+from workers.machine import machine
 
 SAELENS_ROWS = 4 * ROWS_PER_UNIT
 OURS = "ours, 3 sites, bfloat16"

@@ -21,9 +21,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.machine import machine
 from jobs.demo.corpus import standard_library_documents
 from jobs.demo.demo import HERE
+from workers.machine import machine
 
 SIZES = (0.5e9, 2e9)
 OBJECT_STORE_BYTES = 512 * 2**20

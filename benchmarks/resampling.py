@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.frontier_rows import prepare_rows
-from benchmarks.machine import machine
 from pipeline.sdl.activations import TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
@@ -27,6 +26,7 @@ from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig
+from workers.machine import machine
 
 FOLDER = Path(__file__).parents[1] / ".bench-venv" / "frontier"
 RUNS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,6 @@ import ray
 
 import workers.crew
 from benchmarks.harvest import make_model
-from benchmarks.machine import machine
 from pipeline.models import describe_model
 from storage.commits import commit_path, commit_unit, committed_units, compact
 from storage.files import LocalFiles
@@ -41,6 +40,7 @@ from workers.actor import HarvesterProcess
 from workers.cluster import connected
 from workers.harvester import HarvesterSetup, UnitResult
 from workers.harvesting import declare, prepare_harvests
+from workers.machine import machine
 from workers.planning import ensure_store
 from workers.schedule import UNITS_IN_FLIGHT
 from workers.settings import ClusterSettings, CorpusSettings, HarvestSettings, ModelSettings, WorkerRange

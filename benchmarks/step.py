@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.environments import DICTIONARIES, environment_python, peer_process
-from benchmarks.machine import machine
 from benchmarks.synthetic_rows import sparse_rows
 from pipeline.sdl.activations import BatchTopK, Products, TopK
 from pipeline.sdl.config import DictionaryConfig
@@ -36,6 +35,7 @@ from pipeline.sdl.losses import reconstruction_loss
 from pipeline.sdl.selection import select_top_k
 from pipeline.sdl.training import DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig, default_learning_rate
+from workers.machine import machine
 
 BATCHES = 4
 """Batches that are given again and again."""

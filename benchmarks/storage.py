@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import machine
 from storage.arrays import DTYPES, RowArray, StagedRows
 from storage.files import publish
 from storage.harvests import chunk_rows_for
 from storage.places import open_place
+from workers.machine import machine
 
 ROWS, WIDTH = 65536, 1024
 CHUNK_ROWS = chunk_rows_for(ROWS, WIDTH, 2)

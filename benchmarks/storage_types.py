@@ -19,7 +19,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.machine import machine
 from jobs.demo.corpus import write_corpus
 from jobs.demo.demo import HERE
 from pipeline.models import describe_model
@@ -32,6 +31,7 @@ from storage.store import Store
 from workers.dictionary_settings import ActivationSettings, DictionarySettings
 from workers.harvester import Harvester
 from workers.harvesting import declare, prepare_harvests
+from workers.machine import machine
 from workers.planning import ensure_store
 from workers.settings import (
     CorpusSettings,

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.machine import machine
 from storage.arrays import DTYPES
 from storage.create import Table, create_store
 from storage.findings import Fault
@@ -27,6 +26,7 @@ from storage.root import CorpusInfo
 from storage.store import Store
 from storage.units import UnitBlock, write_unit
 from storage.verify import verify
+from workers.machine import machine
 
 UNITS, ROWS_PER_UNIT, WIDTH, CONTEXT = 2, 65536, 1024, 256
 SITE = "resid_post.0"

@@ -16,6 +16,7 @@ import torch
 from ray.exceptions import RayError
 
 from pipeline.errors import InputError
+from pipeline.sdl.activations import activation_record
 from pipeline.sdl.lrb_cells import train_cell
 from pipeline.sdl.lrb_recipes import Cell, resolve
 from storage.records import Record, digest
@@ -27,7 +28,7 @@ CELLS = "cells"
 def identity_of(cell: Cell) -> Record:
     """Everything that determines a cell's figures, as JSON."""
     size, method = resolve(cell)
-    described = asdict(method) | {"activation": {"kind": method.activation.kind, **vars(method.activation)}}
+    described = asdict(method) | {"activation": activation_record(method.activation)}
     identity: Record = json.loads(
         json.dumps({"size": asdict(size), "method": described, "arm": cell.arm, "seed": cell.seed})
     )

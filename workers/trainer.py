@@ -4,7 +4,7 @@ One pass over the stream trains every dictionary that is not finished. Checkpoin
 asked for by step; so a run that was killed goes on and ends with the same weights, bit for bit, on the same machine.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -65,9 +65,10 @@ class Trainer:
         plan = self.plan
         torch.set_num_threads(plan.threads)
         device = "cuda" if plan.gpus else "cpu"
-        members = [_Member.begin(self.store, d, device) for d in plan.dictionaries]
-        start = min(m.trainer.step_number for m in members)
         sites = sorted({site for d in plan.dictionaries for site in (*d.config.input, *d.config.output)})
+        norms = {site: normalisation(self.store, site) for site in sites}  # each reads the moments of every unit
+        members = [_Member.begin(self.store, d, device, norms) for d in plan.dictionaries]
+        start = min(m.trainer.step_number for m in members)
         stream = self.store.stream(
             sites,
             batch_rows=plan.batch_rows,
@@ -102,15 +103,15 @@ class _Member:
         self.latest: StepMetrics | None = None
 
     @classmethod
-    def begin(cls, store: Store, plan: DictionaryPlan, device: str) -> "_Member":
+    def begin(cls, store: Store, plan: DictionaryPlan, device: str, norms: Mapping[str, Normalisation]) -> "_Member":
         run = open_run(store, plan.name)
         name = None if plan.anchors is None else plan.anchors.shown
         run.begin(plan.identity, {"anchors": name, "made_with": versions()})
         trainer = DictionaryTrainer(
             Dictionary(plan.config),
             plan.training,
-            normalisation(store, plan.config.input),
-            normalisation(store, plan.config.output),
+            Normalisation.side_by_side([norms[site] for site in plan.config.input]),
+            Normalisation.side_by_side([norms[site] for site in plan.config.output]),
             None if plan.anchors is None else anchors_of(store, plan.anchors, plan.config, plan.training.seed),
             device,
         )
@@ -149,17 +150,14 @@ class _Member:
         self.run.finish(self.curve, save_dictionary(dictionary, about))
 
 
-def normalisation(store: Store, sites: Sequence[str]) -> Normalisation:
-    """Centre each site on the mean of its training rows and scale to E||x||^2 = d, from the harvest's own moments."""
-    parts = []
-    for site in sites:
-        _, name = store.find(site)
-        moments = merged_moments(store, site, training_units(store))[MomentKey(name)]
-        try:
-            parts.append(Normalisation.of(torch.from_numpy(moments.mean), moments.total_variance))
-        except InputError as error:
-            raise InputError(f"{site}: {error}") from None
-    return Normalisation.side_by_side(parts)
+def normalisation(store: Store, site: str) -> Normalisation:
+    """Centre on the mean of the site's training rows and scale to E||x||^2 = d, from the harvest's own moments."""
+    _, name = store.find(site)
+    moments = merged_moments(store, site, training_units(store))[MomentKey(name)]
+    try:
+        return Normalisation.of(torch.from_numpy(moments.mean), moments.total_variance)
+    except InputError as error:
+        raise InputError(f"{site}: {error}") from None
 
 
 def scales_of(norm: Normalisation, sites: Sequence[str], widths: Sequence[int]) -> Record:

@@ -3,6 +3,7 @@
 Nothing here reads a store or knows where a batch is from; `workers.trainer` feeds several trainers from one stream.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,7 @@ class DictionaryTrainer:
                 self.step_number / config.steps,
             )
         loss = found.loss.item()
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if not math.isfinite(loss):
             raise InputError(_not_finite(self.step_number, x, y))
         anchor_cosine = self.anchor_cosine()
         found.loss.backward()

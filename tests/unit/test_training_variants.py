@@ -1,5 +1,6 @@
 """Dictionaries of several sites through the trainer and the evaluator: rows side by side, anchors, thresholds, loss."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import harvest
 
 from pipeline.errors import InputError
 from pipeline.models import describe_model
-from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.files import load_dictionary
 from pipeline.sdl.training import DictionaryTrainer
 from storage.errors import StorageError
@@ -70,6 +71,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, llama: Path, corpus: Path) -
     return store
 
 
+def normalisation_at(store: Store, sites: Sequence[str]) -> Normalisation:
+    return Normalisation.side_by_side([normalisation(store, site) for site in sites])
+
+
 def evaluation_of(store: Store, run: str, model: Path) -> Record:
     return evaluate(
         EvaluationPlan(
@@ -128,7 +133,7 @@ def test_each_layer_of_a_cross_layer_transcoder_has_its_latents(store: Store) ->
 def test_the_weights_are_those_of_training_on_the_stream_by_hand(store: Store, name: str) -> None:
     """To the bit: columns in the order of the spec, the store's own moments, its anchors."""
     (plan,) = [d for d in plan_training(store, SETTINGS).dictionaries if d.name == name]
-    norms = [normalisation(store, sites) for sites in (plan.config.input, plan.config.output)]
+    norms = [normalisation_at(store, sites) for sites in (plan.config.input, plan.config.output)]
     given = None if plan.anchors is None else anchors_of(store, plan.anchors, plan.config, plan.training.seed)
     trainer = DictionaryTrainer(Dictionary(plan.config), plan.training, *norms, given)
     sites = dict.fromkeys((*plan.config.input, *plan.config.output))
@@ -144,7 +149,7 @@ def test_the_weights_are_those_of_training_on_the_stream_by_hand(store: Store, n
 
 def test_normalisation_of_several_sites_is_each_ones_own(store: Store) -> None:
     sites = ["resid_post.0", "mlp_out.1"]
-    norm = normalisation(store, sites)
+    norm = normalisation_at(store, sites)
     x = torch.cat([to_torch(store.read(s, slice(0, store.info.held_out_start))).float() for s in sites], dim=1)
     for part in norm(x).split(32, dim=1):
         torch.testing.assert_close(part.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
