@@ -7,7 +7,7 @@ and the section's table in docs/lrb.md is written anew after each. So it goes on
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -67,7 +67,7 @@ SECTIONS: dict[str, list[Row]] = {
         *sweep("small", "topk", "noise", (0.05, 0.2), arms=("plain",)),
     ],
     "absorption": [
-        Row("small", ("topk", "batch_topk", "matryoshka"), changes=(FAMILIES, ("k", 6), ("anchors", 10))),
+        Row("small", TABLE, changes=(FAMILIES, ("k", 6), ("anchors", 10))),
     ],
 }
 
@@ -124,9 +124,15 @@ def write_section(name: str, rows: Sequence[Row], results: dict[str, Record]) ->
 
 def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
     absorbing = any(FAMILIES in row.changes for row in rows)
-    head = "| method | arm | seeds | decoder M_GT % | decoder M_IP | encoder M_GT % | encoder M_IP | FVU | L0 |"
-    head += " absorbed, others % | absorbed, anchored % |" if absorbing else " minus plain, M_IP | better than plain |"
-    lines = [head, "|---|---|" + "--:|" * (9 if absorbing else 8) + ("" if absorbing else "---|")]
+    head = ["method", "arm", "seeds", "decoder M_GT %", "decoder M_IP"]
+    head += ["absorbed, others %", "absorbed, anchored %"] if absorbing else ["encoder M_GT %", "encoder M_IP"]
+    head += ["FVU", "L0"]
+    compared = any("anchored" in row.arms for row in rows)
+    head += ["minus plain, M_GT %", "minus plain, M_IP", "better than plain", "than random"] if compared else []
+    lines = [
+        f"| {' | '.join(head)} |",
+        "|---|---|" + "--:|" * (len(head) - 4) + ("---|---|" if compared else "--:|--:|"),
+    ]
     minutes, machines = 0.0, set()
     for row in rows:
         records = [found for cell in row.cells() if (found := results.get(key_of(identity_of(cell)))) is not None]
@@ -136,7 +142,8 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
             for arm in row.arms:
                 of = [r for r in records if r["method"] == method and r["arm"] == arm]
                 if of:
-                    lines.append(_line(row, method, arm, of, records, absorbing))
+                    compare = _compared(method, arm, records) if compared else []
+                    lines.append(f"| {' | '.join([*_figures(row, method, arm, of, absorbing), *compare])} |")
     size = SIZES[rows[0].size]()
     about = (
         f"n = {size.bench.features}, n_p = {size.bench.width}, F = {size.latents}, N = {size.bench.samples:,}, "
@@ -147,20 +154,29 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
     return "\n".join([*lines, "", about]) + "\n"
 
 
-def _line(row: Row, method: str, arm: str, of: list[Record], records: list[Record], absorbing: bool) -> str:
+def _figures(row: Row, method: str, arm: str, of: list[Record], absorbing: bool) -> list[str]:
     changes = [f"{name} = {value}" for name, value in row.changes if name != "hierarchy"]
     cells = [", ".join([method, *changes]), arm, str(len(of))]
-    figures: list[tuple[str, str]] = [(side, figure) for side in ("decoder", "encoder") for figure in ("m_gt", "m_ip")]
-    cells += [shown([r[side][figure] for r in of], figure) for side, figure in figures]
-    cells += [f"{mean(r['fvu'] for r in of):.4f}", f"{mean(r['l0'] for r in of):.1f}"]
+    for side in ("decoder",) if absorbing else ("decoder", "encoder"):
+        cells += [shown([r[side][figure] for r in of], figure) for figure in ("m_gt", "m_ip")]
     if absorbing:
-        rate: Callable[[str], str] = lambda group: shown([r[group]["rate"] for r in of], "m_gt")  # noqa: E731
-        return f"| {' | '.join([*cells, rate('absorption'), rate('absorption_of_anchored')])} |"
-    if arm == "plain":
-        return f"| {' | '.join([*cells, '', ''])} |"
-    gains = [differences(records, method, arm, "plain", "decoder", figure) for figure in ("m_gt", "m_ip")]
-    compared = [shown(gains[1], "m_ip", sign="+"), verdict(*gains)] if gains[0] else ["", ""]
-    return f"| {' | '.join([*cells, *compared])} |"
+        groups = ("absorption", "absorption_of_anchored")
+        cells += [shown([r[group]["rate"] for r in of], "m_gt") for group in groups]
+    return [*cells, f"{mean(r['fvu'] for r in of):.4f}", f"{mean(r['l0'] for r in of):.1f}"]
+
+
+def _compared(method: str, arm: str, records: list[Record]) -> list[str]:
+    """An arm against plain, and the anchored one against random anchors."""
+    gains = {
+        base: [differences(records, method, arm, base, "decoder", figure) for figure in ("m_gt", "m_ip")]
+        for base in ("plain", "random")
+    }
+    by_arm = {"plain": (), "anchored": ("plain", "random"), "random": ("plain",)}[arm]
+    verdicts = [verdict(*gains[base]) if base in by_arm and gains[base][0] else "" for base in ("plain", "random")]
+    if arm == "plain" or not gains["plain"][0]:
+        return ["", "", *verdicts]
+    m_gt, m_ip = gains["plain"]
+    return [shown(m_gt, "m_gt", sign="+"), shown(m_ip, "m_ip", sign="+"), *verdicts]
 
 
 if __name__ == "__main__":

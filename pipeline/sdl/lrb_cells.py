@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
-from pipeline.sdl.diagnostics import absorption, polysemanticity
+from pipeline.sdl.diagnostics import absorption, loss_of_truth, polysemanticity
 from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.lrb_recipes import LAYOUTS, Cell, Method, Size, config_of, resolve, training_of
@@ -65,7 +65,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         "changes": dict(cell.changes),
         "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
         "decoder": asdict(recovery(result.W_dec, side_by_side(data.features, writes), size.anchors)),
-        **_pattern(result, x, data, reads),
+        **_pattern(result, x, data, reads, writes),
         **({} if size.bench.hierarchy is None else _absorption(size, result, x, data, writes)),
         "fvu": found.fvu,
         "l0": found.l0,
@@ -74,13 +74,18 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _pattern(result: Dictionary, x: Tensor, data: Data, reads: Sequence[int]) -> dict[str, float]:
-    """How many latents serve several features, of those that serve any, and how many features no latent serves."""
+def _pattern(
+    result: Dictionary, x: Tensor, data: Data, reads: Sequence[int], writes: Sequence[int]
+) -> dict[str, float]:
+    """How many latents serve several features, of those that serve any, how many features no latent serves, and the
+    FVU of the true configuration, above which a minimum is spurious."""
     active = data.coefficients[:SCORED_ROWS]
     strength = (active.sum() / (active > 0).sum()).item()
     served = polysemanticity(result, side_by_side(data.features, reads), x.mean(0), strength)
     features_of = served.sum(0)
+    written, features = side_by_side(data.sources, writes), side_by_side(data.features, writes)
     return {
+        "fvu_of_truth": loss_of_truth(written[:SCORED_ROWS], active, features),
         "polysemantic": ((features_of > 1).sum() / (features_of > 0).sum().clamp(min=1)).item(),
         "unserved": (served.sum(1) == 0).float().mean().item(),
     }
