@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from conftest import sentence
@@ -226,10 +227,18 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+def worker_elsewhere(store: Path, node: Any) -> psutil.Process:
+    """The living worker that is not one of the node's processes."""
+    of_node = {p.pid for p in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)}
+    (found,) = (pid for pid in map(pid_of, writers(store)) if psutil.pid_exists(pid) and pid not in of_node)
+    return psutil.Process(found)
+
+
 def test_workers_come_and_go_with_the_nodes(
     tmp_path: Path, library: Path, slow: dict[str, dict[str, Any]], slow_undisturbed: Path, cluster: Any
 ) -> None:
-    """It begins without room, grows as nodes come, loses a worker that is told to go, and a node with its worker."""
+    """It begins without room, grows as nodes come, loses a worker that is told to go, and a node with its worker. The
+    worker that is left stands still until a third node's has taken over, or it might be done before anyone notices."""
     sections = {**slow, "cluster": {"address": cluster.address}}
     spec, store = spec_with(tmp_path, library, sections, workers="auto"), tmp_path / "store"
     process = start("harvest", spec)
@@ -241,7 +250,12 @@ def test_workers_come_and_go_with_the_nodes(
     wait_for(lambda: len(writers(store)) == 2, process)
     os.kill(pid_of(next(commits(store))["writer"]), signal.SIGTERM)
     wait_for(lambda: len(writers(store)) == 3, process)
+    left = worker_elsewhere(store, first)
+    left.suspend()
     cluster.remove_node(first, allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    wait_for(lambda: len(writers(store)) == 4, process)
+    left.resume()
     out = ended(process, 0)
     died = [line for line in out.splitlines() if "a harvester died and is replaced; its units go to another (" in line]
     assert len(died) >= 2
