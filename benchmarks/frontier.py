@@ -1,18 +1,17 @@
 """FVU against L0 on real activations, beside SAELens and dictionary_learning: python -m benchmarks.frontier
 
-Rows of the demo's model on Python text (benchmarks.frontier_rows), 1,024 latents, batches of 4,096. Every method sees
-the same batches in the same order for the same number of steps, and is measured on the same held-out rows with the same
-float64 formula, as its users would use it when finished (thresholds included). Peers are trained twice, with their own
-learning rate and with ours; what else they are given is in benchmarks.peer_training, and printed with each result.
+Rows of the demo's model on Python text (benchmarks.frontier_rows), 1,024 latents, one pass in batches of 4,096. Every
+method sees the same batches in the same order for the same number of steps, and is measured on the same held-out rows
+with the same float64 formula, as its users would use it when finished (thresholds included). Each library's frontier is
+the best of the same learning rates; what else peers are given is in benchmarks.peer_training, and with each result.
 
-A cell (method, setting) is written to a file when it is done: started again, the run goes on. Results depend on the
-steps and rows, which name the folder; other changes ask for another `--folder`. At the end: a table, where ours stands
-at each peer's L0 (between our points, in a line over log L0), a JSON line, and a plot, `frontier.svg`.
+A cell (method, setting, rate) is written to a file when it is done: started again, the run goes on; two processes with
+`--threads 1` and other `--libraries` can share the work. Results depend on the steps and rows, which name the folder;
+other changes ask for another `--folder`. At the end: the frontiers as a table, a JSON line, and a plot, `frontier.svg`.
 """
 
 import argparse
 import json
-import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,15 @@ from benchmarks.frontier_cells import (
     DICTIONARY_LEARNING,
     KINDS,
     LATENTS,
-    OUR_RATE,
     OURS,
     PREFIXES,
+    RATES,
     SAELENS,
     Cell,
     all_cells,
     train_ours,
 )
+from benchmarks.frontier_comparison import summary, table
 from benchmarks.frontier_plot import draw
 from benchmarks.frontier_rows import RowFiles, prepare_rows
 from workers.machine import machine
@@ -47,28 +47,27 @@ Result = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--steps", type=int, help="2,000, if not given")
+    parser.add_argument("--steps", type=int, help="one pass over the rows, if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--small", action="store_true", help="200,000 rows, 200 steps: a check")
+    parser.add_argument("--small", action="store_true", help="200,000 rows: a check")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--libraries", nargs="+", default=(OURS, *LIBRARIES), choices=(OURS, *LIBRARIES))
-    parser.add_argument("--rate", type=float, default=OUR_RATE, help="of ours, and of peers beside their own")
-    parser.add_argument("--own-rates", action="store_true", help="train peers with their own learning rates only")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="RATE", help="learning rates of all")
+    parser.add_argument("--own-rates", action="store_true", help="train peers with their own learning rates, too")
     parser.add_argument("--folder", type=Path, default=ENVIRONMENTS / "frontier", help="rows, cells and the plot")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows, steps = (200_000, arguments.steps or 200) if arguments.small else (arguments.rows, arguments.steps or 2000)
+    rows = 200_000 if arguments.small else arguments.rows
     files = prepare_rows(arguments.folder / f"rows-{rows}", rows)
+    steps = arguments.steps or files.about["train"] // BATCH_ROWS
     folder = arguments.folder / f"rows-{rows}-steps-{steps}-seed-{arguments.seed}"
-    cells = [c for c in all_cells(arguments.rate) if c.kind in arguments.kinds and c.library in arguments.libraries]
-    if arguments.own_rates:
-        cells = [c for c in cells if c.library == OURS or c.rate is None]
+    wanted = all_cells(arguments.rates, arguments.own_rates)
+    cells = [c for c in wanted if c.kind in arguments.kinds and c.library in arguments.libraries]
     results = run(cells, files, folder, steps, arguments.seed, arguments.threads)
-    verdicts = compare(results)
-    print(table(results, verdicts))
+    print(f"{table(results)}\n\n{summary(results)}")
     (folder / "frontier.svg").write_text(draw(results))
-    print(f"\n{summary(verdicts)}\nplot: {folder / 'frontier.svg'}")
+    print(f"plot: {folder / 'frontier.svg'}")
     about = {"rows": files.about, "steps": steps, "seed": arguments.seed, "latents": LATENTS, "batch_rows": BATCH_ROWS}
     print(json.dumps({"machine": machine(), "packages": DICTIONARIES, **about, "results": results}))
 
@@ -136,72 +135,11 @@ def figures(cell: Cell, x: Tensor, y: Tensor, firings: list[int], settings: dict
         "library": cell.library,
         "kind": cell.kind,
         "settings": settings,
-        "own_rate": cell.library == OURS or cell.rate is None,
         "fvu": (error / variance).item(),
         "l0": sum(firings) / len(x),
         "dead_share": sum(f == 0 for f in firings) / len(firings),
         "seconds": seconds,
     }
-
-
-# ---- what is printed
-
-
-def compare(results: list[Result]) -> dict[str, tuple[float | None, float | None]]:
-    """For each peer's point its FVU less ours at its L0: of the same kind, and of our best kind. None: ours does not
-    reach this L0. Above zero, ours is better."""
-    found = {}
-    for result in results:
-        if result["library"] == OURS:
-            continue
-        of_kinds = {kind: at for kind in KINDS if (at := fvu_at(result["l0"], curve(results, kind))) is not None}
-        same = of_kinds.get(result["kind"])
-        found[result["name"]] = (
-            None if same is None else result["fvu"] - same,
-            result["fvu"] - min(of_kinds.values()) if of_kinds else None,
-        )
-    return found
-
-
-def curve(results: list[Result], kind: str) -> list[tuple[float, float]]:
-    """(L0, FVU) of ours of a kind, by L0."""
-    return sorted((r["l0"], r["fvu"]) for r in results if r["library"] == OURS and r["kind"] == kind)
-
-
-def fvu_at(l0: float, points: list[tuple[float, float]]) -> float | None:
-    """Between the points, in a line over log L0; None beyond them (by more than 2 %: a k is met that well)."""
-    points = [point for point in points if point[0] > 0]
-    if not points or not points[0][0] * 0.98 <= l0 <= points[-1][0] * 1.02:
-        return None
-    logs, fvus = np.log([p[0] for p in points]), [p[1] for p in points]
-    return float(np.interp(math.log(l0), logs, fvus))
-
-
-def table(results: list[Result], verdicts: dict[str, tuple[float | None, float | None]]) -> str:
-    lines = [
-        "| kind | library | setting | L0 | FVU | dead | s | less ours of the kind | less our best |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r["settings"].items())
-        shown = ["" if v is None else f"{v:+.4f}" for v in verdicts.get(r["name"], (None, None))]
-        lines.append(
-            f"| {r['kind']} | {r['library']} | {settings} | {r['l0']:.1f} | {r['fvu']:.4f} | {r['dead_share']:.1%} | "
-            f"{r['seconds']:.0f} | {shown[0]} | {shown[1]} |"
-        )
-    return "\n".join(lines)
-
-
-def summary(verdicts: dict[str, tuple[float | None, float | None]]) -> str:
-    lines = []
-    for place, what in enumerate(("of the same kind", "of our best kind")):
-        known = {name: v[place] for name, v in verdicts.items() if v[place] is not None}
-        worse = [f"{name} ({v:+.4f})" for name, v in known.items() if v is not None and v < 0]
-        lines.append(
-            f"Ours {what} is at or below the peer's FVU at {len(known) - len(worse)} of {len(known)} points "
-            f"({len(verdicts) - len(known)} beyond our L0)" + (f"; not at: {'; '.join(worse)}" if worse else "") + "."
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

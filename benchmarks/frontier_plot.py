@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.frontier_cells import DICTIONARY_LEARNING, KINDS, OURS, SAELENS
+from benchmarks.frontier_comparison import frontier
 from jobs.report.plots import WIDTH, Series, line_plot
 
 PANEL_HEIGHT, TITLE, COLUMNS = 280, 46, 2
@@ -14,20 +15,13 @@ STYLE = (
     + "".join(f".s{i}{{stroke:{c}}}circle.s{i}{{fill:{c}}}" for i, c in enumerate(COLOURS))
     + "".join(f".d{i}{{stroke-dasharray:{d}}}" for i, d in enumerate(DASHES))
 )
-LINES = (
-    (OURS, OURS, True),
-    (f"{SAELENS}, its rate", SAELENS, True),
-    (f"{SAELENS}, our rate", SAELENS, False),
-    (f"{DICTIONARY_LEARNING}, its rate", DICTIONARY_LEARNING, True),
-    (f"{DICTIONARY_LEARNING}, our rate", DICTIONARY_LEARNING, False),
-)
-"""Name, library, whether it is trained with its own rate."""
+LIBRARIES = (OURS, SAELENS, DICTIONARY_LEARNING)
 
 
 def draw(results: list[dict[str, Any]]) -> str:
     """The SVG file's text."""
     panels = [(kind, _of_kind(results, kind)) for kind in KINDS]
-    panels.append(("ours, all kinds", [_series(kind, results, kind, OURS, True) for kind in KINDS]))
+    panels.append(("ours, all kinds", [_series(kind, results, kind, OURS) for kind in KINDS]))
     parts = []
     for number, (title, series) in enumerate(panels):
         x, y = number % COLUMNS * (WIDTH + 30) + 10, number // COLUMNS * (PANEL_HEIGHT + TITLE + 30) + 10
@@ -43,17 +37,13 @@ def draw(results: list[dict[str, Any]]) -> str:
 
 
 def _of_kind(results: list[dict[str, Any]], kind: str) -> list[Series]:
-    return [_series(name, results, kind, library, own) for name, library, own in LINES]
+    return [_series(library, results, kind, library) for library in LIBRARIES]
 
 
-def _series(name: str, results: list[dict[str, Any]], kind: str, library: str, own_rate: bool) -> Series:
-    """Without what is not sparse at all, which would leave the others no room."""
-    points = sorted(
-        (r["l0"], r["fvu"])
-        for r in results
-        if (r["kind"], r["library"], r["own_rate"]) == (kind, library, own_rate) and 0 < r["l0"] <= 130
-    )
-    return Series(name, points)
+def _series(name: str, results: list[dict[str, Any]], kind: str, library: str) -> Series:
+    """A library's frontier, without what is not sparse at all, which would leave the others no room."""
+    points = [(r["l0"], r["fvu"]) for r in frontier(results, library, kind)]
+    return Series(name, [point for point in points if 0 < point[0] <= 130])
 
 
 def _legend(series: list[Series], x: float, y: float) -> str:

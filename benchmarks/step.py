@@ -171,7 +171,7 @@ def make_trainer(
     training = TrainingConfig(
         steps=steps,
         batch_rows=4096,
-        learning_rate=default_learning_rate(config.latents),
+        learning_rate=default_learning_rate(config.latents, steps),
         products=products or Products(),
         warmup_share=0.05 if steps < 10**9 else 0.0,
         seed=seed,

@@ -135,22 +135,22 @@ class DictionarySettings(Settings):
     anchors: Annotated[AnchoringSettings | None, BeforeValidator(_as_anchoring)] = None
     """An anchor set whose vectors the first latents are pulled toward: its name, or a section with how."""
     learning_rate: Positive | None = None
-    """Peak of Adam's rate; 2e-4 / sqrt(latents / 2^14), if not given."""
+    """Peak of Adam's rate; `default_learning_rate` of latents and steps, if not given."""
     warmup: Share = 0.05
     """Share of the steps over which the rate rises."""
     decay: Share = 0.2
     """Share of the steps, at the end, over which it falls to zero."""
     decoder_norm: Literal["unit", "free"] = "unit"
     """unit: decoder rows keep norm 1."""
-    clip: Positive | None = None
-    """Largest norm of the gradient."""
+    clip: Positive | None = 1.0
+    """Largest norm of the gradient; null: any."""
     tied: bool = False
     """Of an SAE or a crosscoder: the encoder is the decoder's transpose throughout."""
     resampling: ResamplingSettings | None = None
     """Revive dead latents at inputs with a large loss; never, if not given."""
     initialisation: InitialisationSettings = InitialisationSettings()
     dead_after_rows: Count | None = None
-    """A latent silent for so many rows counts as dead; 10 M, or 5 % of a shorter run, if not given."""
+    """A latent silent for so many rows counts as dead; 10 M, or 2 % of a shorter run, if not given."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What dense products are computed in; weights, selected entries and optimiser are float32 in any case."""
     exact: bool = False

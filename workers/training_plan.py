@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.training_config import TrainingConfig, default_learning_rate
+from pipeline.sdl.training_config import TrainingConfig, default_dead_after_rows, default_learning_rate
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
 from storage.moments import training_units
@@ -16,10 +16,6 @@ from storage.runs import Run, open_run
 from storage.store import Store
 from workers.dictionary_settings import AnchoringSettings, DictionarySettings
 from workers.settings import TrainSettings
-
-DEAD_SHARE_OF_RUN = 0.05
-DEAD_ROWS = 10_000_000
-"""A latent counts as dead after 10 M silent rows (Gao et al. 2024), or this share of a shorter run."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +95,14 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
     for site in sites:
         store.require_committed(site, training_units(store))
     config = wanted.config({site: store.array(site).shape[1] for site in sites})
-    rows = steps * settings.batch_rows
     training = TrainingConfig(
         steps=steps,
         batch_rows=settings.batch_rows,
-        learning_rate=wanted.learning_rate or default_learning_rate(wanted.latents),
+        learning_rate=wanted.learning_rate or default_learning_rate(wanted.latents, steps),
         objective=wanted.objective(),
         warmup_share=wanted.warmup,
         decay_share=wanted.decay,
-        dead_after_rows=wanted.dead_after_rows or max(1, min(DEAD_ROWS, int(rows * DEAD_SHARE_OF_RUN))),
+        dead_after_rows=wanted.dead_after_rows or default_dead_after_rows(steps * settings.batch_rows),
         decoder_norm=wanted.decoder_norm,
         clip=wanted.clip,
         tied=wanted.tied,

@@ -61,7 +61,7 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
         "",
         "- M_GT: share of features whose largest |cosine| with a row is above 0.95, in %.",
         "- M_IP: mean of those cosines. MCC: mean cosine where each feature has a row of its own (Hungarian matching).",
-        "- FVU, L0, dead: of the last batch; dead is the share of latents that were silent for 5 % of the training.",
+        "- FVU, L0, dead: of the last batch; dead is the share of latents that were silent for 2 % of the training.",
         "- Means over seeds ± half a 95 % interval (Student's t); a seed draws data, first weights, order of samples.",
         "",
         *_wrapped("Data: " + ", ".join(f"{name} {value}" for name, value in bench.items()) + "."),

@@ -14,7 +14,7 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.lrb import Bench, Hierarchy
 from pipeline.sdl.objective import Objective
-from pipeline.sdl.training_config import TrainingConfig, check_training
+from pipeline.sdl.training_config import TrainingConfig, check_training, default_dead_after_rows
 
 ARMS = ("plain", "anchored", "random")
 LAYOUTS = {"sae": ((0,), (0,)), "transcoder": ((0,), (1,)), "crosscoder": ((0, 1), (0, 1))}
@@ -31,6 +31,7 @@ class Method:
     """sae, transcoder or crosscoder (two sources)."""
     tied: bool = False
     decoder_norm: str = "unit"
+    clip: float | None = 1.0
     initialisation: Initialisation = field(default=Initialisation())
     effort: float = 1.0
     """Times the size's steps."""
@@ -219,8 +220,9 @@ def training_of(size: Size, method: Method, seed: int) -> TrainingConfig:
         batch_rows=size.batch_rows,
         learning_rate=size.learning_rate,
         objective=method.objective,
-        dead_after_rows=max(1, size.steps * size.batch_rows // 20),
+        dead_after_rows=default_dead_after_rows(size.steps * size.batch_rows),
         decoder_norm=method.decoder_norm,
+        clip=method.clip,
         tied=method.tied,
         initialisation=Initialisation() if method.tied else method.initialisation,
         products=method.products,

@@ -11,6 +11,9 @@ from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.resampling import Resampling
 
+LONG_RUN = 100_000
+"""Steps for which the rates in the literature are meant."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -29,8 +32,10 @@ class TrainingConfig:
     """A latent that was silent for so many rows counts as dead."""
     decoder_norm: str = "unit"
     """unit: decoder rows keep norm 1, over all sites together. free: they have any."""
-    clip: float | None = None
-    """Largest norm of the gradient of all weights together, of a loss that sums the error over dimensions."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient of all weights together, of a loss that sums the error over dimensions. Gradients
+    are larger than 1 almost throughout: Adam's second moments, which remember a thousand steps, then do not hold the
+    steep beginning against the rest of a run (docs/decisions/0013)."""
     resampling: Resampling | None = None
     initialisation: Initialisation = field(default=Initialisation())
     tied: bool = False
@@ -79,6 +84,12 @@ def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str
     return None
 
 
-def default_learning_rate(latents: int) -> float:
-    """2e-4 / sqrt(latents / 2^14), the scaling rule of Gao et al. 2024."""
-    return float(2e-4 / (latents / 2**14) ** 0.5)
+def default_learning_rate(latents: int, steps: int) -> float:
+    """2e-4 / sqrt(latents / 2^14), the scaling rule of Gao et al. 2024, for runs of LONG_RUN steps or more; times
+    sqrt(LONG_RUN / steps) for shorter ones, in which weights have to go as far (docs/decisions/0013)."""
+    return float(2e-4 / (latents / 2**14) ** 0.5 * max(1.0, LONG_RUN / steps) ** 0.5)
+
+
+def default_dead_after_rows(rows: int) -> int:
+    """10 M, as in Gao et al. 2024, or 2 % of the rows of a shorter run."""
+    return max(1, min(10_000_000, rows // 50))

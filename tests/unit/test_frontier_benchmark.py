@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.frontier import compare, figures, fvu_at
+from benchmarks.frontier import figures
 from benchmarks.frontier_cells import OURS, SAELENS, Cell, all_cells, train_ours
+from benchmarks.frontier_comparison import compare, frontier, fvu_at
 from benchmarks.frontier_plot import draw
 from benchmarks.synthetic_rows import sparse_rows
 from pipeline.sdl.metrics import measure_code
 
 
-def result(library: str, l0: float, fvu: float) -> dict[str, object]:
-    return {"name": f"{library} {l0}", "library": library, "kind": "topk", "own_rate": True, "l0": l0, "fvu": fvu}
+def result(library: str, l0: float, fvu: float, rate: float = 1e-3) -> dict[str, object]:
+    name = f"{library} {l0}" if rate == 1e-3 else f"{library} {l0} {rate:g}"
+    return {"name": name, "library": library, "kind": "topk", "settings": {"lr": rate}, "l0": l0, "fvu": fvu}
 
 
 def test_figures_are_those_of_measure_code() -> None:
@@ -39,6 +41,19 @@ def test_ours_at_a_peers_l0() -> None:
     assert compare(results) == {"SAELens 16": (pytest.approx(0.05), pytest.approx(0.05)), "SAELens 64": (None, None)}
 
 
+def test_a_frontier_is_the_best_of_all_rates() -> None:
+    ours = [result(OURS, 8, 0.4), result(OURS, 32, 0.2), result(OURS, 8, 0.35, 1e-2), result(OURS, 32, 0.25, 1e-2)]
+    peers = [result(SAELENS, 8, 0.38), result(SAELENS, 16, 0.41, 1e-2), result(SAELENS, 32, 0.21)]
+    assert [r["fvu"] for r in frontier(peers, SAELENS, "topk")] == [
+        0.38,
+        0.21,
+    ]  # fewer latents, lower FVU: 16 is not on it
+    assert {name: same for name, (same, _) in compare(ours + peers).items()} == {
+        "SAELens 8": pytest.approx(0.03),
+        "SAELens 32": pytest.approx(0.01),
+    }
+
+
 def test_the_plot_is_xml_that_stands_alone() -> None:
     drawn = draw([result(OURS, 8, 0.4), result(OURS, 32, 0.2), result(SAELENS, 16, 0.35)])
     root = ElementTree.fromstring(drawn)
@@ -46,7 +61,7 @@ def test_the_plot_is_xml_that_stands_alone() -> None:
 
 
 def test_every_cell_has_a_name_of_its_own() -> None:
-    names = [cell.name for cell in all_cells()]
+    names = [cell.name for cell in all_cells(own_rates=True)]
     assert len(names) == len(set(names))
 
 

@@ -17,7 +17,7 @@ from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import default_learning_rate
+from pipeline.sdl.training_config import default_dead_after_rows, default_learning_rate
 
 # ---- the step
 
@@ -107,8 +107,13 @@ def test_learning_rate_without_warmup_or_decay() -> None:
 
 
 def test_default_learning_rate() -> None:
-    assert default_learning_rate(2**14) == pytest.approx(2e-4)
-    assert default_learning_rate(2**16) == pytest.approx(1e-4)
+    assert default_learning_rate(2**14, 100_000) == default_learning_rate(2**14, 10**9) == pytest.approx(2e-4)
+    assert default_learning_rate(2**16, 100_000) == pytest.approx(1e-4)
+    assert default_learning_rate(2**14, 1000) == pytest.approx(2e-3)
+
+
+def test_default_dead_after_rows() -> None:
+    assert [default_dead_after_rows(rows) for rows in (1, 5000, 10**10)] == [1, 100, 10_000_000]
 
 
 def test_training_lowers_the_loss_and_every_term_takes_part() -> None:
