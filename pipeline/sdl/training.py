@@ -142,7 +142,7 @@ class DictionaryTrainer:
             for block in blocks:
                 _drop_parallel(block)
         if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), config.clip / self.dictionary.config.d_out)
+            self._clip_gradients(config.clip / self.dictionary.config.d_out)
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.step_number)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -151,6 +151,18 @@ class DictionaryTrainer:
                 _renormalise(block)
             if isinstance(block.activation, JumpReLU):
                 block.own("threshold").clamp_(min=0)
+
+    def _clip_gradients(self, largest: float) -> None:
+        """Scale all gradients to a norm of at most `largest` together; shared decoders count once, not once a site."""
+        shape, grads = self.dictionary.config, [p.grad for p in self.dictionary.parameters() if p.grad is not None]
+        square = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).square().sum()
+        if shape.shared_latents and (grad := self.dictionary.W_dec.grad) is not None:
+            copies = torch.linalg.vector_norm(grad[: shape.shared_latents]).square()
+            square -= copies * (1 - 1 / len(shape.output))
+        norm = square.sqrt().item()
+        if norm > largest:
+            for grad in grads:
+                grad.mul_(largest / norm)
 
     def _tie_gradients(self) -> None:
         """Shared latents have one decoder: each site's copy gets the sum of all gradients, and so the same update."""

@@ -41,7 +41,11 @@ def plain_step(
                 row = weights[name].detach()
                 gradient -= (gradient * row).sum(1, keepdim=True) * row / (row * row).sum(1, keepdim=True)
     if settings.clip is not None:
-        size = sum(float((g * g).sum()) for g in gradients.values()) ** 0.5
+        squares = sum(float((g * g).sum()) for g in gradients.values())
+        if config.shared_latents:  # one decoder, that stands there for both sites
+            (decoders,) = (g for name, g in gradients.items() if name.endswith("W_dec"))
+            squares -= float((decoders[: config.shared_latents, config.d_out // 2 :] ** 2).sum())
+        size = squares**0.5
         gradients = {n: g * min(1.0, settings.clip / config.d_out / size) for n, g in gradients.items()}
     with torch.no_grad():
         for name, gradient in gradients.items():
