@@ -39,6 +39,7 @@ bench: $(INSTALLED)         ## the measurements of benchmarks/, one after the ot
 	$(BIN)/python -m benchmarks.resampling
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step --curve
+	$(BIN)/python -m benchmarks.short_runs
 	$(BIN)/python -m benchmarks.frontier
 
 $(INSTALLED): pyproject.toml infra/constraints.txt
