@@ -12,6 +12,7 @@ other changes ask for another `--folder`. At the end: the frontiers as a table, 
 
 import argparse
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def run(cells: list[Cell], files: RowFiles, folder: Path, steps: int, seed: int,
                         settings = {
                             "library": LIBRARIES[cell.library], "threads": threads, "seed": seed, "steps": steps,
                             "train": str(files.train), "held_out": str(files.held_out), "measured_from": measured_from,
-                            "reconstruction": str(folder / f"{LIBRARIES[cell.library]}.npy"),
+                            "reconstruction": str(reconstruction_file(folder, cell)),
                             "batch_rows": BATCH_ROWS, "latents": LATENTS, "d": rows.shape[1], "prefixes": PREFIXES,
                         }  # fmt: skip
                         python = environment_python("dictionaries", DICTIONARIES)
@@ -120,10 +121,15 @@ def measure_ours(cell: Cell, rows: Any, calibration: Tensor, measured: Tensor, s
 
 def measure_peer(peer: PeerProcess, cell: Cell, folder: Path, measured: Tensor) -> Result:
     answer = peer.ask({"kind": cell.peer_kind, "settings": cell.settings, "rate": cell.rate})
-    reconstruction = folder / f"{LIBRARIES[cell.library]}.npy"
+    reconstruction = reconstruction_file(folder, cell)
     y = torch.from_numpy(np.load(reconstruction))
     reconstruction.unlink()
     return figures(cell, measured, y, answer["firings"], answer["settings"], answer["seconds"])
+
+
+def reconstruction_file(folder: Path, cell: Cell) -> Path:
+    """Where a peer leaves its reconstruction of the held-out rows for this process."""
+    return folder / f"{LIBRARIES[cell.library]}-{os.getpid()}.npy"
 
 
 def figures(cell: Cell, x: Tensor, y: Tensor, firings: list[int], settings: dict[str, Any], seconds: float) -> Result:
