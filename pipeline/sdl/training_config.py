@@ -70,6 +70,8 @@ def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anc
             )
         if not bool(torch.isfinite(of_side).all()):
             raise InputError(f"anchors of the {side} hold nan or infinity")
+        if len(zero := (of_side == 0).all(1).nonzero().flatten()):
+            raise InputError(f"anchor {int(zero[0])} of the {side} is zero ({len(zero)} such), which is no direction")
 
 
 def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str | None:

@@ -107,6 +107,10 @@ BAD_ANCHORS: dict[str, tuple[Callable[[], Anchors], str]] = {
     ),
     "nan": (lambda: Anchors(with_nan(randn(2, 6)), randn(2, 5)), "anchors of the encoder hold nan or infinity"),
     "infinite": (lambda: Anchors(None, randn(2, 5) / 0), "anchors of the decoder hold nan or infinity"),
+    "zero": (
+        lambda: Anchors(None, torch.cat([randn(2, 5), torch.zeros(1, 5)])),
+        r"anchor 2 of the decoder is zero \(1 such\), which is no direction",
+    ),
 }
 
 
