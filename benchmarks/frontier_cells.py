@@ -26,7 +26,7 @@ GATED_PENALTIES = (1.0, 1.6, 2.5, 4.0)
 """Weights of L1 where E||x||^2 = d and errors are summed over d: ours have an L0 of 10 to 90 with them."""
 LATENTS, BATCH_ROWS = 1024, 4096
 PREFIXES = (64, 128, 256, 512)
-RATES = (2e-3, 6e-3, 1.2e-2)
+RATES = (6e-3, 1.2e-2, 2.4e-2)
 """Learning rates that every cell of every library is trained with: a frontier is the best of them. What libraries take
 by themselves is for runs a hundred times as long (3e-4, 8e-4 for so many latents)."""
 
