@@ -88,8 +88,8 @@ def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str
 
 def default_learning_rate(latents: int, steps: int) -> float:
     """2e-4 / sqrt(latents / 2^14), the scaling rule of Gao et al. 2024, for runs of LONG_RUN steps or more; times
-    sqrt(LONG_RUN / steps) for shorter ones, in which weights have to go as far (docs/decisions/0013)."""
-    return float(2e-4 / (latents / 2**14) ** 0.5 * max(1.0, LONG_RUN / steps) ** 0.5)
+    sqrt(LONG_RUN / steps) for shorter ones, in which weights have to go as far (docs/decisions/0013); at most 0.02."""
+    return float(min(0.02, 2e-4 / (latents / 2**14) ** 0.5 * max(1.0, LONG_RUN / steps) ** 0.5))
 
 
 def default_dead_after_rows(rows: int) -> int:

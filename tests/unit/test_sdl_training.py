@@ -114,6 +114,7 @@ def test_default_learning_rate() -> None:
     assert default_learning_rate(2**14, 100_000) == default_learning_rate(2**14, 10**9) == pytest.approx(2e-4)
     assert default_learning_rate(2**16, 100_000) == pytest.approx(1e-4)
     assert default_learning_rate(2**14, 1000) == pytest.approx(2e-3)
+    assert default_learning_rate(16, 8) == 0.02  # and not 0.7, which no run survives
 
 
 def test_default_dead_after_rows() -> None:
