@@ -35,14 +35,13 @@ from benchmarks.frontier_cells import (
     all_cells,
     train_ours,
 )
-from benchmarks.frontier_comparison import summary, table
+from benchmarks.frontier_comparison import Result, summary, table
 from benchmarks.frontier_plot import draw
 from benchmarks.frontier_rows import RowFiles, prepare_rows
 from workers.machine import machine
 
 LIBRARIES = {SAELENS: "saelens", DICTIONARY_LEARNING: "dictionary_learning"}
 READ_ROWS = 8192
-Result = dict[str, Any]
 
 
 def main() -> None:

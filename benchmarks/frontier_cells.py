@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.frontier_rows import batches
 from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.config import DictionaryConfig
@@ -132,10 +132,7 @@ def train_ours(cell: Cell, rows: Any, calibration: Tensor, steps: int, seed: int
     plain = Normalisation(torch.zeros(d), torch.ones(d))
     started = time.perf_counter()
     trainer = DictionaryTrainer(Dictionary(config), training, plain, plain)
-    whole = len(rows) // BATCH_ROWS
-    for step in range(steps):
-        first = step % whole * BATCH_ROWS
-        x = torch.from_numpy(np.array(rows[first : first + BATCH_ROWS]))
+    for x in batches(rows, BATCH_ROWS, steps):
         trainer.step(x, x)
     dictionary = trainer.result()
     if isinstance(activation, BatchTopK):

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from jobs.demo.corpus import DemoDocument, split_source, standard_library_documents
 from jobs.demo.demo import HERE
@@ -62,6 +64,14 @@ def prepare_rows(folder: Path, rows: int) -> RowFiles:
         record = {"site": SITE, "train": len(train), "held_out": len(held_out), "d": train.shape[1], "text": text}
         about.write_text(json.dumps(record, indent=2) + "\n")
     return RowFiles(*files, json.loads(about.read_text()))
+
+
+def batches(rows: Any, batch_rows: int, steps: int) -> Iterator[Tensor]:
+    """float32 [batch_rows, d] for each step: whole batches, one after another, again from the first."""
+    whole = len(rows) // batch_rows
+    for step in range(steps):
+        first = step % whole * batch_rows
+        yield torch.from_numpy(np.array(rows[first : first + batch_rows]))
 
 
 def write_text(path: Path, characters: int) -> dict[str, int]:

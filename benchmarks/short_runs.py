@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environments import ENVIRONMENTS
-from benchmarks.frontier_rows import prepare_rows
+from benchmarks.frontier_rows import batches, prepare_rows
 from pipeline.sdl.activations import TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
@@ -105,16 +104,17 @@ def main() -> None:
     rows, held_out = np.load(files.train, mmap_mode="r"), torch.from_numpy(np.load(files.held_out))[:MEASURED_ROWS]
     results = []
     print("| run | rate | the default one | held-out FVU | dead latents, % | s |\n|---|---|---|---|---|---|")
-    for case, rate in chain.from_iterable([(case, rate) for rate in case.rates] for case in CASES):
-        steps = round(case.passes * (len(rows) // BATCH_ROWS))
-        found = train(case, rate, rows, held_out, steps)
-        default = default_learning_rate(case.latents, steps)
-        results.append({"run": case.name, "rate": rate, "default": default, **found})
-        print(
-            f"| {case.name} | {rate:g} | {default:.2g} | {found['fvu']:.4f} | {100 * found['dead']:.1f} | "
-            f"{found['seconds']:.0f} |",
-            flush=True,
-        )
+    for case in CASES:
+        for rate in case.rates:
+            steps = round(case.passes * (len(rows) // BATCH_ROWS))
+            found = train(case, rate, rows, held_out, steps)
+            default = default_learning_rate(case.latents, steps)
+            results.append({"run": case.name, "rate": rate, "default": default, **found})
+            print(
+                f"| {case.name} | {rate:g} | {default:.2g} | {found['fvu']:.4f} | {100 * found['dead']:.1f} | "
+                f"{found['seconds']:.0f} |",
+                flush=True,
+            )
     print(json.dumps({"machine": machine(), "results": results}))
 
 
@@ -129,9 +129,7 @@ def train(case: Case, rate: float, rows: Any, held_out: Tensor, steps: int) -> d
     if case.optimiser is not None:
         trainer.optimizer = case.optimiser(trainer.dictionary.parameters())  # type: ignore[assignment]
     started = time.perf_counter()
-    for step in range(steps):
-        first = step % (len(rows) // BATCH_ROWS) * BATCH_ROWS
-        x = torch.from_numpy(np.array(rows[first : first + BATCH_ROWS]))
+    for x in batches(rows, BATCH_ROWS, steps):
         trainer.step(x, x)
     seconds = time.perf_counter() - started
     measured, _ = measure_code(trainer.result(), [(held_out, held_out)], keep_codes=[])

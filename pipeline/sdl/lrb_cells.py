@@ -58,34 +58,31 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     result = trainer.result()
     if isinstance(method.activation, BatchTopK):
         calibrate(result, lambda: [x[:SCORED_ROWS]], trainer.competing())
+    written = side_by_side(data.features, writes)
     return {
         "method": cell.method,
         "arm": cell.arm,
         "seed": cell.seed,
         "changes": dict(cell.changes),
         "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
-        "decoder": asdict(recovery(result.W_dec, side_by_side(data.features, writes), size.anchors)),
-        **_pattern(result, x, data, reads, writes),
+        "decoder": asdict(recovery(result.W_dec, written, size.anchors)),
+        **_pattern(result, x, data, reads),
         **({} if size.bench.hierarchy is None else _absorption(size, result, x, data, writes)),
         "fvu": found.fvu,
+        "fvu_of_truth": loss_of_truth(y[:SCORED_ROWS], data.coefficients[:SCORED_ROWS], written),  # above: spurious
         "l0": found.l0,
         "dead": found.dead_share,
         "minutes": (time.perf_counter() - started) / 60,
     }
 
 
-def _pattern(
-    result: Dictionary, x: Tensor, data: Data, reads: Sequence[int], writes: Sequence[int]
-) -> dict[str, float]:
-    """How many latents serve several features, of those that serve any, how many features no latent serves, and the
-    FVU of the true configuration, above which a minimum is spurious."""
+def _pattern(result: Dictionary, x: Tensor, data: Data, reads: Sequence[int]) -> dict[str, float]:
+    """How many latents serve several features, of those that serve any, and how many features no latent serves."""
     active = data.coefficients[:SCORED_ROWS]
     strength = (active.sum() / (active > 0).sum()).item()
     served = polysemanticity(result, side_by_side(data.features, reads), x.mean(0), strength)
     features_of = served.sum(0)
-    written, features = side_by_side(data.sources, writes), side_by_side(data.features, writes)
     return {
-        "fvu_of_truth": loss_of_truth(written[:SCORED_ROWS], active, features),
         "polysemantic": ((features_of > 1).sum() / (features_of > 0).sum().clamp(min=1)).item(),
         "unserved": (served.sum(1) == 0).float().mean().item(),
     }

@@ -159,10 +159,9 @@ class DictionaryTrainer:
         if shape.shared_latents and (grad := self.dictionary.W_dec.grad) is not None:
             copies = torch.linalg.vector_norm(grad[: shape.shared_latents]).square()
             square -= copies * (1 - 1 / len(shape.output))
-        norm = square.sqrt().item()
-        if norm > largest:
-            for grad in grads:
-                grad.mul_(largest / norm)
+        scale = (largest / square.sqrt()).clamp(max=1)
+        for grad in grads:
+            grad.mul_(scale)
 
     def _tie_gradients(self) -> None:
         """Shared latents have one decoder: each site's copy gets the sum of all gradients, and so the same update."""
