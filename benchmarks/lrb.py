@@ -136,7 +136,7 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
     minutes, machines = 0.0, set()
     for row in rows:
         records = [found for cell in row.cells() if (found := results.get(key_of(identity_of(cell)))) is not None]
-        minutes += sum(r["minutes"] for r in records)
+        minutes += sum(r["cpu_minutes"] for r in records)
         machines |= {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records}
         for method in row.methods:
             for arm in row.arms:
@@ -149,7 +149,7 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
         f"n = {size.bench.features}, n_p = {size.bench.width}, F = {size.latents}, N = {size.bench.samples:,}, "
         f"S = {size.bench.sparsity}, M = {size.bench.interference}; {size.steps} steps of {size.batch_rows} rows at "
         f"{size.learning_rate:g}, k = {size.k}, {size.anchors} anchors where no row says otherwise. "
-        f"{'; '.join(sorted(machines))}: {minutes:.0f} minutes of cells of one thread."
+        f"{'; '.join(sorted(machines))}: {minutes:.0f} minutes of CPU, cells of one thread."
     )
     return "\n".join([*lines, "", about]) + "\n"
 

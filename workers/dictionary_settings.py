@@ -13,7 +13,7 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training_config import tied_refusal
+from pipeline.sdl.training_config import norm_refusal, tied_refusal
 from pipeline.sites import expand_sites
 from workers.section import Count, Name, Settings
 
@@ -112,7 +112,7 @@ class ResamplingSettings(Settings):
 
 class InitialisationSettings(Settings):
     encoder: Literal["transposed", "independent"] = "transposed"
-    encoder_scale: Positive = 1.0
+    encoder_scale: Positive | None = None
     decoder_norm: Weight = 1.0
 
 
@@ -191,8 +191,8 @@ class DictionarySettings(Settings):
         except InputError as error:
             return [str(error)]
         found = []
-        if self.decoder_norm == "unit" and self.initialisation.decoder_norm != 1:
-            found.append("initialisation.decoder_norm other than 1 needs decoder_norm: free")
+        if reason := norm_refusal(config, self.decoder_norm, self.initialisation_value()):
+            found.append(reason)
         if self.tied and (reason := tied_refusal(config, self.initialisation_value())):
             found.append(reason)
         if self.exact and self.precision != "float32":

@@ -65,6 +65,8 @@ class _Kind:
     kind: ClassVar[str]
     is_sparse: ClassVar[bool] = False
     """Whether the number of active latents is fixed in advance."""
+    begins_dense: ClassVar[bool] = False
+    """Whether half of all latents are active with random weights and no bias."""
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of own weights that are trained; other own weights are set by calibration."""
 
@@ -165,6 +167,7 @@ class ReLU(_Kind):
     """max(0, preactivation)."""
 
     kind: ClassVar[str] = "relu"
+    begins_dense: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,7 @@ class Gated(_Kind):
     """
 
     kind: ClassVar[str] = "gated"
+    begins_dense: ClassVar[bool] = True
     trained: ClassVar[tuple[str, ...]] = ("r_mag", "b_mag")
 
     def own_weights(self, latents: int) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ class Initialisation:
 
     encoder: str = "transposed"
     """`transposed`: the decoder's transpose where output = input, else as `independent`: random unit rows."""
-    encoder_scale: float = 1.0
-    """Norm of the encoder's rows."""
+    encoder_scale: float | None = None
+    """Norm of the encoder's rows; if not given, 1, or less where the first reconstruction would overshoot the input."""
     decoder_norm: float = 1.0
     """Norm of the decoder's rows; 0.1 is usual with L1, 0 for transcoders (decoders of a free norm)."""
 
@@ -112,14 +112,26 @@ class Dictionary(nn.Module):
         how = how or Initialisation()
         generator = torch.Generator().manual_seed(seed)
         transposed = how.encoder == "transposed" and self.config.is_autoencoder and not self.config.cross_layer
+        scale = how.encoder_scale
+        if scale is None:
+            scale = self._quiet_scale(how.decoder_norm) if transposed else 1.0
         with torch.no_grad():
             for block in self.each_block():
                 for W in (block.W_dec,) if transposed else (block.W_dec, block.W_enc):
                     W.copy_(nn.functional.normalize(torch.randn(W.shape, generator=generator), dim=1))
             self.tie_shared()  # before the encoder is taken from it
             for block in self.each_block():
-                block.W_enc.copy_((block.W_dec if transposed else block.W_enc) * how.encoder_scale)
+                block.W_enc.copy_((block.W_dec if transposed else block.W_enc) * scale)
                 block.W_dec.mul_(how.decoder_norm)
+
+    def _quiet_scale(self, decoder_norm: float) -> float:
+        """The norm of encoder rows, at most 1, with which a transposed encoder's reconstruction is not larger than x.
+
+        F latents of which half are active each give their part of x: the sum is F / 2 d times x. Latents that are
+        pushed down from there die: 21 % of a gated dictionary of 8 d latents (docs/decisions/0013)."""
+        if not self.config.activation.begins_dense or decoder_norm == 0:
+            return 1.0
+        return min(1.0, 2 * self.config.d_in / (self.config.latents * decoder_norm))
 
     @torch.no_grad()
     def tie_shared(self) -> None:

@@ -32,7 +32,7 @@ class Method:
     tied: bool = False
     decoder_norm: str = "unit"
     clip: float | None = 1.0
-    initialisation: Initialisation = field(default=Initialisation())
+    initialisation: Initialisation = field(default=Initialisation(encoder_scale=1.0))
     effort: float = 1.0
     """Times the size's steps."""
     sides: str = "both"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.errors import InputError
-from pipeline.sdl.activations import Products
+from pipeline.sdl.activations import Gated, Products
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Anchors, Objective
@@ -53,8 +53,8 @@ def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anc
         config.resampling.check()
     if config.decoder_norm not in ("unit", "free"):
         raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
-    if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
-        raise InputError("decoders of another initial norm than 1 need decoder_norm: free")
+    if reason := norm_refusal(shape, config.decoder_norm, config.initialisation):
+        raise InputError(reason)
     if config.tied and (reason := tied_refusal(shape, config.initialisation)):
         raise InputError(reason)
     if anchors is None:
@@ -74,11 +74,23 @@ def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anc
             raise InputError(f"anchor {int(zero[0])} of the {side} is zero ({len(zero)} such), which is no direction")
 
 
+def norm_refusal(shape: DictionaryConfig, decoder_norm: str, initialisation: Initialisation) -> str | None:
+    """Why a dictionary's decoders cannot have such norms; None if they can."""
+    if decoder_norm == "unit" and initialisation.decoder_norm != 1:
+        return "initialisation.decoder_norm other than 1 needs decoder_norm: free"
+    if decoder_norm == "free" and isinstance(shape.activation, Gated):
+        return (
+            "decoder_norm: free does not go with gated: the penalty is on the gates, whose own reconstruction does not "
+            "train decoders, so decoders would shrink and magnitudes grow to evade it; leave it unit"
+        )
+    return None
+
+
 def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str | None:
     """Why a dictionary of this shape cannot have tied weights; None if it can."""
     if not shape.is_autoencoder or shape.cross_layer:
         return "tied: an encoder can only be its decoder's transpose where the output is the input"
-    if (initialisation.encoder, initialisation.encoder_scale) != ("transposed", 1):
+    if initialisation.encoder != "transposed" or initialisation.encoder_scale not in (None, 1):
         return (
             "tied: the encoder begins as the decoder does, so initialisation.encoder and encoder_scale have no effect: "
             "leave them out"

@@ -191,6 +191,10 @@ def test_the_shape_reaches_the_config() -> None:
             {"initialisation": {"decoder_norm": 0.1}},
             "initialisation.decoder_norm other than 1 needs decoder_norm: free",
         ),
+        (
+            {"activation": {"kind": "gated"}, "loss": {"l1": 2}, "decoder_norm": "free"},
+            "decoder_norm: free does not go with gated",
+        ),
         ({"resampling": {"at": [0.5, 0.25]}}, "resampling.at must be shares of the steps"),
         ({"tied": True, "output": "mlp_out.1"}, "only be its decoder's transpose where the output is the input"),
         ({"tied": True, "initialisation": {"encoder_scale": 0.5}}, "initialisation.encoder and encoder_scale have no"),

@@ -8,7 +8,7 @@ from formulas import ACTIVATIONS, LATENTS, ROWS, VARIANTS, config_of, randn, ran
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.sdl.activations import Gated, TopK
+from pipeline.sdl.activations import Activation, Gated, JumpReLU, ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.config import config_of as config_from
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
@@ -105,6 +105,25 @@ def test_the_encoder_begins_as_the_decoder_where_output_is_input(variant: str, e
         if VARIANTS[variant].is_autoencoder:
             same = torch.allclose(block.W_enc, 5 * block.W_dec)
             assert same == (encoder == "transposed")
+
+
+@pytest.mark.parametrize("decoder_norm", [1.0, 0.25])
+@pytest.mark.parametrize("activation", [ReLU(), Gated()])
+def test_codes_that_begin_dense_reconstruct_no_more_than_the_input(activation: Activation, decoder_norm: float) -> None:
+    dictionary = Dictionary(DictionaryConfig(("x",), ("x",), (16,), (16,), 2048, activation))
+    dictionary.initialise(0, Initialisation(decoder_norm=decoder_norm))
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    share = (dictionary(x) * x).sum() / x.square().sum()
+    assert share.item() == pytest.approx(1, abs=0.05)
+    dictionary.initialise(0, Initialisation(encoder_scale=1, decoder_norm=decoder_norm))
+    assert (dictionary(x) * x).sum() / x.square().sum() > 60 * decoder_norm
+
+
+def test_other_encoders_begin_with_norm_one() -> None:
+    for activation, latents in ((TopK(2), 2048), (JumpReLU(), 2048), (ReLU(), 32)):
+        dictionary = Dictionary(DictionaryConfig(("x",), ("x",), (16,), (16,), latents, activation))
+        dictionary.initialise(0)
+        torch.testing.assert_close(dictionary.W_enc.norm(dim=1), torch.ones(latents))
 
 
 def test_a_decoder_of_norm_zero_leaves_an_encoder() -> None:

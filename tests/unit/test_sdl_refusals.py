@@ -81,9 +81,11 @@ def test_all_reasons_at_once() -> None:
 def test_decoder_norms_that_do_not_go_together() -> None:
     with pytest.raises(InputError, match="decoder_norm is unit or free, not 'fixed'"):
         make_trainer(replace(SETTINGS, decoder_norm="fixed"))
-    with pytest.raises(InputError, match="decoders of another initial norm than 1 need decoder_norm: free"):
+    with pytest.raises(InputError, match=r"initialisation\.decoder_norm other than 1 needs decoder_norm: free"):
         make_trainer(replace(SETTINGS, initialisation=Initialisation(decoder_norm=0.1)))
     make_trainer(replace(SETTINGS, decoder_norm="free", initialisation=Initialisation(decoder_norm=0.1)))
+    with pytest.raises(InputError, match=r"free does not go with gated: .* decoders would shrink .*; leave it unit"):
+        make_trainer(replace(SETTINGS, decoder_norm="free", objective=SPARSE["gated"]), config_of("sae", "gated"))
 
 
 def with_nan(anchors: torch.Tensor) -> torch.Tensor:

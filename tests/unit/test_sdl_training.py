@@ -61,9 +61,11 @@ def plain_step(
     return loss.item()
 
 
-@pytest.mark.parametrize("activation", ["topk", "batch_topk", "relu", "jumprelu", "gated"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("norms", ["unit", "free"])
+@pytest.mark.parametrize(
+    ("activation", "norms"),
+    [(a, n) for a in ("topk", "batch_topk", "relu", "jumprelu") for n in ("unit", "free")] + [("gated", "unit")],
+)
 def test_steps_are_what_a_plain_optimiser_does(variant: str, activation: str, norms: str) -> None:
     """All terms, the schedule of the rate, clipping, and what becomes of decoder norms."""
     config = config_of(variant, activation)
