@@ -52,6 +52,10 @@ def sweep(size: str, method: str, name: str, values: Sequence[object], rest: Cha
 SECTIONS: dict[str, list[Row]] = {
     "half": [Row("half", TABLE)],
     "full": [Row("full", ("topk", "batch_topk", "relu"), ("plain", "anchored"), seeds=2)],
+    "diagnostics": [  # of cells of the two above
+        Row("half", TABLE, ("plain",)),
+        Row("full", ("topk", "batch_topk", "relu"), ("plain",), seeds=2),
+    ],
     "loose k": sweep("small", "topk", "k", (6, 10, 16, 32, 64, 128), (("anchors", 100),)),
     "anchors": sweep("small", "topk", "anchors", (10, 25, 50, 100, 150), (("k", 64),)),
     "weight": sweep("small", "topk", "anchoring", (0.001, 0.01, 0.1, 1.0), (("k", 64), ("anchors", 100))),
@@ -119,7 +123,35 @@ def write_section(name: str, rows: Sequence[Row], results: dict[str, Record]) ->
     _, _, after = rest.partition(end)
     if not after and end not in rest:
         raise SystemExit(f"{PAGE} has no marks {begin} and {end} for the table")
-    PAGE.write_text(f"{before}{begin}\n{table(rows, results)}{end}{after}")
+    content = (diagnostics if name == "diagnostics" else table)(rows, results)
+    PAGE.write_text(f"{before}{begin}\n{content}{end}{after}")
+
+
+def diagnostics(rows: Sequence[Row], results: dict[str, Record]) -> str:
+    """What the diagnostics say of each method's minimum: means over seeds."""
+    lines = [
+        "| size | method | seeds | FVU | FVU at the truth | spurious | polysemantic % | features unserved % | dead % |",
+        "|---|---|--:|--:|--:|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        of = {method: [r for r in found_of(row, results) if r["method"] == method] for method in row.methods}
+        for method, records in of.items():
+            if not records:
+                continue
+            above = sum(r["fvu"] > r["fvu_at_truth"] for r in records)
+            figures = {name: mean(r[name] for r in records) for name in ("polysemantic", "unserved", "dead")}
+            fvus = [mean(r[name] for r in records) for name in ("fvu", "fvu_at_truth")]
+            shares = " | ".join(f"{100 * figure:.1f}" for figure in figures.values())
+            lines.append(
+                f"| {row.size} | {method} | {len(records)} | {fvus[0]:.4f} | {fvus[1]:.4f} | "
+                f"{above} of {len(records)} | {shares} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def found_of(row: Row, results: dict[str, Record]) -> list[Record]:
+    """The records of a row's cells, as far as they were run."""
+    return [found for cell in row.cells() if (found := results.get(key_of(identity_of(cell)))) is not None]
 
 
 def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
@@ -135,7 +167,7 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
     ]
     minutes, machines = 0.0, set()
     for row in rows:
-        records = [found for cell in row.cells() if (found := results.get(key_of(identity_of(cell)))) is not None]
+        records = found_of(row, results)
         minutes += sum(r["cpu_minutes"] for r in records)
         machines |= {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records}
         for method in row.methods:

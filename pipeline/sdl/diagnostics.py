@@ -6,13 +6,14 @@ dictionary is from what an optimum must satisfy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Dictionary, Normalisation
 
 SERVED = 0.1
 """A latent serves a feature if it is at least this strong, against the strongest, when the feature is alone."""
@@ -81,13 +82,21 @@ def absorption(
 
 
 @torch.no_grad()
-def loss_of_truth(y: Tensor, coefficients: Tensor, features: Tensor) -> float:
-    """FVU of the near-optimal configuration of Theorem 3.2: the true coefficients written with the true features.
+def at_truth(
+    config: DictionaryConfig, features: tuple[Tensor, Tensor], x_norm: Normalisation, y_norm: Normalisation
+) -> Dictionary:
+    """The near-optimal configuration of Theorem 3.2: a dictionary of this shape whose latents are the true features.
 
-    `y` [rows, d_out] is reconstructed up to its mean. Without noise it is 0; a minimum well above it is spurious.
+    `features` [n, d_in] as read and [n, d_out] as written; encoder rows are the first in the normalised space, with
+    norm 1 and no bias, decoder rows the second, so that a feature alone is reconstructed. A minimum whose loss is above
+    this dictionary's is spurious. A BatchTopK one is still to be calibrated.
     """
-    error = y - coefficients @ features
-    return ((error - error.mean(0)).square().sum() / (y - y.mean(0)).square().sum()).item()
+    read, written = features[0] * x_norm.scale, features[1] * y_norm.scale
+    lengths = torch.linalg.vector_norm(read, dim=1, keepdim=True)
+    dictionary = Dictionary(replace(config, latents=len(read)))
+    dictionary.W_enc.copy_(read / lengths)
+    dictionary.W_dec.copy_(written / lengths)
+    return dictionary.folded(x_norm, y_norm)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from torch import Tensor
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
-from pipeline.sdl.diagnostics import absorption, loss_of_truth, polysemanticity
+from pipeline.sdl.diagnostics import absorption, at_truth, polysemanticity
 from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.lrb_recipes import LAYOUTS, Cell, Method, Size, config_of, resolve, training_of
+from pipeline.sdl.metrics import measure_code
 from pipeline.sdl.objective import Anchors
 from pipeline.sdl.training import DictionaryTrainer
 
@@ -56,20 +57,22 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         inputs = x[rows]
         found = trainer.step(inputs, inputs if y is x else y[rows])
     result = trainer.result()
+    read, written = (side_by_side(data.features, sites) for sites in (reads, writes))
+    truth = at_truth(result.config, (read, written), trainer.x_norm, trainer.y_norm)
     if isinstance(method.activation, BatchTopK):
         calibrate(result, lambda: [x[:SCORED_ROWS]], trainer.competing())
-    written = side_by_side(data.features, writes)
+        calibrate(truth, lambda: [x[:SCORED_ROWS]])
     return {
         "method": cell.method,
         "arm": cell.arm,
         "seed": cell.seed,
         "changes": dict(cell.changes),
-        "encoder": asdict(recovery(result.W_enc, side_by_side(data.features, reads), size.anchors)),
+        "encoder": asdict(recovery(result.W_enc, read, size.anchors)),
         "decoder": asdict(recovery(result.W_dec, written, size.anchors)),
         **_pattern(result, x, data, reads),
         **({} if size.bench.hierarchy is None else _absorption(size, result, x, data, writes)),
         "fvu": found.fvu,
-        "fvu_of_truth": loss_of_truth(y[:SCORED_ROWS], data.coefficients[:SCORED_ROWS], written),  # above: spurious
+        "fvu_at_truth": measure_code(truth, [(x[:SCORED_ROWS], y[:SCORED_ROWS])])[0].fvu,
         "l0": found.l0,
         "dead": found.dead_share,
         "minutes": (time.perf_counter() - started) / 60,

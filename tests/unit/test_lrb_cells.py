@@ -261,12 +261,11 @@ def test_with_a_loose_k_and_many_anchors_the_other_features_gain(seed: int) -> N
 
 
 @pytest.mark.parametrize("method", ["topk", "transcoder", "crosscoder"])
-def test_the_loss_of_the_truth_stands_beside_that_of_the_minimum(method: str) -> None:
-    """Theorem 3.2's configuration loses nothing without noise; with noise of 0.2 what is noise."""
-    exact, noisy = (train_cell(Cell(QUICK, method, "plain", 0, (("steps", 2), *n))) for n in ((), (("noise", 0.2),)))
-    assert exact["fvu_of_truth"] == pytest.approx(0, abs=1e-6)
-    assert exact["fvu"] > 0.1  # two steps from the first weights
-    assert 0.01 < noisy["fvu_of_truth"] < noisy["fvu"]
+def test_the_loss_at_the_truth_stands_beside_that_of_the_minimum(method: str) -> None:
+    """Above it after two steps from the first weights; and below, as encoders that unlearn interference do better."""
+    early, late = (train_cell(Cell(QUICK, method, "plain", 0, (("steps", n),))) for n in (2, 400))
+    assert early["fvu_at_truth"] == late["fvu_at_truth"] > 0
+    assert late["fvu"] < early["fvu_at_truth"] < early["fvu"]
 
 
 @pytest.mark.parametrize("method", ["topk", "batch_topk", "crosscoder"])
