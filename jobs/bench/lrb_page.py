@@ -13,6 +13,15 @@ ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73"}
 FIGURES = (("decoder", "m_gt"), ("decoder", "m_ip"), ("decoder", "mcc"), ("encoder", "m_gt"), ("encoder", "m_ip"))
 COMPARED = (("anchored", "plain"), ("anchored", "random"), ("random", "plain"))
 NAMES = {"m_gt": "M_GT", "m_ip": "M_IP", "mcc": "MCC"}
+OTHERS = (  # title, name in the record, factor, format
+    ("FVU", "fvu", 1, ".4f"),
+    ("FVU at the truth", "fvu_at_truth", 1, ".4f"),
+    ("L0", "l0", 1, ".1f"),
+    ("dead %", "dead", 100, ".1f"),
+    ("polysemantic %", "polysemantic", 100, ".1f"),
+    ("unserved %", "unserved", 100, ".1f"),
+    ("minutes", "minutes", 1, ".2f"),
+)
 
 
 def page(example: Cell, records: Sequence[Record]) -> dict[str, str]:
@@ -62,6 +71,8 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
         "- M_GT: share of features whose largest |cosine| with a row is above 0.95, in %.",
         "- M_IP: mean of those cosines. MCC: mean cosine where each feature has a row of its own (Hungarian matching).",
         "- FVU, L0, dead: of the last batch; dead is the share of latents that were silent for 2 % of the training.",
+        "- FVU at the truth: of the same activation with the true features as weights; a minimum above it is spurious.",
+        "- Polysemantic: latents with several features, of those with any. Unserved: features that no latent answers.",
         "- Means over seeds ± half a 95 % interval (Student's t); a seed draws data, first weights, order of samples.",
         "",
         *_wrapped("Data: " + ", ".join(f"{name} {value}" for name, value in bench.items()) + "."),
@@ -74,17 +85,16 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
         "",
         "| method | arm | seeds | "
         + " | ".join(f"{side} {NAMES[figure]}" for side, figure in FIGURES)
-        + " | FVU | L0 | dead % | minutes |",
-        "|---|---|" + "--:|" * (1 + len(FIGURES) + 4),
+        + f" | {' | '.join(title for title, *_ in OTHERS)} |",
+        "|---|---|" + "--:|" * (1 + len(FIGURES) + len(OTHERS)),
     ]
     for method in methods:
         for arm in ARMS:
             found = [r for r in records if r["method"] == method and r["arm"] == arm]
             if found:
                 cells = [shown([r[side][figure] for r in found], figure) for side, figure in FIGURES]
-                about = [f"{mean(r['fvu'] for r in found):.4f}", f"{mean(r['l0'] for r in found):.1f}"]
-                about += [f"{100 * mean(r['dead'] for r in found):.1f}", f"{mean(r['minutes'] for r in found):.2f}"]
-                lines.append(f"| {' | '.join([method, arm, str(len(found)), *cells, *about])} |")
+                others = [f"{times * mean(r[name] for r in found):{form}}" for _, name, times, form in OTHERS]
+                lines.append(f"| {' | '.join([method, arm, str(len(found)), *cells, *others])} |")
     lines += ["", *_compared(records, methods)]
     if any("absorption" in r for r in records):
         lines += ["", *_absorption(records, methods)]

@@ -23,7 +23,10 @@ def record(method: str, arm: str, seed: int, m_gt: float, m_ip: float) -> dict[s
         "encoder": {**scores, "m_ip": 0.5},
         "fvu": 0.125,
         "l0": 10.0,
+        "fvu_at_truth": 0.0625,
         "dead": 0.25,
+        "polysemantic": 0.05,
+        "unserved": 0.01,
         "minutes": 1.5,
         "machine": {"cpu": "a processor", "cores": 2, "threads": 1},
     }
@@ -92,7 +95,10 @@ def of_some() -> dict[str, str]:
 def test_the_table_says_what_was_measured() -> None:
     text = of_some()["lrb.md"]
     lines = text.splitlines()
-    assert "| topk | anchored | 3 | 91.0 ± 2.5 | 0.900 ± 0.000 | 0.450 ± 0.000 | 91.0 ± 2.5 | 0.500 ± 0.000 " in text
+    assert (
+        "| topk | anchored | 3 | 91.0 ± 2.5 | 0.900 ± 0.000 | 0.450 ± 0.000 | 91.0 ± 2.5 | 0.500 ± 0.000 | "
+        "0.1250 | 0.0625 | 10.0 | 25.0 | 5.0 | 1.0 | 1.50 |" in text
+    )
     assert "| topk | anchored | plain | +30.0 ± 0.0 | +0.000 ± 0.000 | yes |" in lines
     assert "| topk | anchored | random | +29.0 ± 2.5 | +0.000 ± 0.000 | yes |" in lines
     assert "| relu | random | plain | +1.0 ± 2.5 | +0.000 ± 0.000 | not told apart |" in lines
@@ -106,7 +112,7 @@ def test_the_table_says_what_was_measured() -> None:
 def test_every_table_is_well_formed() -> None:
     tables = [line for line in of_some()["lrb.md"].splitlines() if line.startswith("|")]
     widths = [line.count("|") for line in tables]
-    assert set(widths[: widths.index(7)]) == {13}
+    assert set(widths[: widths.index(7)]) == {16}
     assert set(widths[widths.index(7) :]) == {7}
 
 
