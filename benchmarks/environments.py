@@ -28,7 +28,7 @@ def environment_python(name: str, packages: Sequence[str]) -> Path:
     if not installed.is_file():
         print(f"installing {', '.join(packages)} into {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet"]
+        pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
         torch_pin = folder / "constraints.txt"
         torch_pin.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
         subprocess.run([*pip, "--constraint", torch_pin, "torch"], check=True)

@@ -109,7 +109,7 @@ def package_documents() -> Iterator[DemoDocument]:
 def harvest(folder: Path, rows: int) -> Store:
     model = ModelSettings(id=str(HERE / "model"), dtype="float32")
     corpus = CorpusSettings(
-        path=str(folder / "corpus.parquet"), context=256, rows=rows, rows_per_unit=16384, holdout=HELD_OUT
+        path=(str(folder / "corpus.parquet"),), context=256, rows=rows, rows_per_unit=16384, holdout=HELD_OUT
     )
     store, _ = ensure_store(folder / "store", corpus, model, lambda done, total: None)
     settings = HarvestSettings(sites=(f"{SITE}@float32",), compile=False)

@@ -286,7 +286,7 @@ def make_corpus(path: Path) -> None:
 def prepare(folder: Path, units: int, threads: int, compiled: bool) -> HarvesterSetup:
     model = ModelSettings(id=str(folder / "model"), dtype="bfloat16")
     corpus = CorpusSettings(
-        path=str(folder / "corpus.parquet"), labels=("kind",), context=CONTEXT, rows=units * ROWS_PER_UNIT,
+        path=(str(folder / "corpus.parquet"),), labels=("kind",), context=CONTEXT, rows=units * ROWS_PER_UNIT,
         rows_per_unit=ROWS_PER_UNIT,
     )  # fmt: skip
     harvest = HarvestSettings(

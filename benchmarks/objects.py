@@ -22,13 +22,13 @@ from storage.arrays import DTYPES, RowArray
 from storage.files import in_threads
 from storage.harvests import chunk_rows_for
 from storage.objects import PART_BYTES, ObjectStore
-from storage.places import Place
+from storage.places import Backend, Place
 from storage.remote import FsspecFiles
 from workers.machine import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from s3 import running_server
+from s3 import running_server  # type: ignore[import-not-found]
 
 MIB = 2**20
 ROWS, WIDTH, SHARDS = 32768, 1024, 2
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as server:
         os.environ.update(server.environment())
         bucket = server.make_bucket()
-        clients = {"obstore": ObjectStore.at, "s3fs": S3fsInParts.at}
+        clients: dict[str, Callable[[str], Backend]] = {"obstore": ObjectStore.at, "s3fs": S3fsInParts.at}
         speeds: dict[str, dict[str, list[float]]] = {name: {} for name in clients}
         for round_ in range(arguments.rounds + 1):  # the first warms connections up, and is dropped
             for name, at in clients.items():

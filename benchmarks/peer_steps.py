@@ -62,7 +62,8 @@ def sparsify(settings: dict[str, Any], batches: Iterator[Tensor]) -> None:
             return self
 
         def forward(self, input_ids: Tensor) -> Tensor:
-            return self.layer(self.current[None])
+            rows: Tensor = self.layer(self.current[None])
+            return rows
 
     class Batches:
         """As a dataset of sequences as long as our batches; drawing one gives the model its rows."""

@@ -96,7 +96,7 @@ def plan(folder: Path) -> dict[str, Any]:
     planning.SMALL_BYTES = 0  # on Ray, however small
     (path,) = folder.glob("corpus.*")
     tokens = "ids" if path.suffix == ".parquet" else None
-    settings = CorpusSettings(path=str(path), tokens=tokens, labels=("kind",), context=256)
+    settings = CorpusSettings(path=(str(path),), tokens=tokens, labels=("kind",), context=256)
     with ray.init(
         address="local",
         object_store_memory=OBJECT_STORE_BYTES,

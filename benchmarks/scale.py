@@ -105,9 +105,8 @@ def main() -> None:
     lines = []
     with tempfile.TemporaryDirectory(prefix="bench-") as name, connected("local", cpus=2):
         make_model(Path(name) / "model")
-        workers.crew.HarvesterActor = ray.remote(
-            max_restarts=0, max_concurrency=UNITS_IN_FLIGHT, concurrency_groups={"pulse": 1}
-        )(StubProcess)
+        stub = ray.remote(max_restarts=0, max_concurrency=UNITS_IN_FLIGHT, concurrency_groups={"pulse": 1})
+        setattr(workers.crew, "HarvesterActor", stub(StubProcess))  # noqa: B010
         plan(Path(name), 64)  # loads libraries
         started = time.perf_counter()
         plan(Path(name), 65)  # what a plan costs however small it is
@@ -159,7 +158,9 @@ def plan(folder: Path, units: int) -> tuple[Store, HarvesterSetup]:
     offsets = np.arange(documents + 1, dtype=np.int32) * ROWS_OF_DOCUMENT
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
     pq.write_table(pa.table({"tokens": column}), path, row_group_size=4096)
-    corpus = CorpusSettings(path=str(path), tokens="tokens", context=CONTEXT, rows=units * ROWS_PER_UNIT, holdout=0.0)
+    corpus = CorpusSettings(
+        path=(str(path),), tokens="tokens", context=CONTEXT, rows=units * ROWS_PER_UNIT, holdout=0.0
+    )
     corpus = corpus.model_copy(update={"rows_per_unit": ROWS_PER_UNIT})
     model = ModelSettings(id=str(folder / "model"))
     store, _ = ensure_store(folder / f"store-{units}", corpus, model, lambda done, total: None)

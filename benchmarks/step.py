@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.environments import DICTIONARIES, environment_python, peer_process
+from benchmarks.environments import DICTIONARIES, PeerProcess, environment_python, peer_process
 from benchmarks.synthetic_rows import sparse_rows
 from pipeline.sdl.activations import BatchTopK, Products, TopK
 from pipeline.sdl.config import DictionaryConfig
@@ -115,7 +115,7 @@ def compare_times(size: Size, peers: dict[str, Any], rounds: int, steps: int, th
         for name, (library, options, _) in peers.items():
             settings = {"library": library, "options": options, "rows": str(folder / "rows.npy"), "threads": threads}
             peer = stack.enter_context(peer_process(python, "peer_steps.py", {**settings, **vars(size)}, threads))
-            all_steps[name] = lambda n, peer=peer: peer.ask({"steps": n})["seconds"]
+            all_steps[name] = peer_steps(peer)
         for name in VARIANTS:
             all_steps[name] = variant_steps(name, size, batches)
         for take in all_steps.values():
@@ -176,8 +176,16 @@ def make_trainer(
         warmup_share=0.05 if steps < 10**9 else 0.0,
         seed=seed,
     )
-    norms = [Normalisation(torch.zeros(d), torch.ones(d)) for d in (config.d_in, config.d_out)]
-    return DictionaryTrainer(Dictionary(config), training, *norms)
+    x_norm, y_norm = (Normalisation(torch.zeros(d), torch.ones(d)) for d in (config.d_in, config.d_out))
+    return DictionaryTrainer(Dictionary(config), training, x_norm, y_norm)
+
+
+def peer_steps(peer: PeerProcess) -> Steps:
+    def take(steps: int) -> list[float]:
+        seconds: list[float] = peer.ask({"steps": steps})["seconds"]
+        return seconds
+
+    return take
 
 
 def our_steps(trainer: DictionaryTrainer, x: Tensor, y: Tensor | None = None) -> Steps:
@@ -240,6 +248,7 @@ def pieces_of(trainer: DictionaryTrainer, batches: Tensor) -> dict[str, float]:
         timed("select", lambda: select_top_k(x, W_enc, b_enc, activation.k, torch.bfloat16))  # noqa: B023
         (code,) = dictionary.codes(x, Products())
         places, values = code.places, code.values
+        assert places is not None
         timed("encode", lambda: places.encode(x, W_enc, b_enc))  # noqa: B023
         timed("decode", lambda: places.decode(values, W_dec))  # noqa: B023
         with torch.enable_grad():

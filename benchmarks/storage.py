@@ -61,7 +61,7 @@ def main() -> None:
                 shutil.rmtree(folder)
             speeds[name]["write"].append(gigabytes / written)
             speeds[name]["read"].append(gigabytes / done)
-    result = {"machine": machine(), "chunk_rows": CHUNK_ROWS, "engines": {}}
+    medians: dict[str, dict[str, float]] = {}
     print(f"{'engine':34s} write GB/s  of tofile  of tofile+fsync   read GB/s  of fromfile")
     for name, found in speeds.items():
         line = {}
@@ -71,12 +71,12 @@ def main() -> None:
             line[f"{verb}_ratio"] = statistics.median(a / b for a, b in pairs)
             synced = list(zip(found[verb], speeds["plain file, tofile and fsync"][verb], strict=True))[1:]
             line[f"{verb}_ratio_to_synced"] = statistics.median(a / b for a, b in synced)
-        result["engines"][name] = line
+        medians[name] = line
         print(
             f"{name:34s} {line['write']:10.2f}  {line['write_ratio']:9.2f}  {line['write_ratio_to_synced']:15.2f}"
             f"  {line['read']:10.2f}  {line['read_ratio']:11.2f}"
         )
-    print(json.dumps(result))
+    print(json.dumps({"machine": machine(), "chunk_rows": CHUNK_ROWS, "engines": medians}))
 
 
 def all_engines(values: Any) -> dict[str, Engine]:
@@ -128,12 +128,13 @@ def all_engines(values: Any) -> dict[str, Engine]:
 
 def _zarr(bits: Any, pipeline: str) -> Engine:
     import zarr
+    from zarr.codecs import Crc32cCodec
 
     def write(folder: Path) -> None:
         with zarr.config.set({"codec_pipeline.path": pipeline, "array.write_empty_chunks": True}):
             array = zarr.create_array(
                 folder / "z", shape=bits.shape, chunks=(CHUNK_ROWS, WIDTH), dtype="uint16",
-                compressors=[zarr.codecs.Crc32cCodec()], filters=None,
+                compressors=[Crc32cCodec()], filters=None,
             )  # fmt: skip
             array[:] = bits
 

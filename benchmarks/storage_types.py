@@ -71,7 +71,7 @@ def harvest(folder: Path, rows: int) -> Store:
     write_corpus(folder / "corpus.parquet")
     model = ModelSettings(id=str(HERE / "model"), dtype="float32")
     corpus = CorpusSettings(
-        path=str(folder / "corpus.parquet"), context=256, rows=rows, rows_per_unit=16384, holdout=0.1
+        path=(str(folder / "corpus.parquet"),), context=256, rows=rows, rows_per_unit=16384, holdout=0.1
     )
     sites = tuple(f"{place}@{stored}" for place in PLACES for stored in STORED_TYPES)
     store, _ = ensure_store(folder / "store", corpus, model, lambda done, total: None)
@@ -114,7 +114,7 @@ def train(store: Store, rows: int) -> None:
     """One autoencoder for each type, all in one pass over the stream: the same rows, order and first weights."""
     dictionaries = tuple(
         DictionarySettings(
-            name=stored, input=f"{PLACE}@{stored}", latents=1024, activation=ActivationSettings(kind="topk", k=32)
+            name=stored, input=(f"{PLACE}@{stored}",), latents=1024, activation=ActivationSettings(kind="topk", k=32)
         )
         for stored in STORED_TYPES
     )
