@@ -91,9 +91,9 @@ class Spec(Settings):
         return problems
 
     @property
-    def scored_anchors(self) -> AnchorSettings | None:
-        """The set whose subpopulations dictionaries are scored on: the first by labels, which every row has."""
-        return next((anchors for anchors in self.anchors if anchors.by), None)
+    def scored_anchors(self) -> tuple[AnchorSettings, ...]:
+        """The sets whose subpopulations dictionaries are scored on: those that say of any row whether it belongs."""
+        return tuple(anchors for anchors in self.anchors if anchors.source in ("by", "where"))
 
 
 class _Loader(yaml.SafeLoader):

@@ -50,7 +50,7 @@ def make_whole(path: Path, llama: Path, other: Path, corpus: Path) -> Store:
     plan = EvaluationPlan(
         store=store.url,
         run="sae",
-        anchors="languages",
+        anchors=("languages",),
         model=harvestings[0].info,
         model_dtype="float32",
         attention="sdpa",

@@ -19,7 +19,7 @@ from pipeline.placement import Placement
 from pipeline.sdl.diagnostics import antipodal_pairs, optimality
 from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.files import load_dictionary
-from pipeline.sdl.metrics import auroc, measure_code
+from pipeline.sdl.metrics import measure_code
 from pipeline.sites import parse_site
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
@@ -31,6 +31,7 @@ from workers.examples import TopContexts, telling_latents
 from workers.harvester import read_contexts
 from workers.harvesting import name_in_store
 from workers.settings import EvaluateSettings
+from workers.subpopulations import score_set
 from workers.tensors import to_torch
 from workers.trainer import pair
 
@@ -45,8 +46,8 @@ class EvaluationPlan:
 
     store: str
     run: str
-    anchors: str | None
-    """The anchor set whose subpopulations are scored; the dictionary need not be anchored to it."""
+    anchors: tuple[str, ...]
+    """The anchor sets whose subpopulations are scored; the dictionary need not be anchored to one."""
     model: ModelInfo
     model_dtype: str
     attention: str
@@ -69,7 +70,7 @@ def evaluation_identity(store: Store, plan: EvaluationPlan) -> Record:
     return {
         "run": digest(run.record()["identity"]),
         "corpus_digest": store.info.corpus_digest,
-        "anchors": None if plan.anchors is None else digest(read_anchors(store, plan.anchors).identity_at(sites)),
+        "anchors": {name: digest(read_anchors(store, name).identity_at(sites)) for name in plan.anchors},
         "settings": plan.settings.model_dump(),
         "model": {"dtype": plan.model_dtype, "attention": plan.attention},
     }
@@ -112,7 +113,7 @@ def evaluate(plan: EvaluationPlan) -> Record:
     metrics, codes = measure_code(dictionary, _pairs(store, dictionary, start, stop_codes))
     if stop_codes < stop:  # a wide dictionary: the codes of all rows do not fit, the metrics need no codes
         metrics, _ = measure_code(dictionary, _pairs(store, dictionary, start, stop), keep_codes=[])
-    groups = _score_groups(store, run, plan.anchors, codes, start, stop_codes)
+    groups = [group for name in plan.anchors for group in score_set(store, run, name, codes, start)]
     latents = telling_latents(groups, codes)
     shown = TopContexts(store, start, stop_codes)
     record: Record = {
@@ -178,50 +179,6 @@ def _optimality(store: Store, dictionary: Dictionary, start: int, stop: int) -> 
 
 def _rows_of(store: Store, rows: slice, site: str) -> Tensor:
     return to_torch(store.read(site, rows)).float()
-
-
-def _score_groups(store: Store, run: Run, anchors: str | None, codes: Tensor, start: int, stop: int) -> list[Record]:
-    """AUROC of every latent for every anchored subpopulation: the best latent, and the anchored one if there is one."""
-    if anchors is None:
-        return []
-    anchor_set = read_anchors(store, anchors)
-    document = store.columns(start, stop, ["document"])["document"]
-    first, last = int(document[0]), int(document[-1])
-    documents = store.documents_between(first, last)
-    values = {
-        label: np.array([str(v) for v in documents.column(label).to_pylist()]) for label in set(anchor_set.labels)
-    }
-    member = np.stack(
-        [
-            values[label][document - first] == value
-            for label, value in zip(anchor_set.labels, anchor_set.values, strict=True)
-        ],
-        axis=1,
-    )
-    areas = auroc(codes, torch.from_numpy(member))
-    is_anchored = run.record()["anchors"] == anchors
-    dictionary = load_dictionary(str(run.folder))
-    groups = []
-    for i, (label, value) in enumerate(zip(anchor_set.labels, anchor_set.values, strict=True)):
-        column = areas[:, i]
-        line: Record = {
-            "label": label,
-            "value": value,
-            "rows": int(member[:, i].sum()),
-            "documents": len(np.unique(document[member[:, i]])),  # rows of one document say much the same
-        }
-        if torch.isnan(column).any():
-            line |= {"best_latent": None, "best_auroc": None}
-        else:
-            line |= {"best_latent": int(column.argmax()), "best_auroc": float(column.max())}
-        if is_anchored:
-            block = dictionary.each_block()[0]
-            direction = np.concatenate([anchor_set.vectors[site][i] for site in dictionary.config.output])
-            cosine = torch.nn.functional.cosine_similarity(block.W_dec[i], torch.from_numpy(direction), dim=0)
-            area = None if line["best_auroc"] is None else float(column[i])
-            line |= {"anchored_latent": i, "anchored_auroc": area, "anchor_cosine": float(cosine)}
-        groups.append(line)
-    return groups
 
 
 def _loss(store: Store, dictionary: Dictionary, plan: EvaluationPlan, start: int, stop: int) -> Record | None:

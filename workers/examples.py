@@ -25,7 +25,7 @@ def telling_latents(groups: Sequence[Record], codes: Tensor) -> dict[int, list[s
     """
     chosen: dict[int, list[str]] = {}
     for group in groups:
-        name = f"{group['label']} = {group['value']}"
+        name = group["value"] if group["label"] == "where" else f"{group['label']} = {group['value']}"
         if group.get("anchored_latent") is not None:
             chosen.setdefault(group["anchored_latent"], []).append(f"anchored to {name}")
         elif group["best_latent"] is not None:

@@ -133,7 +133,7 @@ def plan_evaluations(
     model: ModelSettings,
     harvest_settings: HarvestSettings,
     train_settings: TrainSettings,
-    anchor_settings: AnchorSettings | None,
+    anchors: Sequence[AnchorSettings],
     settings: EvaluateSettings,
 ) -> list[EvaluationPlan]:
     """What is left to evaluate. Raises StorageError when a dictionary of the spec is not trained."""
@@ -146,7 +146,7 @@ def plan_evaluations(
         plan = EvaluationPlan(
             store=store.url,
             run=wanted.name,
-            anchors=anchor_settings.name if anchor_settings else None,
+            anchors=tuple(scored.name for scored in anchors),
             model=info,
             model_dtype=model.dtype,
             attention=harvest_settings.attention,

@@ -64,8 +64,8 @@ class Comparison:
 
 
 def compare(evaluation: Record, control: Record | None) -> list[Comparison]:
-    """Put an anchored run's evaluation beside its control's, subpopulation by subpopulation."""
-    others = {(g["label"], g["value"]): g for g in control["subpopulations"]} if control else {}
+    """Put an anchored run's evaluation beside its control's, subpopulation by subpopulation of the run's own set."""
+    others = {_key(g): g for g in control["subpopulations"]} if control else {}
     return [
         Comparison(
             label=group["label"],
@@ -74,10 +74,15 @@ def compare(evaluation: Record, control: Record | None) -> list[Comparison]:
             cosine=group.get("anchor_cosine"),
             anchored=_score(evaluation, group, "anchored"),
             best=_score(evaluation, group, "best"),
-            control=_score(control, others.get((group["label"], group["value"]), {}), "best") if control else None,
+            control=_score(control, others.get(_key(group), {}), "best") if control else None,
         )
         for group in evaluation["subpopulations"]
+        if "anchored_latent" in group
     ]
+
+
+def _key(group: Record) -> tuple[str, str, str]:
+    return group["anchors"], group["label"], group["value"]
 
 
 def _score(evaluation: Record, group: Record, which: str) -> Score | None:
@@ -117,8 +122,9 @@ def _anchored_run(run: RunView, runs: Sequence[RunView]) -> str:
         return head + missing(*run.next_step)
     if not any("anchored_latent" in group for group in evaluation["subpopulations"]):
         return head + missing(
-            f"The evaluation of {run.name} did not score the subpopulations it is anchored to. Put the anchors section "
-            f"named {run.anchors} into the spec.",
+            f"The evaluation of {run.name} did not score what it is anchored to. If these are subpopulations of labels "
+            f"or conditions, put the anchors section named {run.anchors} into the spec; of vectors, top rows and "
+            "controls nobody knows which rows belong to them.",
             "granary evaluate SPEC",
         )
     control = control_of(run, runs)

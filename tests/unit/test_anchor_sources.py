@@ -403,6 +403,7 @@ SPEC: dict[str, Any] = {
 }
 DICTIONARY = {"name": "sae", "input": SITE, "latents": 64}
 WHERE = {"name": "w", "where": {"de": "language = 'de'"}}
+TOP = {"name": "t", "top": {"directions": "w", "site": "resid_post.0", "rows": 5}}
 
 
 def mistakes(**sections: Any) -> str:
@@ -414,13 +415,13 @@ def mistakes(**sections: Any) -> str:
 def test_one_set_or_several() -> None:
     by = {"name": "b", "by": "language"}
     for given, names, scored in (
-        (by, ["b"], "b"),
-        (WHERE, ["w"], None),
-        ([WHERE, by, {"name": "c", "by": ["language"]}], ["w", "b", "c"], "b"),
+        (by, ["b"], ["b"]),
+        (WHERE, ["w"], ["w"]),
+        ([WHERE, by, TOP], ["w", "b", "t"], ["w", "b"]),
     ):
         spec = parse_spec(SPEC | {"anchors": given}, Path("/specs"))
         assert [anchors.name for anchors in spec.anchors] == names
-        assert getattr(spec.scored_anchors, "name", None) == scored
+        assert [anchors.name for anchors in spec.scored_anchors] == scored
         again = parse_spec(spec.model_dump(mode="json"), Path("/elsewhere"))  # as `granary submit` sends it
         assert again == spec
     parse_spec(SPEC | {"anchors": [WHERE, by], "train": {"dictionaries": [{**DICTIONARY, "anchors": "b"}]}}, Path("/"))

@@ -128,7 +128,7 @@ CURVE = [
 
 
 def group(value: str, best: float | None, anchored: float | None = None, latent: int = 0, rows: int = 20) -> Record:
-    line: Record = {"label": "language", "value": value, "rows": rows}
+    line: Record = {"anchors": "languages", "label": "language", "value": value, "rows": rows}
     line |= {"best_latent": None if best is None else latent, "best_auroc": best}
     if anchored is not None or best is None:
         line |= {"anchored_latent": ("de", "en", "fr").index(value), "anchored_auroc": anchored, "anchor_cosine": 0.9}
@@ -348,7 +348,7 @@ def test_an_evaluation_without_subpopulations_or_latents(store: Store) -> None:
     found = evaluation([], latents=[], density=[0.0] * LATENTS, fvu=math.nan, dead_share=1.0)
     add_run(store, "anchored", identity({}), found=found, anchors="languages")
     parsed = check(report_page(store, ""))
-    assert "did not score the subpopulations" in parsed.text
+    assert "did not score what it is anchored to" in parsed.text
     assert "No latent fired" in parsed.text
 
 

@@ -51,8 +51,10 @@ DICTIONARIES = [
         "loss": {"l0": 0.01, "l0_target": 6, "prefixes": [8, 24]},
         "resampling": {"at": [0.5], "rows": 512},
         "clip": 5,
+        "anchors": "places",
     },
 ]
+PLACES = {"early": "position < 5", "late French": "language = 'fr' and position >= 20"}
 SETTINGS = TrainSettings.model_validate(
     {
         "rows": 40_960,
@@ -67,6 +69,7 @@ SETTINGS = TrainSettings.model_validate(
 def store(tmp_path_factory: pytest.TempPathFactory, llama: Path, corpus: Path) -> Store:
     store = harvest(tmp_path_factory.mktemp("variants") / "store", llama, corpus, SITES, holdout=0.2, dtype="float32")
     anchors(store, AnchorSettings(name="languages", by=("language",), min_rows=10), SITES)
+    anchors(store, AnchorSettings(name="places", where=PLACES, min_rows=10), SITES)
     Trainer(plan_training(store, SETTINGS)).train()
     return store
 
@@ -80,7 +83,7 @@ def evaluation_of(store: Store, run: str, model: Path) -> Record:
         EvaluationPlan(
             store=store.url,
             run=run,
-            anchors="languages",
+            anchors=("languages", "places"),
             model=describe_model(str(model)),
             model_dtype="float32",
             attention="sdpa",
@@ -106,10 +109,30 @@ def test_a_trained_dictionary_is_evaluated(store: Store, llama: Path, name: str)
     assert len(found["density"]) == dictionary.config.total_latents
     assert found["loss"]["clean"] < found["loss"]["mean_ablated"] + 1
     assert found["loss"]["spliced"] == pytest.approx(found["loss"]["clean"], rel=0.2)
-    assert [group["value"] for group in found["subpopulations"]] == ["de", "en", "fr"]
+    assert [group["value"] for group in found["subpopulations"]] == ["de", "en", "fr", *PLACES]
     how = settings_of(name).anchors
-    anchored = how is not None and how.control == "none"  # the latents of a control are none of the subpopulations'
-    assert all(("anchor_cosine" in group) == anchored for group in found["subpopulations"])
+    assert how is not None
+    for group in found["subpopulations"]:  # the latents of a control are none of the subpopulations'
+        assert ("anchor_cosine" in group) == (how.control == "none" and group["anchors"] == how.name)
+
+
+def test_subpopulations_of_conditions_are_scored_on_the_rows_that_fulfil_them(store: Store, llama: Path) -> None:
+    found = evaluation_of(store, "skip", llama)
+    start, stop = found["row_start"], found["row_stop"]
+    dictionary = load_dictionary(store.path / "runs" / "skip")
+    codes = dictionary.encode(to_torch(store.read("mlp_in.1", slice(start, stop))).float())
+    for number, (group, condition) in enumerate(zip(found["subpopulations"][3:], PLACES.values(), strict=True)):
+        rows = store.sql(
+            f"select row from rows join documents using (document) where ({condition}) and row between {start} and "
+            f"{stop - 1}"
+        ).fetchall()
+        belongs = torch.zeros(stop - start, dtype=torch.bool)
+        belongs[[row - start for (row,) in rows]] = True
+        assert group["rows"] == int(belongs.sum()) > 5
+        assert group["anchored_latent"] == number
+        inside, outside = codes[belongs, number], codes[~belongs, number]
+        above = (inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside).double()
+        assert group["anchored_auroc"] == pytest.approx(above.mean().item())
 
 
 def test_the_threshold_gives_the_asked_l0_on_held_out_rows(store: Store) -> None:

@@ -129,7 +129,7 @@ def trained(path: Path, name: str, model: Path) -> tuple[torch.Tensor, dict[str,
         ModelSettings(id=str(model), dtype="float32"),
         HarvestSettings(sites=tuple(SITES)),
         settings,
-        None,
+        (),
         EvaluateSettings(rows=500, contexts=8),
     )
     return load_file(path / "runs" / name / "dictionary.safetensors")["blocks.0.W_enc"], evaluate(plan)
@@ -180,7 +180,7 @@ def test_a_dictionary_is_not_evaluated_on_the_other_models_activations(
             ModelSettings(id=str(tuned), dtype="float32"),
             HarvestSettings(sites=tuple(SITES)),
             TrainSettings(dictionaries=(dictionary,)),
-            None,
+            (),
             EvaluateSettings(),
         )
     assert all(name in str(refused.value) for name in names)
@@ -227,7 +227,7 @@ def test_a_crosscoder_over_both_models(tmp_path: Path, both: Store, names: list[
         ModelSettings(id=str(llama), dtype="float32"),
         HarvestSettings(sites=tuple(SITES)),
         settings,
-        None,
+        (),
         EvaluateSettings(rows=500, contexts=8),
     )
     found = evaluate(plan)
