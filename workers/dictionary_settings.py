@@ -14,12 +14,12 @@ from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training_config import norm_refusal, tied_refusal
-from pipeline.sites import expand_sites
+from pipeline.sites import expand_sites, parse_site
 from workers.section import Count, Name, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _as_qualified_sites(value: Any) -> Any:
@@ -190,7 +190,7 @@ class DictionarySettings(Settings):
                 resampling.check()
         except InputError as error:
             return [str(error)]
-        found = []
+        found = [] if (reason := self._unordered()) is None else [reason]
         if reason := norm_refusal(config, self.decoder_norm, self.initialisation_value()):
             found.append(reason)
         if self.tied and (reason := tied_refusal(config, self.initialisation_value())):
@@ -198,6 +198,20 @@ class DictionarySettings(Settings):
         if self.exact and self.precision != "float32":
             found.append(f"exact means float32 throughout, and precision is {self.precision}: leave out one of them")
         return found
+
+    def _unordered(self) -> str | None:
+        """Why the layers of a cross-layer transcoder are not in order; None if they are."""
+        if not self.cross_layer:
+            return None
+        reads, writes = (
+            [parse_site(s.rpartition("/")[2]).layer for s in sites] for sites in (self.input, self.outputs)
+        )
+        if reads == writes == sorted(set(reads)):
+            return None
+        return (
+            "cross_layer: input and output must be of the same layers, ascending, one site of each: latents write their "
+            f"own and all later outputs; not {', '.join(self.input)} and {', '.join(self.outputs)}"
+        )
 
     def resampling_value(self) -> Resampling | None:
         return None if self.resampling is None else Resampling(**self.resampling.model_dump())

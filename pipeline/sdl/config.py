@@ -56,8 +56,8 @@ class DictionaryConfig:
                 "a cross-layer transcoder has an output site for each input site, in the order of layers, two or more; "
                 f"not {len(self.input)} in and {len(self.output)} out"
             )
-        if self.skip and self.is_autoencoder:
-            raise InputError("skip: the output is the input, so the skip connection alone would reconstruct it")
+        if self.skip and (both := [site for site in self.output if site in self.input]):
+            raise InputError(f"skip: {', '.join(both)} is input and output, so the skip alone would reconstruct it")
         if self.shared_latents:
             self._check_shared()
 

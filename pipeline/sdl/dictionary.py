@@ -83,6 +83,8 @@ class Dictionary(nn.Module):
         self.blocks = nn.ModuleList(Block(config, shape) for shape in config.blocks())
         self.b_dec = nn.Parameter(torch.zeros(config.d_out))
         self.W_skip = nn.Parameter(torch.zeros(config.d_out, config.d_in)) if config.skip else None
+        self.skip_mask: Tensor | None
+        self.register_buffer("skip_mask", _causal_mask(config) if config.cross_layer else None, persistent=False)
 
     def each_block(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -149,7 +151,12 @@ class Dictionary(nn.Module):
     # ---- what a finished dictionary does
 
     def encode(self, x: Tensor) -> Tensor:
-        """The code z of x [rows, d_in] -> [rows, total latents], block after block; zero where inactive."""
+        """The code z of x [rows, d_in] -> [rows, total latents], block after block; zero where inactive.
+
+        Raises InputError if x is of another width."""
+        if x.shape[1] != self.config.d_in:
+            sites = ", ".join(f"{s} ({d})" for s, d in zip(self.config.input, self.config.input_widths, strict=True))
+            raise InputError(f"this dictionary reads {sites}: rows of {self.config.d_in}, not of {x.shape[1]}")
         x = x.to(self.b_dec.dtype)
         return torch.cat([b.activation.infer(b, x[:, b.shape.reads]) for b in self.each_block()], dim=1)
 
@@ -190,7 +197,8 @@ class Dictionary(nn.Module):
             return self.b_dec.expand(rows, -1)
         if x is None:
             raise ValueError("a skip transcoder's reconstruction has a part of x: give decode(z, x) both")
-        return nn.functional.linear(x, self.W_skip, self.b_dec)
+        W_skip = self.W_skip if self.skip_mask is None else self.W_skip * self.skip_mask
+        return nn.functional.linear(x, W_skip, self.b_dec)
 
     @torch.no_grad()
     def folded(self, x_norm: "Normalisation", y_norm: "Normalisation") -> "Dictionary":
@@ -230,7 +238,12 @@ class Normalisation:
     @classmethod
     def of(cls, mean: Tensor, total_variance: float) -> "Normalisation":
         """Of one site: `mean` [d], `total_variance` = E||x - mean||^2. Raises InputError if there is none."""
-        if not (0 < total_variance < float("inf")) or not bool(torch.isfinite(mean).all()):
+        if len(wrong := (~torch.isfinite(mean)).nonzero().flatten()):
+            raise InputError(
+                f"these activations cannot be normalised: the mean of column {int(wrong[0])} is not finite "
+                f"({len(wrong)} such columns): there is nan or infinity in the harvest; see `granary verify`"
+            )
+        if not 0 < total_variance < float("inf"):
             raise InputError(
                 "these activations cannot be normalised: their variance is "
                 f"{total_variance:.3g}, which must be finite and above 0 (constant columns, or nan in the harvest)"
@@ -242,6 +255,14 @@ class Normalisation:
     def side_by_side(cls, parts: Sequence["Normalisation"]) -> "Normalisation":
         """That of several sites, in order."""
         return cls(torch.cat([p.mean for p in parts]), torch.cat([p.scale for p in parts]))
+
+
+def _causal_mask(config: DictionaryConfig) -> Tensor:
+    """1 where an output may read an input: those of its own layer and of earlier ones -> [d_out, d_in]."""
+    mask = torch.zeros(config.d_out, config.d_in)
+    for block in config.blocks():
+        mask[block.writes, block.reads] = 1
+    return mask
 
 
 def add_columns(y: Tensor, part: Tensor, columns: slice) -> Tensor:

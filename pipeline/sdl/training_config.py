@@ -48,6 +48,9 @@ class TrainingConfig:
 
 def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anchors | None) -> None:
     """Raise InputError where dictionary, objective and anchors do not fit together."""
+    for name in ("steps", "batch_rows", "learning_rate", "dead_after_rows"):
+        if not 0 < (value := getattr(config, name)) < float("inf"):
+            raise InputError(f"{name} must be above 0 and finite, not {value}")
     config.objective.check(shape)
     if config.resampling is not None:
         config.resampling.check()
@@ -61,7 +64,11 @@ def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anc
         return
     if anchors.count > shape.latents:
         raise InputError(f"{anchors.count} anchors do not fit into {shape.latents} latents")
-    for side, of_side, width in (("encoder", anchors.encoder, shape.d_in), ("decoder", anchors.decoder, shape.d_out)):
+    blocks = shape.blocks()
+    for side, of_side, width, columns in (
+        ("encoder", anchors.encoder, shape.d_in, [block.reads for block in blocks]),
+        ("decoder", anchors.decoder, shape.d_out, [block.writes for block in blocks]),
+    ):
         if of_side is None:
             continue
         if of_side.shape != (anchors.count, width):
@@ -70,8 +77,12 @@ def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anc
             )
         if not bool(torch.isfinite(of_side).all()):
             raise InputError(f"anchors of the {side} hold nan or infinity")
-        if len(zero := (of_side == 0).all(1).nonzero().flatten()):
-            raise InputError(f"anchor {int(zero[0])} of the {side} is zero ({len(zero)} such), which is no direction")
+        zero = torch.stack([(of_side[:, part] == 0).all(1) for part in columns]).any(0).nonzero().flatten()
+        if len(zero):
+            where = " at the sites of one layer" if len(blocks) > 1 else ""
+            raise InputError(
+                f"anchor {int(zero[0])} of the {side} is zero{where} ({len(zero)} such), which is no direction"
+            )
 
 
 def norm_refusal(shape: DictionaryConfig, decoder_norm: str, initialisation: Initialisation) -> str | None:

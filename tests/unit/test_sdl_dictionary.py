@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from formulas import ACTIVATIONS, LATENTS, ROWS, VARIANTS, config_of, randn, random_dictionary
+from small_training import SETTINGS, make_trainer
 from torch import Tensor
 
 from pipeline.errors import InputError
@@ -170,13 +171,17 @@ def test_normalised_rows_have_mean_zero_and_a_squared_norm_of_d_at_each_site() -
         (torch.ones(4), 0.0),
         (torch.ones(4), float("nan")),
         (torch.ones(4), float("inf")),
-        (torch.tensor([1, torch.nan]), 1.0),
     ],
-    ids=["constant", "nan", "infinite", "nan in the mean"],
+    ids=["constant", "nan", "infinite"],
 )
 def test_activations_that_cannot_be_normalised(mean: Tensor, variance: float) -> None:
     with pytest.raises(InputError, match=r"cannot be normalised: .*constant columns, or nan in the harvest"):
         Normalisation.of(mean, variance)
+
+
+def test_a_mean_with_nan_names_its_column() -> None:
+    with pytest.raises(InputError, match=r"the mean of column 1 is not finite \(1 such columns\)"):
+        Normalisation.of(torch.tensor([1, torch.nan]), 1.0)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -218,7 +223,7 @@ def sites(**changed: object) -> DictionaryConfig:
             {"cross_layer": True, "output": ("c.1",), "output_widths": (4,)},
             "order of layers, .*not 2 in and 1 out",
         ),
-        ({"skip": True}, "the skip connection alone would reconstruct it"),
+        ({"skip": True}, r"skip: a\.1, b\.1 is input and output, so the skip alone would reconstruct it"),
         ({"shared_latents": 15}, "shared_latents must be between 1 and latents = 14, not 15"),
         ({"shared_latents": -1}, "shared_latents must be between 1 and latents = 14, not -1"),
         (
@@ -232,6 +237,34 @@ def sites(**changed: object) -> DictionaryConfig:
 def test_shapes_that_do_not_fit_together(changed: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         sites(**changed)
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    dictionary = random_dictionary(VARIANTS["crosscoder"])
+    with pytest.raises(InputError, match=r"reads .* \(\d\), .*: rows of \d+, not of 3"):
+        dictionary.encode(randn(ROWS, 3))
+
+
+def test_the_skip_of_a_cross_layer_transcoder_reads_no_later_layer() -> None:
+    """Trained where later inputs hold earlier outputs, it writes them all the same from what comes before alone."""
+    layers = {"input": ("mlp_in.0", "mlp_in.1"), "output": ("mlp_out.0", "mlp_out.1")}
+    config = DictionaryConfig(
+        **layers, input_widths=(4, 4), output_widths=(3, 3), latents=LATENTS, activation=TopK(1), cross_layer=True,
+        skip=True,
+    )  # fmt: skip
+    trainer = make_trainer(replace(SETTINGS, steps=30), config, plain=True)
+    for step in range(30):
+        y = randn(64, 6, seed=step)
+        x = torch.cat([randn(64, 4, seed=100 + step), y[:, :3], randn(64, 1, seed=200 + step)], dim=1)
+        trainer.step(x, y)
+    dictionary = trainer.result()
+    assert dictionary.W_skip is not None
+    assert dictionary.W_skip[:3, :4].any()
+    assert dictionary.W_skip[3:, 4:].any()
+    x = randn(ROWS, 8)
+    changed = torch.cat([x[:, :4], 2 * x[:, 4:]], dim=1)
+    torch.testing.assert_close(dictionary(x)[:, :3], dictionary(changed)[:, :3])
+    assert not torch.equal(dictionary(x)[:, 3:], dictionary(changed)[:, 3:])
 
 
 def test_a_cross_layer_transcoder_of_one_layer() -> None:

@@ -124,6 +124,22 @@ def test_anchors_that_do_not_fit(what: str) -> None:
         DictionaryTrainer(Dictionary(VARIANTS["transcoder"]), SETTINGS, *norms, anchors())
 
 
+def test_an_anchor_that_is_nothing_at_one_layer_of_a_cross_layer_transcoder() -> None:
+    config = VARIANTS["cross_layer"]
+    encoder = randn(3, config.d_in)
+    encoder[2, config.input_widths[0] :] = 0
+    norms = [Normalisation(torch.zeros(d), torch.ones(d)) for d in (config.d_in, config.d_out)]
+    with pytest.raises(InputError, match=r"anchor 2 of the encoder is zero at the sites of one layer \(1 such\)"):
+        DictionaryTrainer(Dictionary(config), SETTINGS, *norms, Anchors(encoder, None))
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_rows", "learning_rate", "dead_after_rows"])
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_numbers_that_cannot_be(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} must be above 0 and finite, not {value}"):
+        make_trainer(replace(SETTINGS, **{name: value}))
+
+
 def test_as_many_anchors_as_latents() -> None:
     norms = [Normalisation(torch.zeros(d), torch.ones(d)) for d in (6, 5)]
     anchors = Anchors(randn(LATENTS, 6), randn(LATENTS, 5))
