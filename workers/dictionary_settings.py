@@ -209,8 +209,8 @@ class DictionarySettings(Settings):
         if reads == writes == sorted(set(reads)):
             return None
         return (
-            "cross_layer: input and output must be of the same layers, ascending, one site of each: latents write their "
-            f"own and all later outputs; not {', '.join(self.input)} and {', '.join(self.outputs)}"
+            "cross_layer: input and output must be of the same layers, ascending, one site of each: latents write "
+            f"their own and all later outputs; not {', '.join(self.input)} and {', '.join(self.outputs)}"
         )
 
     def resampling_value(self) -> Resampling | None:

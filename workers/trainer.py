@@ -4,7 +4,7 @@ One pass over the stream trains every dictionary that is not finished. Checkpoin
 asked for by step; so a run that was killed goes on and ends with the same weights, bit for bit, on the same machine.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ import ray
 import torch
 from safetensors.torch import load, save
 
-from pipeline.errors import InputError
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
@@ -23,20 +22,18 @@ from pipeline.sdl.files import save_dictionary
 from pipeline.sdl.objective import Anchors
 from pipeline.sdl.training import DictionaryTrainer, StepMetrics
 from storage.anchors import read_anchors
-from storage.moments import MomentKey, merged_moments, training_units
+from storage.norm_filter import NormFilter, norm_filter
 from storage.records import Record
 from storage.runs import Run, open_run
 from storage.store import Store, open_store
 from workers.dictionary_settings import AnchoringSettings
 from workers.tensors import to_torch
 from workers.training_plan import DictionaryPlan, TrainPlan
+from workers.training_rows import READ_ROWS, calibration_rows, normalisations, pair, side_by_side
 from workers.versions import versions
 
 CURVE_POINTS = 200
 """Points of a training curve: enough to draw it, whatever the number of steps."""
-CALIBRATION_ROWS = 65_536
-"""Held-out rows on which the threshold of a BatchTopK dictionary is set."""
-READ_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,8 @@ class Trainer:
         torch.set_num_threads(plan.threads)
         device = "cuda" if plan.gpus else "cpu"
         sites = sorted({site for d in plan.dictionaries for site in (*d.config.input, *d.config.output)})
-        norms = {site: normalisation(self.store, site) for site in sites}  # each reads the moments of every unit
+        kept = None if plan.max_norm is None else norm_filter(self.store, plan.norm_site, plan.max_norm, READ_ROWS)
+        norms = normalisations(self.store, sites, plan, kept)
         members = [_Member.begin(self.store, d, device, norms) for d in plan.dictionaries]
         start = min(m.trainer.step_number for m in members)
         stream = self.store.stream(
@@ -88,7 +86,7 @@ class Trainer:
                 for member in members:
                     member.checkpoint()
         for member in members:
-            member.finish()
+            member.finish(kept)
 
 
 # Two threads: one trains, the other answers how far it is.
@@ -129,7 +127,7 @@ class _Member:
     def checkpoint(self) -> None:
         self.run.save_checkpoint(self.curve, save(self.trainer.state()))
 
-    def finish(self) -> None:
+    def finish(self, kept: NormFilter | None) -> None:
         dictionary = self.trainer.result()
         about: dict[str, Any] = {
             "models": models_of(self.store, self.plan.config),
@@ -143,36 +141,16 @@ class _Member:
             "made_with": versions(),
         }
         if isinstance(self.plan.config.activation, BatchTopK):
-            rows = partial(calibration_rows, self.store, self.plan.config)
+            rows = partial(calibration_rows, self.store, self.plan.config, kept)
             calibrate(dictionary, rows, self.trainer.competing())
         if self.latest is not None:
             about["last_step"] = asdict(self.latest)
         self.run.finish(self.curve, save_dictionary(dictionary, about))
 
 
-def normalisation(store: Store, site: str) -> Normalisation:
-    """Centre on the mean of the site's training rows and scale to E||x||^2 = d, from the harvest's own moments."""
-    _, name = store.find(site)
-    moments = merged_moments(store, site, training_units(store))[MomentKey(name)]
-    try:
-        return Normalisation.of(torch.from_numpy(moments.mean), moments.total_variance)
-    except InputError as error:
-        raise InputError(f"{site}: {error}") from None
-
-
 def scales_of(norm: Normalisation, sites: Sequence[str], widths: Sequence[int]) -> Record:
     """Site -> what its centred activations were multiplied with in training."""
     return {site: part[0].item() for site, part in zip(sites, norm.scale.split(list(widths)), strict=True)}
-
-
-def pair(config: DictionaryConfig, of_site: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [rows, d_in] and outputs [rows, d_out] from the rows of each site; one tensor where they are the same."""
-    x = side_by_side([of_site(site) for site in config.input])
-    return x, x if config.is_autoencoder else side_by_side([of_site(site) for site in config.output])
-
-
-def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def anchors_of(store: Store, wanted: AnchoringSettings, config: DictionaryConfig, seed: int) -> Anchors:
@@ -183,16 +161,6 @@ def anchors_of(store: Store, wanted: AnchoringSettings, config: DictionaryConfig
     encoder = side_by_side([used[site] for site in config.input]) if wanted.sides != "decoder" else None
     decoder = side_by_side([used[site] for site in config.output]) if wanted.sides != "encoder" else None
     return Anchors(encoder, decoder)
-
-
-def calibration_rows(store: Store, config: DictionaryConfig) -> Iterator[torch.Tensor]:
-    """Inputs of held-out rows, or of the last training rows where none are held out; float32."""
-    none_held_out = store.info.held_out_start >= store.num_rows
-    start = max(0, store.num_rows - CALIBRATION_ROWS) if none_held_out else store.info.held_out_start
-    stop = min(store.num_rows, start + CALIBRATION_ROWS)
-    for first in range(start, stop, READ_ROWS):
-        rows = slice(first, min(first + READ_ROWS, stop))
-        yield side_by_side([to_torch(store.read(site, rows)).float() for site in config.input])
 
 
 def models_of(store: Store, config: DictionaryConfig) -> Record:

@@ -21,40 +21,72 @@ LOWER_BITS = 16
 def calibrate(
     dictionary: Dictionary, rows: Callable[[], Iterable[Tensor]], competing: Sequence[Tensor | None] | None = None
 ) -> None:
-    """Set the thresholds of a finished BatchTopK dictionary so that on these rows k latents are active on average.
+    """Set the thresholds of a finished BatchTopK dictionary: on these rows k latents of each block are active on average.
 
-    `rows` gives the same batches [n, d_in] float32 of raw activations each time it is called. `competing`: for each
-    block the weights [latents] with which preactivations competed in training (`DictionaryTrainer.competing`), if any.
-    Raises InputError for other activations, and where there is no row.
+    `rows`, which is called twice, gives the same batches [n, d_in] float32 of raw activations each time. `competing`:
+    for each block the weights [latents] with which preactivations competed in training
+    (`DictionaryTrainer.competing`), if any. Raises InputError for other activations, and where there is no row.
     """
-    blocks = dictionary.each_block()
-    for block, weights in zip(blocks, competing or [None] * len(blocks), strict=True):
-        if not isinstance(block.activation, BatchTopK):
-            raise InputError(f"{block.activation.kind} has no threshold to calibrate; batch_topk has")
-        weights = torch.ones_like(block.b_enc) if weights is None else weights.to(block.b_enc)
-        block.own("threshold").copy_(_unweighted(_threshold(block, weights, rows, block.activation.k), weights))
-
-
-def _threshold(block: Block, weights: Tensor, rows: Callable[[], Iterable[Tensor]], k: int) -> float:
-    count, upper = 0, torch.zeros(1 << 15, dtype=torch.int64)
+    activation, blocks = dictionary.config.activation, dictionary.each_block()
+    if not isinstance(activation, BatchTopK):
+        raise InputError(f"{activation.kind} has no threshold to calibrate; batch_topk has")
+    searches = [
+        _Search(block, torch.ones_like(block.b_enc) if weights is None else weights.to(block.b_enc))
+        for block, weights in zip(blocks, competing or [None] * len(blocks), strict=True)
+    ]
+    count = 0
     for x in rows():
         count += len(x)
-        upper += torch.bincount(_bits(block, weights, x) >> LOWER_BITS, minlength=len(upper))
+        for search in searches:
+            search.count_upper(x)
     if count == 0:
         raise InputError("no rows to calibrate the threshold on")
-    wanted = k * count + 1  # the threshold's own place, counted from the largest
-    above = upper.flip(0).cumsum(0).flip(0)
-    if above[0] < wanted:  # fewer are positive at all: let all of them pass
-        return 0.0
-    digit = int((above >= wanted).nonzero()[-1])
-    wanted -= int(above[digit + 1]) if digit + 1 < len(above) else 0
-    lower = torch.zeros(1 << LOWER_BITS, dtype=torch.int64)
+    for search in searches:
+        search.settle_upper(activation.k * count + 1)  # the threshold's own place, counted from the largest
     for x in rows():
-        bits = _bits(block, weights, x)
-        lower += torch.bincount(bits[bits >> LOWER_BITS == digit] & 0xFFFF, minlength=len(lower))
-    within = lower.flip(0).cumsum(0).flip(0)
-    bits_found = (digit << LOWER_BITS) + int((within >= wanted).nonzero()[-1])
-    return torch.tensor(bits_found, dtype=torch.int32).view(torch.float32).item()
+        for search in searches:
+            search.count_lower(x)
+    for search in searches:
+        search.block.own("threshold").copy_(_unweighted(search.found(), search.weights))
+
+
+class _Search:
+    """The search for one block's threshold: the upper digit first, then, within it, the lower one."""
+
+    def __init__(self, block: Block, weights: Tensor):
+        self.block, self.weights = block, weights
+        self.upper = torch.zeros(1 << 15, dtype=torch.int64)
+        self.lower = torch.zeros(1 << LOWER_BITS, dtype=torch.int64)
+        self.digit: int | None = None
+        """None: fewer entries are positive than are asked for, and all of them pass."""
+        self.wanted = 0
+
+    def count_upper(self, x: Tensor) -> None:
+        self.upper += torch.bincount(self._bits(x) >> LOWER_BITS, minlength=len(self.upper))
+
+    def settle_upper(self, wanted: int) -> None:
+        above = self.upper.flip(0).cumsum(0).flip(0)
+        if above[0] >= wanted:
+            self.digit = int((above >= wanted).nonzero()[-1])
+            self.wanted = wanted - (int(above[self.digit + 1]) if self.digit + 1 < len(above) else 0)
+
+    def count_lower(self, x: Tensor) -> None:
+        if self.digit is not None:
+            bits = self._bits(x)
+            here = bits[bits >> LOWER_BITS == self.digit] & 0xFFFF
+            self.lower += torch.bincount(here, minlength=len(self.lower))
+
+    def found(self) -> float:
+        if self.digit is None:
+            return 0.0
+        within = self.lower.flip(0).cumsum(0).flip(0)
+        bits = (self.digit << LOWER_BITS) + int((within >= self.wanted).nonzero()[-1])
+        return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+
+    def _bits(self, x: Tensor) -> Tensor:
+        """The bits of the positive preactivations, as int32."""
+        scores = self.block.preactivations(x[:, self.block.shape.reads].to(self.block.W_enc)) * self.weights
+        return scores[scores > 0].view(torch.int32)
 
 
 def _unweighted(threshold: float, weights: Tensor) -> Tensor:
@@ -71,9 +103,3 @@ def _unweighted(threshold: float, weights: Tensor) -> Tensor:
         below = torch.nextafter(found, torch.zeros_like(found))
         found = torch.where(found * weights > threshold, below, found)
     return torch.where(weights > 0, found, torch.inf)
-
-
-def _bits(block: Block, weights: Tensor, x: Tensor) -> Tensor:
-    """The bits of the positive preactivations, as int32."""
-    scores = block.preactivations(x[:, block.shape.reads].to(block.W_enc)) * weights
-    return scores[scores > 0].view(torch.int32)

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from conftest import harvest
 
+from pipeline.sdl.files import load_dictionary
 from storage.errors import StoreMismatch
 from storage.store import Store, open_store
 from workers.settings import TrainSettings
@@ -59,3 +61,26 @@ def test_training_leaves_out_rows_of_extreme_norm(tmp_path: Path, harvested: Sto
     assert weights["all"] == weights["far"]  # nothing is that far out
     with pytest.raises(StoreMismatch, match="max_norm"):
         train(store, "within", 1.3)
+
+
+def test_what_is_left_out_counts_neither_for_the_normalisation_nor_for_the_threshold(
+    tmp_path: Path, harvested: Store
+) -> None:
+    shutil.copytree(harvested.root.path, tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    activation = {"kind": "batch_topk", "k": 4}
+    dictionary = {"name": "within", "input": ["resid_post.1"], "latents": 64, "activation": activation}
+    settings = TrainSettings(rows=4096, batch_rows=512, threads=1, dictionaries=[dictionary], max_norm=1.02)
+    Trainer(plan_training(store, settings)).train()
+    x, norms = store.read("resid_post.1").astype(np.float32), store.norms("resid_post.1", np.arange(store.num_rows))
+    train_rows = np.arange(store.num_rows) < store.info.held_out_start
+    kept = norms <= 1.02 * np.median(norms[train_rows])
+    assert 0.3 < kept.mean() < 0.9
+    about = json.loads((tmp_path / "store" / "runs" / "within" / "dictionary.json").read_text())
+    rows = x[kept & train_rows].astype(np.float64)
+    scale = (rows.shape[1] / np.square(rows - rows.mean(0)).sum(1).mean()) ** 0.5
+    assert about["normalisation"]["input_scale"]["resid_post.1"] == pytest.approx(scale, rel=0.02)
+    of_all = x[train_rows].astype(np.float64)
+    assert scale > 1.03 * (of_all.shape[1] / np.square(of_all - of_all.mean(0)).sum(1).mean()) ** 0.5
+    code = load_dictionary(str(tmp_path / "store" / "runs" / "within")).encode(torch.from_numpy(x[kept & ~train_rows]))
+    assert int((code > 0).sum()) == 4 * int((kept & ~train_rows).sum())

@@ -22,8 +22,9 @@ from workers.evaluator import EvaluationPlan, evaluate, first_held_out_row
 from workers.settings import EvaluateSettings, TrainSettings
 from workers.stages import anchors
 from workers.tensors import to_torch
-from workers.trainer import Trainer, anchors_of, normalisation
+from workers.trainer import Trainer, anchors_of
 from workers.training_plan import plan_training
+from workers.training_rows import normalisation
 
 SITES = ["mlp_in.0", "mlp_in.1", "mlp_out.0", "mlp_out.1", "resid_post.0", "resid_post.1"]
 LATENTS, K = 48, 4
