@@ -6,16 +6,16 @@ from dataclasses import asdict, replace
 from statistics import mean, stdev
 from textwrap import wrap
 
-from pipeline.sdl.lrb_recipes import ARMS, Cell, resolve
+from pipeline.sdl.lrb_recipes import ARMS, TRUTH, Cell, described, resolve
 from storage.records import Record
 
-ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73"}
+ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73", TRUTH: "#36c"}
 FIGURES = (("decoder", "m_gt"), ("decoder", "m_ip"), ("decoder", "mcc"), ("encoder", "m_gt"), ("encoder", "m_ip"))
 COMPARED = (("anchored", "plain"), ("anchored", "random"), ("random", "plain"))
 NAMES = {"m_gt": "M_GT", "m_ip": "M_IP", "mcc": "MCC"}
 OTHERS = (  # title, name in the record, factor, format
+    ("loss", "loss", 1, ".4f"),
     ("FVU", "fvu", 1, ".4f"),
-    ("FVU at the truth", "fvu_at_truth", 1, ".4f"),
     ("L0", "l0", 1, ".1f"),
     ("dead %", "dead", 100, ".1f"),
     ("polysemantic %", "polysemantic", 100, ".1f"),
@@ -70,14 +70,15 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
         "",
         "- M_GT: share of features whose largest |cosine| with a row is above 0.95, in %.",
         "- M_IP: mean of those cosines. MCC: mean cosine where each feature has a row of its own (Hungarian matching).",
-        "- FVU, L0, dead: of the last batch; dead is the share of latents that were silent for 2 % of the training.",
-        "- FVU at the truth: of the same activation with the true features as weights; a minimum above it is spurious.",
+        "- Loss, FVU, L0, dead: of the last batch; dead latents were silent for 2 % of the training.",
         "- Polysemantic: latents with several features, of those with any. Unserved: features that no latent answers.",
         "- Means over seeds ± half a 95 % interval (Student's t); a seed draws data, first weights, order of samples.",
         "",
         *_wrapped("Data: " + ", ".join(f"{name} {value}" for name, value in bench.items()) + "."),
         "",
         *_wrapped("Training: " + ", ".join(f"{name} {value}" for name, value in training.items()) + "." + taking),
+        "",
+        *(line for m in methods for line in _wrapped(f"- {m}: {described(resolve(replace(example, method=m))[1])}")),
         *(["", *_wrapped(f"Set otherwise than the size has it: {changed}.")] if changed else []),
         *(["", *_wrapped(_machines(records))] if records else []),
         "",
@@ -89,13 +90,15 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
         "|---|---|" + "--:|" * (1 + len(FIGURES) + len(OTHERS)),
     ]
     for method in methods:
-        for arm in ARMS:
+        for arm in ARM_COLOURS:
             found = [r for r in records if r["method"] == method and r["arm"] == arm]
             if found:
                 cells = [shown([r[side][figure] for r in found], figure) for side, figure in FIGURES]
                 others = [f"{times * mean(r[name] for r in found):{form}}" for _, name, times, form in OTHERS]
                 lines.append(f"| {' | '.join([method, arm, str(len(found)), *cells, *others])} |")
     lines += ["", *_compared(records, methods)]
+    if any(r["arm"] == TRUTH for r in records):
+        lines += ["", *_minima(records, methods)]
     if any("absorption" in r for r in records):
         lines += ["", *_absorption(records, methods)]
     return "\n".join(lines) + "\n"
@@ -106,7 +109,7 @@ def _compared(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
     lines = [
         *_wrapped(
             "One arm minus another, seed by seed, of decoder columns. It is better where the interval of M_GT leaves "
-            "out zero, or, where that says nothing, the interval of M_IP; that takes two seeds or more."
+            "out zero, or, where that says nothing, the interval of M_IP; that takes three seeds or more."
         ),
         "",
         "| method | arm | minus | M_GT | M_IP | better |",
@@ -119,6 +122,32 @@ def _compared(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
                 gained = [shown(gains[figure], figure, sign="+") for figure in ("m_gt", "m_ip")]
                 cells = [method, arm, base, *gained, verdict(gains["m_gt"], gains["m_ip"])]
                 lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _minima(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
+    """The table of plain minima beside those that are found from the truth."""
+    lines = [
+        *_wrapped(
+            "Minima: the loss, on the same last batch, of runs from random weights less that of runs that begin with "
+            "all true features as their first latents (Theorem 3.2) and are anchored to none. Spurious: above, by the "
+            "interval."
+        ),
+        "",
+        "| method | loss | from the truth | difference | spurious |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for method in methods:
+        of = {
+            arm: {r["seed"]: r["loss"] for r in records if (r["method"], r["arm"]) == (method, arm)}
+            for arm in ("plain", TRUTH)
+        }
+        if seeds := sorted(of["plain"].keys() & of[TRUTH].keys()):
+            plain, truth = ([of[arm][seed] for seed in seeds] for arm in of)
+            more = [a - b for a, b in zip(plain, truth, strict=True)]
+            says = {1: "yes", 0: "not told apart", -1: "no, below"}[told_apart(more)]
+            losses = [f"{mean(plain):.4f}", f"{mean(truth):.4f}", shown(more, "loss", sign="+")]
+            lines.append(f"| {' | '.join([method, *losses, says])} |")
     return lines
 
 
@@ -135,7 +164,7 @@ def _absorption(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
         "|---|---|" + "--:|" * 6,
     ]
     for method in methods:
-        for arm in ARMS:
+        for arm in ARM_COLOURS:
             found = [r for r in records if r["method"] == method and r["arm"] == arm]
             cells = [
                 shown([r[group][figure] for r in found], "m_gt") if all(group in r for r in found) else ""
@@ -159,24 +188,33 @@ def _machines(records: Sequence[Record]) -> str:
 
 
 def verdict(m_gt: Sequence[float], m_ip: Sequence[float]) -> str:
-    """yes or no where an interval leaves out zero, by M_GT, and where that says nothing by M_IP."""
-    for values in (m_gt, m_ip):
-        middle, half = interval(values)
-        if half is not None and abs(middle) > half:
-            return "yes" if middle > 0 else "no, worse"
+    """yes or no where an interval leaves out zero, by M_GT, and where that says nothing by M_IP; and which it was."""
+    for figure, values in (("M_GT", m_gt), ("M_IP", m_ip)):
+        if (sign := told_apart(values)) != 0:
+            return f"{'yes' if sign > 0 else 'no, worse'} ({figure})"
     return "not told apart"
+
+
+def told_apart(values: Sequence[float]) -> int:
+    """1 or -1 where the interval of three values or more leaves out zero, else 0.
+
+    Values without any spread, as shares of few features may be, have no interval: they say nothing."""
+    middle, half = interval(values)
+    return 0 if len(values) < 3 or not half or abs(middle) <= half else (1 if middle > 0 else -1)
 
 
 def shown(values: Sequence[float], figure: str, sign: str = "") -> str:
     middle, half = interval(values)
-    scale, digits = (100, 1) if figure == "m_gt" else (1, 3)
+    scale, digits = {"m_gt": (100, 1), "loss": (1, 4)}.get(figure, (1, 3))
     text = f"{round(scale * middle, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no -0.000
     return text if half is None else f"{text} ± {scale * half:.{digits}f}"
 
 
 def _bars(records: Sequence[Record], methods: Sequence[str]) -> str:
     """Decoder and encoder M_IP of each method and arm, with a whisker for the interval."""
-    width, left, top, height, bar = max(90 * len(methods) + 60, 300), 40, 54, 160, 20
+    arms = [arm for arm in ARM_COLOURS if arm in ARMS or any(r["arm"] == arm for r in records)]
+    width, left, top, height = max(90 * len(methods) + 60, 300, 90 * len(arms) + 60), 40, 54, 160
+    bar = 60 // len(arms)
     tall_page = 2 * (height + 70) + top - 30
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall_page}" font-family="sans-serif" '
@@ -191,7 +229,7 @@ def _bars(records: Sequence[Record], methods: Sequence[str]) -> str:
         for i, method in enumerate(methods):
             x = left + 10 + 90 * i
             parts.append(f'<text x="{x}" y="{base + 14}">{method}</text>')
-            for j, arm in enumerate(ARMS):
+            for j, arm in enumerate(arms):
                 values = [r[side]["m_ip"] for r in records if r["method"] == method and r["arm"] == arm]
                 if values:
                     middle, half = interval(values)
@@ -204,7 +242,7 @@ def _bars(records: Sequence[Record], methods: Sequence[str]) -> str:
                         low, high = base - height * (middle - half), base - height * (middle + half)
                         centre = x_bar + bar / 2
                         parts.append(f'<path d="M{centre} {low:.1f}V{high:.1f}" stroke="#000"/>')
-    for j, arm in enumerate(ARMS):
+    for j, arm in enumerate(arms):
         x = left + 90 * j
         parts.append(f'<rect x="{x}" y="8" width="10" height="10" fill="{ARM_COLOURS[arm]}"/>')
         parts.append(f'<text x="{x + 14}" y="17">{arm}</text>')

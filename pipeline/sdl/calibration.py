@@ -21,7 +21,8 @@ LOWER_BITS = 16
 def calibrate(
     dictionary: Dictionary, rows: Callable[[], Iterable[Tensor]], competing: Sequence[Tensor | None] | None = None
 ) -> None:
-    """Set the thresholds of a finished BatchTopK dictionary: on these rows k latents of each block are active on average.
+    """Set the thresholds of a finished BatchTopK dictionary: on these rows, k latents of each block are active on
+    average.
 
     `rows`, which is called twice, gives the same batches [n, d_in] float32 of raw activations each time. `competing`:
     for each block the weights [latents] with which preactivations competed in training

@@ -1,19 +1,18 @@
 """What went wrong, or did not, in a trained dictionary, named after the theory (arXiv 2512.05534, 2606.02385).
 
 With the truth known (the Linear Representation Bench): which features each latent serves, whether parents are absorbed
-into their children, how the loss compares with that of the true features. Without it, on any rows: how far the
-dictionary is from what an optimum must satisfy.
+into their children; whether a minimum is spurious is asked by an arm that begins at the truth (`lrb_recipes.TRUTH`).
+Without it, on any rows: how far the dictionary is from what an optimum must satisfy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
 
 SERVED = 0.1
 """A latent serves a feature if it is at least this strong, against the strongest, when the feature is alone."""
@@ -79,24 +78,6 @@ def absorption(
         with_child=torch.cat(with_child).mean().item(),
         leaning=sum(leaning) / len(leaning),
     )
-
-
-@torch.no_grad()
-def at_truth(
-    config: DictionaryConfig, features: tuple[Tensor, Tensor], x_norm: Normalisation, y_norm: Normalisation
-) -> Dictionary:
-    """The near-optimal configuration of Theorem 3.2: a dictionary of this shape whose latents are the true features.
-
-    `features` [n, d_in] as read and [n, d_out] as written; encoder rows are the first in the normalised space, with
-    norm 1 and no bias, decoder rows the second, so that a feature alone is reconstructed. A minimum whose loss is above
-    this dictionary's is spurious. A BatchTopK one is still to be calibrated.
-    """
-    read, written = features[0] * x_norm.scale, features[1] * y_norm.scale
-    lengths = torch.linalg.vector_norm(read, dim=1, keepdim=True)
-    dictionary = Dictionary(replace(config, latents=len(read)))
-    dictionary.W_enc.copy_(read / lengths)
-    dictionary.W_dec.copy_(written / lengths)
-    return dictionary.folded(x_norm, y_norm)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from pipeline.sdl.objective import Objective
 from pipeline.sdl.training_config import TrainingConfig, check_training, default_dead_after_rows
 
 ARMS = ("plain", "anchored", "random")
+"""Nothing, the first true features, or as many random directions as anchors."""
+TRUTH = "truth"
+"""The arm that begins at all true features and is anchored to none: the minimum near Theorem 3.2's configuration."""
 LAYOUTS = {"sae": ((0,), (0,)), "transcoder": ((0,), (1,)), "crosscoder": ((0, 1), (0, 1))}
 """Which sources are read and which are written."""
 
@@ -102,10 +105,24 @@ def methods(size: Size) -> dict[str, Method]:
     }
 
 
+def described(method: Method) -> str:
+    """What a recipe sets otherwise than the library's defaults, in words."""
+    usual = Method(method.activation)
+    own = {name: value for name, value in vars(method).items() if name not in (*PARTS, "effort")}
+    changed = {name: value for name, value in own.items() if value != getattr(usual, name)}
+    for part in ("objective", "initialisation"):
+        given, default = vars(getattr(method, part)), vars(getattr(usual, part))
+        changed |= {name: value for name, value in given.items() if value != default[name]}
+    if method.effort != 1:
+        changed["steps"] = f"times {method.effort:g}"
+    of = {"": method.activation.kind, **vars(method.activation), **changed}
+    return ", ".join(f"{name} {f'{v:.3g}' if isinstance(v, float) else v}".strip() for name, v in of.items())
+
+
 def resolve(cell: Cell) -> tuple[Size, Method]:
     """The size and the method with the cell's changes. Raises InputError for what there is not, or cannot be."""
-    if cell.arm not in ARMS:
-        raise InputError(f"no arm {cell.arm!r}; there are {', '.join(ARMS)}")
+    if cell.arm not in (*ARMS, TRUTH):
+        raise InputError(f"no arm {cell.arm!r}; there are {', '.join((*ARMS, TRUTH))}")
     left = dict(cell.changes)
     size = _changed(cell.size, left, "size")
     levels = _hierarchy(size.bench.hierarchy, left)

@@ -10,7 +10,7 @@ from jobs.bench.lrb import cells_of
 from jobs.bench.lrb_page import differences, interval, page
 from jobs.bench.lrb_page import verdict as verdict_of
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_recipes import ARMS, Cell, small
+from pipeline.sdl.lrb_recipes import ARMS, TRUTH, Cell, small
 
 
 def record(method: str, arm: str, seed: int, m_gt: float, m_ip: float) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def record(method: str, arm: str, seed: int, m_gt: float, m_ip: float) -> dict[s
         "encoder": {**scores, "m_ip": 0.5},
         "fvu": 0.125,
         "l0": 10.0,
-        "fvu_at_truth": 0.0625,
+        "loss": 0.0625 * (2 if arm == "plain" else 1) + 0.001 * seed * (arm == TRUTH),
         "dead": 0.25,
         "polysemantic": 0.05,
         "unserved": 0.01,
@@ -56,12 +56,14 @@ def test_one_value_has_no_interval() -> None:
 @pytest.mark.parametrize(
     ("m_gt", "m_ip", "verdict"),
     [
-        ([0.1, 0.12, 0.11], [0.0, 0.1, -0.1], "yes"),
-        ([-0.1, -0.12, -0.11], [0.2, 0.21, 0.2], "no, worse"),  # the share of features decides
-        ([0.0, 0.0, 0.0], [0.01, 0.011, 0.012], "yes"),
-        ([0.1, -0.1, 0.0], [-0.01, -0.011, -0.012], "no, worse"),
+        ([0.1, 0.12, 0.11], [0.0, 0.1, -0.1], "yes (M_GT)"),
+        ([-0.1, -0.12, -0.11], [0.2, 0.21, 0.2], "no, worse (M_GT)"),  # the share of features decides
+        ([0.0, 0.0, 0.0], [0.01, 0.011, 0.012], "yes (M_IP)"),
+        ([0.1, -0.1, 0.0], [-0.01, -0.011, -0.012], "no, worse (M_IP)"),
         ([0.1, -0.1, 0.0], [0.1, -0.1, 0.0], "not told apart"),
         ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], "not told apart"),
+        ([0.002, 0.002, 0.002], [0.1, -0.1, 0.0], "not told apart"),  # one feature of 500, three times: no spread
+        ([0.1, 0.11], [0.1, 0.11], "not told apart"),  # two seeds
         ([0.5], [0.5], "not told apart"),
     ],
 )
@@ -97,16 +99,31 @@ def test_the_table_says_what_was_measured() -> None:
     lines = text.splitlines()
     assert (
         "| topk | anchored | 3 | 91.0 ± 2.5 | 0.900 ± 0.000 | 0.450 ± 0.000 | 91.0 ± 2.5 | 0.500 ± 0.000 | "
-        "0.1250 | 0.0625 | 10.0 | 25.0 | 5.0 | 1.0 | 1.50 |" in text
+        "0.0625 | 0.1250 | 10.0 | 25.0 | 5.0 | 1.0 | 1.50 |" in text
     )
-    assert "| topk | anchored | plain | +30.0 ± 0.0 | +0.000 ± 0.000 | yes |" in lines
-    assert "| topk | anchored | random | +29.0 ± 2.5 | +0.000 ± 0.000 | yes |" in lines
+    assert "| topk | anchored | plain | +30.0 ± 0.0 | +0.000 ± 0.000 | not told apart |" in lines  # without any spread
+    assert "| topk | anchored | random | +29.0 ± 2.5 | +0.000 ± 0.000 | yes (M_GT) |" in lines
     assert "| relu | random | plain | +1.0 ± 2.5 | +0.000 ± 0.000 | not told apart |" in lines
     assert "Set otherwise than the size has it: k = 12, noise = 0.05." in lines
     assert "Machine: a processor, 2 cores, CPU threads of a cell: 1. 27.0 minutes of cells in all." in lines
     assert "k 12" in text
     assert "noise 0.05" in text
     assert all(len(line) <= 120 for line in lines if not line.startswith("|"))
+
+
+def test_recipes_are_printed() -> None:
+    lines = of_some()["lrb.md"].splitlines()
+    assert "- topk: topk, k 12" in lines
+    assert "- relu: relu, l1 2, encoder_scale 0.384" in lines
+
+
+def test_minima_stand_beside_those_from_the_truth() -> None:
+    cells = [(arm, seed) for arm in ("plain", TRUTH) for seed in (0, 1, 2)]
+    files = page(Cell(small(), "topk", "plain", 0), [record("topk", arm, seed, 0.5, 0.9) for arm, seed in cells])
+    assert "| topk | 0.1250 | 0.0635 | +0.0615 ± 0.0025 | yes |" in files["lrb.md"].splitlines()
+    root = ElementTree.fromstring(files["lrb.svg"])
+    assert TRUTH in [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "Minima" not in of_some()["lrb.md"]
 
 
 def test_every_table_is_well_formed() -> None:
