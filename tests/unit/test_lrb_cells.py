@@ -282,11 +282,24 @@ def test_a_minimum_that_misses_features_is_above_that_of_the_truth() -> None:
     assert plain["loss"] > truth["loss"]
 
 
-@pytest.mark.parametrize("method", ["topk", "batch_topk", "crosscoder"])
-def test_hierarchical_data_give_absorption_too(method: str) -> None:
-    """Of parents that an anchored arm is given, and of the others."""
-    changes = (("hierarchy", {"parents": 25, "children": 2, "child_share": 0.5}),)
-    record = train_cell(Cell(QUICK, method, "anchored", 0, changes))
-    for name in ("absorption", "absorption_of_anchored"):
-        assert record[name]["rate"] == max(0.0, record[name]["with_child"] - record[name]["alone"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_anchors_and_prefixes_reduce_absorption(seed: int) -> None:
+    """12 parents with 4 children each. Plain training absorbs a third; anchors reduce it for the 6 parents that are
+    given and leave it to the others, and the features that are not anchored gain; prefixes nearly end it."""
+    changes = (("hierarchy", {"parents": 12, "children": 4, "child_share": 0.2}), ("k", 4), ("anchors", 6))
+    plain, anchored, random = (train_cell(Cell(REDUCED, "topk", arm, seed, changes)) for arm in ARMS)
+    prefixes = train_cell(Cell(REDUCED, "matryoshka", "plain", seed, changes))
+    groups = ("absorption", "absorption_of_anchored")
+    for record in (plain, random):
+        assert min(record[group]["rate"] for group in groups) > 0.25
+    assert anchored["absorption_of_anchored"]["rate"] < 0.2
+    assert anchored["absorption"]["rate"] > 0.25
+    assert max(prefixes[group]["rate"] for group in groups) < 0.15
+    assert anchored["decoder"]["m_gt"] > max(plain["decoder"]["m_gt"], random["decoder"]["m_gt"]) + 0.05
+
+
+@pytest.mark.parametrize("method", ["batch_topk", "crosscoder"])
+def test_absorption_is_scored_where_there_are_families(method: str) -> None:
+    families = (("hierarchy", {"parents": 25, "children": 2, "child_share": 0.5}),)
+    assert 0 <= train_cell(Cell(QUICK, method, "anchored", 0, families))["absorption"]["rate"] < 1
     assert "absorption" not in train_cell(Cell(QUICK, method, "anchored", 0))
