@@ -37,7 +37,7 @@ from benchmarks.frontier_cells import (
 )
 from benchmarks.frontier_comparison import Result, summary, table
 from benchmarks.frontier_plot import draw
-from benchmarks.frontier_rows import RowFiles, prepare_rows
+from benchmarks.frontier_rows import NOT_MEASURED, RowFiles, prepare_rows
 from workers.machine import machine
 
 LIBRARIES = {SAELENS: "saelens", DICTIONARY_LEARNING: "dictionary_learning"}
@@ -76,7 +76,7 @@ def run(cells: list[Cell], files: RowFiles, folder: Path, steps: int, seed: int,
     """The results of the cells, in their order; those that are on file are read."""
     folder.mkdir(parents=True, exist_ok=True)
     held_out = torch.from_numpy(np.load(files.held_out))
-    measured_from = len(held_out) // 5
+    measured_from = len(held_out) // NOT_MEASURED
     calibration, measured = held_out[:measured_from], held_out[measured_from:]
     rows, results = np.load(files.train, mmap_mode="r"), []
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ TARGETS = (8, 16, 32, 64)
 PENALTIES = (0.7, 1.0, 1.6, 2.5)
 GATED_PENALTIES = (1.0, 1.6, 2.5, 4.0)
 """Weights of L1 where E||x||^2 = d and errors are summed over d: ours have an L0 of 10 to 90 with them."""
-BETWEEN = {"jumprelu": (4.0, 45.0), "gated": (1.25, 2.0, 3.2, 6.3), "relu": (0.5, 0.85, 1.25, 2.0)}
+BETWEEN = {"jumprelu": (4.0, 40.0, 45.0), "gated": (1.25, 2.0, 3.2, 6.3), "relu": (0.5, 0.85, 1.25, 2.0)}
 """Further targets and penalties of ours: its FVU is read at peers' L0 on a line, which lies above the curve between
 points that are far apart."""
 LATENTS, BATCH_ROWS = 1024, 4096

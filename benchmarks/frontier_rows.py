@@ -30,6 +30,8 @@ from workers.settings import CorpusSettings, HarvestSettings, ModelSettings
 
 SITE = "resid_post.2"
 HELD_OUT = 0.05
+NOT_MEASURED = 5
+"""The first fifth of the held-out rows is for thresholds and for choosing settings; results are of the others."""
 CHARACTERS_PER_ROW = 8
 """Characters of text that are gathered for each row: about twice what a token of the demo's tokenizer has."""
 SKIPPED = {"test", "tests", "__pycache__", "_vendor"}

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 READ_ROWS = 8192
+DEAD_SHARE = 50
+"""Latents that were silent for a fiftieth of the run count as dead, as with ours: what the libraries take by themselves
+(1,000 steps, 10 M rows) is longer than the run, and would leave out their auxiliary losses."""
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Rows -> code, reconstruction."""
 
@@ -90,6 +93,7 @@ def train_saelens(
         lr=rate,
         lr_end=rate / 10,
         lr_decay_steps=steps // 5,
+        dead_feature_window=max(1, steps // DEAD_SHARE),
     )
     SAETrainer(training, dictionary, rows()).fit()
     with tempfile.TemporaryDirectory() as folder:
@@ -135,6 +139,8 @@ def train_dictionary_learning(
         device="cpu",
         **settings,
     )
+    if hasattr(trainer, "dead_feature_threshold"):
+        trainer.dead_feature_threshold = max(1, steps * run["batch_rows"] // DEAD_SHARE)
     norm = run["d"] ** 0.5
     for step, x in enumerate(rows()):
         trainer.update(step, x / norm)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environments import ENVIRONMENTS
-from benchmarks.frontier_rows import batches, prepare_rows
+from benchmarks.frontier_rows import NOT_MEASURED, batches, prepare_rows
 from pipeline.sdl.activations import TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
@@ -26,7 +26,7 @@ from pipeline.sdl.training import ADAM_BETAS, DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig, default_dead_after_rows, default_learning_rate
 from workers.machine import machine
 
-BATCH_ROWS, MEASURED_ROWS = 4096, 32_768
+BATCH_ROWS = 4096
 LIKE_SAELENS = {"decoder_norm": "free", "initialisation": Initialisation(encoder_scale=0.1, decoder_norm=0.1)}
 
 
@@ -101,7 +101,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     files = prepare_rows(ENVIRONMENTS / "frontier" / f"rows-{arguments.rows}", arguments.rows)
-    rows, held_out = np.load(files.train, mmap_mode="r"), torch.from_numpy(np.load(files.held_out))[:MEASURED_ROWS]
+    rows, held_out = np.load(files.train, mmap_mode="r"), torch.from_numpy(np.load(files.held_out))
+    held_out = held_out[: len(held_out) // NOT_MEASURED]  # the rest is for benchmarks.frontier to measure on
     results = []
     print("| run | rate | the default one | held-out FVU | dead latents, % | s |\n|---|---|---|---|---|---|")
     for case in CASES:
