@@ -18,7 +18,8 @@ from storage.store import Store
 def score_set(store: Store, run: Run, name: str, codes: Tensor, start: int) -> list[Record]:
     """For every subpopulation of a set the latent with the best AUROC, and the anchored one's if there is one.
 
-    `codes` [rows, latents] are those of the rows from `start` on.
+    `codes` [rows, latents] are those of the rows from `start` on. Of a cross-layer transcoder, whose layers all have
+    anchored latents, it is the first layer's.
     """
     anchors = read_anchors(store, name)
     member = members(store, anchors, start, start + len(codes))

@@ -156,20 +156,22 @@ def _absorption(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
     lines = [
         *_wrapped(
             "Absorption: share of samples on which a parent is active and its own latent is not, in %: where no child "
-            "is active, where one is, and the difference, which is what children absorb. Of parents that the anchored "
-            "arm is anchored to, and of the others."
+            "is active, where one is, and the difference, which is what children absorb; leaning: how much nearer "
+            "(cosine) the decoders of the children's latents are to the parent than the children themselves are. Of "
+            "parents that the anchored arm is anchored to, and of the others."
         ),
         "",
-        "| method | arm | others: alone | with a child | absorbed | anchored ones: alone | with a child | absorbed |",
-        "|---|---|" + "--:|" * 6,
+        "| method | arm | others: alone | with a child | absorbed | leaning | anchored ones: alone | with a child | "
+        "absorbed | leaning |",
+        "|---|---|" + "--:|" * 8,
     ]
     for method in methods:
         for arm in ARM_COLOURS:
             found = [r for r in records if r["method"] == method and r["arm"] == arm]
             cells = [
-                shown([r[group][figure] for r in found], "m_gt") if all(group in r for r in found) else ""
+                shown([r[group][figure] for r in found], form) if all(group in r for r in found) else ""
                 for group in ("absorption", "absorption_of_anchored")
-                for figure in ("alone", "with_child", "rate")
+                for figure, form in (("alone", "m_gt"), ("with_child", "m_gt"), ("rate", "m_gt"), ("leaning", "m_ip"))
             ]
             if found:
                 lines.append(f"| {' | '.join([method, arm, *cells])} |")

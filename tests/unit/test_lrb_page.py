@@ -126,6 +126,14 @@ def test_minima_stand_beside_those_from_the_truth() -> None:
     assert "Minima" not in of_some()["lrb.md"]
 
 
+def test_absorption_of_given_parents_and_of_others() -> None:
+    families = {"absorption": {"alone": 0.1, "with_child": 0.4, "rate": 0.3, "leaning": 0.25}}
+    records = [record("topk", arm, seed, 0.5, 0.9) | families for arm in ("plain", "random") for seed in (0, 1)]
+    text = page(Cell(small(), "topk", "plain", 0), records)["lrb.md"]
+    line = "| topk | random | 10.0 ± 0.0 | 40.0 ± 0.0 | 30.0 ± 0.0 | 0.250 ± 0.000 |  |  |  |  |"
+    assert line in text.splitlines()
+
+
 def test_every_table_is_well_formed() -> None:
     tables = [line for line in of_some()["lrb.md"].splitlines() if line.startswith("|")]
     widths = [line.count("|") for line in tables]
