@@ -168,13 +168,14 @@ def _absorption(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
     for method in methods:
         for arm in ARM_COLOURS:
             found = [r for r in records if r["method"] == method and r["arm"] == arm]
+            if not found:
+                continue
             cells = [
                 shown([r[group][figure] for r in found], form) if all(group in r for r in found) else ""
                 for group in ("absorption", "absorption_of_anchored")
                 for figure, form in (("alone", "m_gt"), ("with_child", "m_gt"), ("rate", "m_gt"), ("leaning", "m_ip"))
             ]
-            if found:
-                lines.append(f"| {' | '.join([method, arm, *cells])} |")
+            lines.append(f"| {' | '.join([method, arm, *cells])} |")
     return lines
 
 
