@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from jobs.bench.lrb_page import differences, shown, verdict
-from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell
+from jobs.bench.lrb_page import SPURIOUS, differences, shown, told_apart, verdict
+from pipeline.sdl.lrb_recipes import ARMS, SIZES, TRUTH, Cell, described, methods, resolve, small
 from storage.records import Record, digest
 from workers.benching import identity_of, run_cells
 from workers.cluster import connected
@@ -51,11 +51,7 @@ def sweep(size: str, method: str, name: str, values: Sequence[object], rest: Cha
 
 SECTIONS: dict[str, list[Row]] = {
     "half": [Row("half", TABLE)],
-    "full": [Row("full", ("topk", "batch_topk", "relu"), ("plain", "anchored"), seeds=2)],
-    "diagnostics": [  # of cells of the two above
-        Row("half", TABLE, ("plain",)),
-        Row("full", ("topk", "batch_topk", "relu"), ("plain",), seeds=2),
-    ],
+    "full": [Row("full", ("topk", "batch_topk", "relu"), ("plain", "anchored"))],
     "loose k": sweep("small", "topk", "k", (6, 10, 16, 32, 64, 128), (("anchors", 100),)),
     "anchors": sweep("small", "topk", "anchors", (10, 25, 50, 100, 150), (("k", 64),)),
     "weight": sweep("small", "topk", "anchoring", (0.001, 0.01, 0.1, 1.0), (("k", 64), ("anchors", 100))),
@@ -73,6 +69,7 @@ SECTIONS: dict[str, list[Row]] = {
     "absorption": [
         Row("small", TABLE, changes=(FAMILIES, ("k", 6), ("anchors", 10))),
     ],
+    "minima": [Row("small", TABLE, ("plain", TRUTH))],
 }
 
 
@@ -81,20 +78,33 @@ def main() -> None:
     parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a cell")
     parser.add_argument("--take", type=Path, metavar="FOLDER", help="first take over the cells that are done there")
+    parser.add_argument("--tables", action="store_true", help="run nothing: write the tables of what is there")
     arguments = parser.parse_args()
     results = read_results()
     for path in sorted((arguments.take / "cells").glob("*.json")) if arguments.take else ():
         keep(results, json.loads(path.read_text()))
-    with connected("local", cpus=arguments.threads):
-        for name in arguments.section or SECTIONS:
-            rows = SECTIONS[name]
-            cells = [cell for row in rows for cell in row.cells() if key_of(identity_of(cell)) not in results]
-            print(f"{name}: {len(cells)} cells to run", flush=True)
-            for cell, record in run_cells(cells, HERE.parent / ".bench-venv" / "lrb", arguments.threads):
-                keep(results, record)
-                write_section(name, rows, results)
-                print(f"  {cell.method} {cell.arm} {cell.seed} {dict(cell.changes)}: {record['decoder']}", flush=True)
-            write_section(name, rows, results)
+    names = arguments.section or list(SECTIONS)
+    if not arguments.tables:
+        with connected("local", cpus=arguments.threads):
+            for name in names:
+                run_section(name, results, arguments.threads)
+    for name in names:
+        write_section(name, content_of(name, results))
+    write_section("recipes", recipes())
+
+
+def run_section(name: str, results: dict[str, Record], threads: int) -> None:
+    """Run a section's missing cells; its table is written anew after each."""
+    cells = [cell for row in SECTIONS[name] for cell in row.cells() if key_of(identity_of(cell)) not in results]
+    print(f"{name}: {len(cells)} cells to run", flush=True)
+    for cell, record in run_cells(cells, HERE.parent / ".bench-venv" / "lrb", threads):
+        keep(results, record)
+        write_section(name, content_of(name, results))
+        print(f"  {cell.method} {cell.arm} {cell.seed} {dict(cell.changes)}: {record['decoder']}", flush=True)
+
+
+def content_of(name: str, results: dict[str, Record]) -> str:
+    return (minima if name == "minima" else table)(SECTIONS[name], results)
 
 
 def key_of(identity: Record) -> str:
@@ -115,38 +125,47 @@ def keep(results: dict[str, Record], record: Record) -> None:
             file.write(json.dumps(results[key]) + "\n")
 
 
-def write_section(name: str, rows: Sequence[Row], results: dict[str, Record]) -> None:
-    """Put the section's table between its marks in docs/lrb.md."""
+def write_section(name: str, content: str) -> None:
+    """Put a section's content between its marks in docs/lrb.md."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     page = PAGE.read_text()
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
     if not after and end not in rest:
         raise SystemExit(f"{PAGE} has no marks {begin} and {end} for the table")
-    content = (diagnostics if name == "diagnostics" else table)(rows, results)
     PAGE.write_text(f"{before}{begin}\n{content}{end}{after}")
 
 
-def diagnostics(rows: Sequence[Row], results: dict[str, Record]) -> str:
-    """What the diagnostics say of each method's minimum: means over seeds."""
+def recipes() -> str:
+    """What each method is, at each size, beside the library's defaults."""
+    lines = ["| method | small | half | full |", "|---|---|---|---|"]
+    for method in methods(small()):
+        of = [described(resolve(Cell(size(), method, "plain", 0))[1]) for size in SIZES.values()]
+        lines.append(f"| {' | '.join([method, *of])} |")
+    return "\n".join(lines) + "\n"
+
+
+def minima(rows: Sequence[Row], results: dict[str, Record]) -> str:
+    """Minima from random weights beside those from the truth: what is missed, and whether the loss says so."""
     lines = [
-        "| size | method | seeds | FVU | FVU at the truth | spurious | polysemantic % | features unserved % | dead % |",
-        "|---|---|--:|--:|--:|---|--:|--:|--:|",
+        "| method | seeds | loss | from the truth | difference | spurious | L0 | from the truth | decoder M_GT % | "
+        "from the truth | polysemantic % | unserved % | dead % |",
+        "|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        of = {method: [r for r in found_of(row, results) if r["method"] == method] for method in row.methods}
-        for method, records in of.items():
-            if not records:
-                continue
-            above = sum(r["fvu"] > r["fvu_at_truth"] for r in records)
-            figures = {name: mean(r[name] for r in records) for name in ("polysemantic", "unserved", "dead")}
-            fvus = [mean(r[name] for r in records) for name in ("fvu", "fvu_at_truth")]
-            shares = " | ".join(f"{100 * figure:.1f}" for figure in figures.values())
-            lines.append(
-                f"| {row.size} | {method} | {len(records)} | {fvus[0]:.4f} | {fvus[1]:.4f} | "
-                f"{above} of {len(records)} | {shares} |"
-            )
-    return "\n".join(lines) + "\n"
+        for method in row.methods:
+            records = [r for r in found_of(row, results) if r["method"] == method]
+            of = {arm: [r for r in records if r["arm"] == arm] for arm in row.arms}
+            if all(of.values()):
+                plain = of["plain"]
+                more = differences(records, method, "plain", TRUTH, None, "loss")
+                cells = [method, str(len(plain)), *(f"{mean(r['loss'] for r in part):.4f}" for part in of.values())]
+                cells += [shown(more, "loss", sign="+"), SPURIOUS[told_apart(more)]]
+                cells += [f"{mean(r['l0'] for r in part):.1f}" for part in of.values()]
+                cells += [f"{100 * mean(r['decoder']['m_gt'] for r in part):.1f}" for part in of.values()]
+                cells += [f"{100 * mean(r[name] for r in plain):.1f}" for name in ("polysemantic", "unserved", "dead")]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", about(rows, results)]) + "\n"
 
 
 def found_of(row: Row, results: dict[str, Record]) -> list[Record]:
@@ -165,25 +184,28 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
         f"| {' | '.join(head)} |",
         "|---|---|" + "--:|" * (len(head) - 4) + ("---|---|" if compared else "--:|--:|"),
     ]
-    minutes, machines = 0.0, set()
     for row in rows:
         records = found_of(row, results)
-        minutes += sum(r["cpu_minutes"] for r in records)
-        machines |= {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records}
         for method in row.methods:
             for arm in row.arms:
                 of = [r for r in records if r["method"] == method and r["arm"] == arm]
                 if of:
                     compare = _compared(method, arm, records) if compared else []
                     lines.append(f"| {' | '.join([*_figures(row, method, arm, of, absorbing), *compare])} |")
-    size = SIZES[rows[0].size]()
-    about = (
+    return "\n".join([*lines, "", about(rows, results)]) + "\n"
+
+
+def about(rows: Sequence[Row], results: dict[str, Record]) -> str:
+    """The size's constants, and where and how long the cells ran."""
+    size, records = SIZES[rows[0].size](), [record for row in rows for record in found_of(row, results)]
+    machines = {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records}
+    return (
         f"n = {size.bench.features}, n_p = {size.bench.width}, F = {size.latents}, N = {size.bench.samples:,}, "
         f"S = {size.bench.sparsity}, M = {size.bench.interference}; {size.steps} steps of {size.batch_rows} rows at "
-        f"{size.learning_rate:g}, k = {size.k}, {size.anchors} anchors where no row says otherwise. "
-        f"{'; '.join(sorted(machines))}: {minutes:.0f} minutes of CPU, cells of one thread."
+        f"{size.learning_rate:g} (jumprelu: twice as many), k = {size.k}, {size.anchors} anchors where no row says "
+        f"otherwise. {'; '.join(sorted(machines))}: {sum(r['cpu_minutes'] for r in records):.0f} minutes of CPU, cells "
+        "of one thread."
     )
-    return "\n".join([*lines, "", about]) + "\n"
 
 
 def _figures(row: Row, method: str, arm: str, of: list[Record], absorbing: bool) -> list[str]:

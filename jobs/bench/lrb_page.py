@@ -13,6 +13,8 @@ ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73", TRUTH: "#3
 FIGURES = (("decoder", "m_gt"), ("decoder", "m_ip"), ("decoder", "mcc"), ("encoder", "m_gt"), ("encoder", "m_ip"))
 COMPARED = (("anchored", "plain"), ("anchored", "random"), ("random", "plain"))
 NAMES = {"m_gt": "M_GT", "m_ip": "M_IP", "mcc": "MCC"}
+SPURIOUS = {1: "yes", 0: "not told apart", -1: "no, below"}
+"""By the sign of a minimum's loss less that of the one from the truth."""
 OTHERS = (  # title, name in the record, factor, format
     ("loss", "loss", 1, ".4f"),
     ("FVU", "fvu", 1, ".4f"),
@@ -43,11 +45,13 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
-def differences(records: Sequence[Record], method: str, arm: str, base: str, side: str, figure: str) -> list[float]:
-    """Arm minus base, seed by seed, of the seeds that both have."""
+def differences(
+    records: Sequence[Record], method: str, arm: str, base: str, side: str | None, figure: str
+) -> list[float]:
+    """Arm minus base, seed by seed, of the seeds that both have; of the decoder's or encoder's figure, or another."""
     of_arm, of_base = (
-        {r["seed"]: r[side][figure] for r in records if r["method"] == method and r["arm"] == which}
-        for which in (arm, base)
+        {r["seed"]: (r if side is None else r[side])[figure] for r in records if (r["method"], r["arm"]) == (method, a)}
+        for a in (arm, base)
     )
     return [of_arm[seed] - of_base[seed] for seed in sorted(of_arm.keys() & of_base.keys())]
 
@@ -138,16 +142,14 @@ def _minima(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
         "|---|--:|--:|--:|---|",
     ]
     for method in methods:
-        of = {
-            arm: {r["seed"]: r["loss"] for r in records if (r["method"], r["arm"]) == (method, arm)}
-            for arm in ("plain", TRUTH)
-        }
-        if seeds := sorted(of["plain"].keys() & of[TRUTH].keys()):
-            plain, truth = ([of[arm][seed] for seed in seeds] for arm in of)
-            more = [a - b for a, b in zip(plain, truth, strict=True)]
-            says = {1: "yes", 0: "not told apart", -1: "no, below"}[told_apart(more)]
-            losses = [f"{mean(plain):.4f}", f"{mean(truth):.4f}", shown(more, "loss", sign="+")]
-            lines.append(f"| {' | '.join([method, *losses, says])} |")
+        if more := differences(records, method, "plain", TRUTH, None, "loss"):
+            losses = [
+                f"{mean(r['loss'] for r in records if (r['method'], r['arm']) == (method, arm)):.4f}"
+                for arm in ("plain", TRUTH)
+            ]
+            lines.append(
+                f"| {' | '.join([method, *losses, shown(more, 'loss', sign='+'), SPURIOUS[told_apart(more)]])} |"
+            )
     return lines
 
 
