@@ -62,6 +62,10 @@ class ActivationSettings(Settings):
         return ReLU() if self.kind == "relu" else Gated()
 
 
+DETAILS = {"tanh_scale": "tanh", "p_end": "p_norm", "p_start": "p_norm", "auxk_k": "auxk"}
+"""Settings of a term of the loss, and the term."""
+
+
 class LossSettings(Settings):
     """Weights of the terms of the loss beside the reconstruction; see pipeline.sdl.objective."""
 
@@ -78,6 +82,14 @@ class LossSettings(Settings):
     auxk_k: Count | None = None
     preactivation: Weight = 0.0
     prefixes: tuple[Count, ...] = ()
+
+    def without_effect(self) -> list[str]:
+        """Details of terms that have no weight."""
+        return [
+            f"loss.{detail} has no effect without loss.{term}: give that a weight, or leave this out"
+            for detail, term in DETAILS.items()
+            if not getattr(self, term) and getattr(self, detail) != type(self).model_fields[detail].default
+        ]
 
 
 class AnchoringSettings(Settings):
@@ -190,7 +202,9 @@ class DictionarySettings(Settings):
                 resampling.check()
         except InputError as error:
             return [str(error)]
-        found = [] if (reason := self._unordered()) is None else [reason]
+        found = self.loss.without_effect()
+        if reason := self._unordered():
+            found.append(reason)
         if reason := norm_refusal(config, self.decoder_norm, self.initialisation_value()):
             found.append(reason)
         if self.tied and (reason := tied_refusal(config, self.initialisation_value())):

@@ -185,6 +185,8 @@ def test_the_shape_reaches_the_config() -> None:
         ({"activation": {"kind": "relu"}}, "nothing makes a relu dictionary sparse"),
         ({"loss": {"prefixes": [9, 3]}}, "prefixes must ascend from 1, unlike 9, 3"),
         ({"loss": {"l1": 5}}, "topk fixes how many latents are active with k; l1 would only shrink them"),
+        ({"loss": {"tanh_scale": 2}}, r"loss\.tanh_scale has no effect without loss\.tanh: give"),
+        ({"loss": {"auxk": 0, "auxk_k": 9}}, r"loss\.auxk_k has no effect without loss\.auxk:"),
         ({"skip": True}, "skip: resid_post.1 is input and output, so the skip alone would reconstruct it"),
         (
             {"input": "resid_post.{1,2}", "output": "resid_post.{2,3}", "skip": True},

@@ -249,15 +249,18 @@ def test_anchored_latents_lie_at_their_features() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_with_a_loose_k_and_many_anchors_the_other_features_gain(seed: int) -> None:
-    """k is 48 for 6 active features, and training is short: what latents have in common is not told apart. With 90 of
-    the 120 features given, the other 30 are recovered better; with 90 random directions they are not. It is no law: at
-    k = 32, in 600 steps, or with gradients that are clipped at 1 (here they are not), plain training is ahead.
+def test_with_a_loose_k_and_many_anchors(seed: int) -> None:
+    """k is 48 for 6 active features: what latents have in common is not told apart. With 90 of the 120 features given,
+    the other 30 lose as gradients are clipped by default, and would gain without; random directions give nothing.
     """
-    changes = (("k", 48), ("anchors", 90), ("clip", 1e9))
-    arms = {arm: trained("topk", arm, seed, *changes)["decoder"]["m_ip"] for arm in ARMS}
-    assert arms["anchored"] > arms["plain"] + 0.02
-    assert arms["anchored"] > arms["random"] + 0.04
+    loose = (("k", 48), ("anchors", 90))
+    clipped, free = (
+        {arm: trained("topk", arm, seed, *loose, ("clip", clip))["decoder"]["m_ip"] for arm in ARMS}
+        for clip in (1.0, 1e9)
+    )
+    assert clipped["anchored"] < clipped["plain"]
+    assert free["anchored"] > max(free["plain"] + 0.02, free["random"] + 0.04)
+    assert free["random"] < free["plain"]
 
 
 @pytest.mark.parametrize("method", ["topk", "relu", "transcoder", "crosscoder"])
