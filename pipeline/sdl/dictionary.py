@@ -83,8 +83,6 @@ class Dictionary(nn.Module):
         self.blocks = nn.ModuleList(Block(config, shape) for shape in config.blocks())
         self.b_dec = nn.Parameter(torch.zeros(config.d_out))
         self.W_skip = nn.Parameter(torch.zeros(config.d_out, config.d_in)) if config.skip else None
-        self.skip_mask: Tensor | None
-        self.register_buffer("skip_mask", _causal_mask(config) if config.cross_layer else None, persistent=False)
 
     def each_block(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -193,12 +191,15 @@ class Dictionary(nn.Module):
 
     def base(self, x: Tensor | None, rows: int) -> Tensor:
         """What the reconstruction is without any latent -> [rows, d_out], or a row that is the same for all."""
+        y = self.b_dec.expand(rows, -1)
         if self.W_skip is None:
-            return self.b_dec.expand(rows, -1)
+            return y
         if x is None:
             raise ValueError("a skip transcoder's reconstruction has a part of x: give decode(z, x) both")
-        W_skip = self.W_skip if self.skip_mask is None else self.W_skip * self.skip_mask
-        return nn.functional.linear(x, W_skip, self.b_dec)
+        for shape in self.config.blocks():  # of several layers none writes an earlier one: those entries stay zero
+            part = nn.functional.linear(x[:, shape.reads], self.W_skip[shape.writes, shape.reads])
+            y = add_columns(y, part, shape.writes)
+        return y
 
     @torch.no_grad()
     def folded(self, x_norm: "Normalisation", y_norm: "Normalisation") -> "Dictionary":
@@ -255,14 +256,6 @@ class Normalisation:
     def side_by_side(cls, parts: Sequence["Normalisation"]) -> "Normalisation":
         """That of several sites, in order."""
         return cls(torch.cat([p.mean for p in parts]), torch.cat([p.scale for p in parts]))
-
-
-def _causal_mask(config: DictionaryConfig) -> Tensor:
-    """1 where an output may read an input: those of its own layer and of earlier ones -> [d_out, d_in]."""
-    mask = torch.zeros(config.d_out, config.d_in)
-    for block in config.blocks():
-        mask[block.writes, block.reads] = 1
-    return mask
 
 
 def add_columns(y: Tensor, part: Tensor, columns: slice) -> Tensor:
