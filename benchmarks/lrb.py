@@ -69,7 +69,10 @@ SECTIONS: dict[str, list[Row]] = {
     "absorption": [
         Row("small", TABLE, changes=(FAMILIES, ("k", 6), ("anchors", 10))),
     ],
-    "minima": [Row("small", TABLE, ("plain", TRUTH))],
+    "minima": [
+        Row("small", TABLE, ("plain", TRUTH)),
+        *sweep("small", "topk", "k", (64,), arms=("plain", TRUTH)),
+    ],
 }
 
 
@@ -159,7 +162,11 @@ def minima(rows: Sequence[Row], results: dict[str, Record]) -> str:
             if all(of.values()):
                 plain = of["plain"]
                 more = differences(records, method, "plain", TRUTH, None, "loss")
-                cells = [method, str(len(plain)), *(f"{mean(r['loss'] for r in part):.4f}" for part in of.values())]
+                cells = [
+                    named(row, method),
+                    str(len(plain)),
+                    *(f"{mean(r['loss'] for r in part):.4f}" for part in of.values()),
+                ]
                 cells += [shown(more, "loss", sign="+"), SPURIOUS[told_apart(more)]]
                 cells += [f"{mean(r['l0'] for r in part):.1f}" for part in of.values()]
                 cells += [f"{100 * mean(r['decoder']['m_gt'] for r in part):.1f}" for part in of.values()]
@@ -208,9 +215,12 @@ def about(rows: Sequence[Row], results: dict[str, Record]) -> str:
     )
 
 
+def named(row: Row, method: str) -> str:
+    return ", ".join([method, *(f"{name} = {value}" for name, value in row.changes if name != "hierarchy")])
+
+
 def _figures(row: Row, method: str, arm: str, of: list[Record], absorbing: bool) -> list[str]:
-    changes = [f"{name} = {value}" for name, value in row.changes if name != "hierarchy"]
-    cells = [", ".join([method, *changes]), arm, str(len(of))]
+    cells = [named(row, method), arm, str(len(of))]
     for side in ("decoder",) if absorbing else ("decoder", "encoder"):
         cells += [shown([r[side][figure] for r in of], figure) for figure in ("m_gt", "m_ip")]
     if absorbing:
