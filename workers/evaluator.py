@@ -113,7 +113,12 @@ def evaluate(plan: EvaluationPlan) -> Record:
     metrics, codes = measure_code(dictionary, _pairs(store, dictionary, start, stop_codes))
     if stop_codes < stop:  # a wide dictionary: the codes of all rows do not fit, the metrics need no codes
         metrics, _ = measure_code(dictionary, _pairs(store, dictionary, start, stop), keep_codes=[])
-    groups = [group for name in plan.anchors for group in score_set(store, run, name, codes, start)]
+    anchored_to = run.record()["anchors"]
+    groups = [
+        group
+        for name in plan.anchors
+        for group in score_set(store, name, codes, start, dictionary if name == anchored_to else None)
+    ]
     latents = telling_latents(groups, codes)
     shown = TopContexts(store, start, stop_codes)
     record: Record = {

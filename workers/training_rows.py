@@ -76,9 +76,12 @@ def calibration_rows(store: Store, config: DictionaryConfig, kept: NormFilter | 
     stop = min(store.num_rows, start + CALIBRATION_ROWS)
     for first in range(start, stop, READ_ROWS):
         last = min(first + READ_ROWS, stop)
-        rows = np.arange(first, last)[slice(None) if kept is None else kept.kept(first, last)]
-        if len(rows):
-            yield side_by_side([to_torch(store.read(site, rows)).float() for site in config.input])
+        rows: slice | Array = slice(first, last)
+        if kept is not None:
+            rows = first + np.flatnonzero(kept.kept(first, last))
+            if not len(rows):
+                continue
+        yield side_by_side([to_torch(store.read(site, rows)).float() for site in config.input])
 
 
 def pair(config: DictionaryConfig, of_site: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.bench.lrb_page import page
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_recipes import ARMS, SIZES, TRUTH, Cell, methods, resolve
+from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell, methods, resolve
 from storage.records import Record
 
 IN_TABLE = ("relu", "jumprelu", "topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")
@@ -36,8 +36,6 @@ def cells_of(
     known = methods(of_size)
     if unknown := sorted({*(names or ())} - known.keys()):
         raise InputError(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
-    if unknown := sorted({*(arms or ())} - {*ARMS, TRUTH}):
-        raise InputError(f"no arm {', '.join(unknown)}; there are {', '.join((*ARMS, TRUTH))}")
     changed = tuple(_change(text) for text in changes)
     cells = [
         Cell(of_size, method, arm, seed, changed)

@@ -122,7 +122,7 @@ def described(method: Method) -> str:
 def resolve(cell: Cell) -> tuple[Size, Method]:
     """The size and the method with the cell's changes. Raises InputError for what there is not, or cannot be."""
     if cell.arm not in (*ARMS, TRUTH):
-        raise InputError(f"no arm {cell.arm!r}; there are {', '.join((*ARMS, TRUTH))}")
+        raise InputError(f"no arm {cell.arm}; there are {', '.join((*ARMS, TRUTH))}")
     left = dict(cell.changes)
     size = _changed(cell.size, left, "size")
     levels = _hierarchy(size.bench.hierarchy, left)

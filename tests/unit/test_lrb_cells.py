@@ -164,7 +164,7 @@ def test_tied_weights_begin_alike() -> None:
 @pytest.mark.parametrize(
     ("method", "arm", "changes", "message"),
     [
-        ("topk", "plane", {}, "no arm 'plane'; there are plain, anchored, random"),
+        ("topk", "plane", {}, "no arm plane; there are plain, anchored, random, truth"),
         ("topkk", "plain", {}, "no method 'topkk'; there are relu, jumprelu"),
         ("topk", "plain", {"lerning_rate": 1}, "no such thing to change: lerning_rate; the nearest is learning_rate"),
         ("topk", "plain", {"zzz": 1}, "no such thing to change: zzz; there are latents, steps"),
