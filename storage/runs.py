@@ -3,7 +3,8 @@
 run.json                 the run's identity and settings, create-only, first
 curve.json               training curve up to the checkpoint
 checkpoint.safetensors   everything the next step depends on; removed when the run is finished
-dictionary.safetensors   the result; dictionary.json is written after it, and marks the run as finished
+dictionary.safetensors   the result, with normalisation.safetensors; dictionary.json is written after them, and marks
+                         the run as finished
 evaluation.json          measurements of the finished dictionary
 """
 

@@ -75,4 +75,5 @@ def _known(store: Store, harvests: Sequence[Harvest]) -> Iterator[str]:
         commits = rf"harvest\.json|committed\.json|drivers/{_NAME}\.json|\d{{6}}/{_UNIT}\.json"
         yield rf"commits/{harvest.digest}/(?:{commits})"
     yield rf"anchors/zarr\.json|anchors/{_NAME}/(?:zarr\.json|anchors\.json|{_NAME}/(?:zarr\.json|{_CHUNK}))"
-    yield rf"runs/{_NAME}/(?:(?:run|curve|dictionary|evaluation)\.json|(?:checkpoint|dictionary)\.safetensors)"
+    yield rf"runs/{_NAME}/(?:run|curve|dictionary|evaluation)\.json"
+    yield rf"runs/{_NAME}/(?:checkpoint|dictionary|normalisation)\.safetensors"

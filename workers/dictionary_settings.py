@@ -11,15 +11,21 @@ from pipeline.errors import InputError
 from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
-from pipeline.sdl.objective import Objective
+from pipeline.sdl.objective import SPARSITY, Objective
 from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training_config import norm_refusal, tied_refusal
+from pipeline.sdl.training_config import (
+    TrainingConfig,
+    check_training,
+    default_dead_after_rows,
+    default_learning_rate,
+)
 from pipeline.sites import expand_sites, parse_site
 from workers.section import Count, Name, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
 def _as_qualified_sites(value: Any) -> Any:
@@ -62,8 +68,14 @@ class ActivationSettings(Settings):
         return ReLU() if self.kind == "relu" else Gated()
 
 
-DETAILS = {"tanh_scale": "tanh", "p_end": "p_norm", "p_start": "p_norm", "auxk_k": "auxk"}
-"""Settings of a term of the loss, and the term."""
+DETAILS: dict[str, tuple[str, ...]] = {
+    "tanh_scale": ("tanh",),
+    "p_end": ("p_norm",),
+    "p_start": ("p_norm",),
+    "sparsity_warmup": SPARSITY,
+    "auxk_k": ("auxk",),
+}
+"""Settings of terms of the loss, and the terms."""
 
 
 class LossSettings(Settings):
@@ -75,7 +87,7 @@ class LossSettings(Settings):
     tanh: Weight = 0.0
     tanh_scale: Positive = 4.0
     p_norm: Weight = 0.0
-    p_end: Positive = 0.2
+    p_end: PositiveShare = 0.2
     p_start: Share = 0.5
     sparsity_warmup: Share = 0.05
     auxk: Weight = 1 / 32
@@ -86,9 +98,10 @@ class LossSettings(Settings):
     def without_effect(self) -> list[str]:
         """Details of terms that have no weight."""
         return [
-            f"loss.{detail} has no effect without loss.{term}: give that a weight, or leave this out"
-            for detail, term in DETAILS.items()
-            if not getattr(self, term) and getattr(self, detail) != type(self).model_fields[detail].default
+            f"loss.{detail} has no effect without loss.{' or '.join(terms)}: give that a weight, or leave this out"
+            for detail, terms in DETAILS.items()
+            if not any(getattr(self, term) for term in terms)
+            and getattr(self, detail) != type(self).model_fields[detail].default
         ]
 
 
@@ -98,13 +111,23 @@ class AnchoringSettings(Settings):
     weight: Weight = 0.1
     """lambda_a (arXiv 2512.05534)."""
     distance: Literal["squared", "cosine"] = "squared"
-    end: Positive | None = None
+    end: PositiveShare | None = None
     """Share of the steps after which the weight has fallen to zero; constant, if not given."""
     sides: Literal["both", "encoder", "decoder"] = "both"
     control: Literal["none", "random", "shuffled"] = "none"
     """random: as many random directions instead; shuffled: the anchors with their coordinates permuted."""
     first: bool = True
     """Anchored latents begin at their anchors."""
+
+    def sites(self, config: DictionaryConfig) -> tuple[str, ...]:
+        """The sites whose vectors are needed: those of the sides that are anchored."""
+        encoder = config.input if self.sides != "decoder" else ()
+        return tuple(dict.fromkeys((*encoder, *(config.output if self.sides != "encoder" else ()))))
+
+    def without_effect(self) -> list[str]:
+        """How the weight is used, where there is none."""
+        given = [name for name in ("distance", "end") if getattr(self, name) != type(self).model_fields[name].default]
+        return [f"anchors.{name} has no effect with weight 0: leave it out" for name in given if not self.weight]
 
     @property
     def shown(self) -> str:
@@ -197,17 +220,11 @@ class DictionarySettings(Settings):
         """What does not go together, whatever the widths of the sites are."""
         try:
             config = self.config(dict.fromkeys((*self.input, *self.outputs), 1))
-            self.objective().check(config)
-            if (resampling := self.resampling_value()) is not None:
-                resampling.check()
+            check_training(config, self.training(steps=10**12, batch_rows=1, seed=0), None)
         except InputError as error:
             return [str(error)]
-        found = self.loss.without_effect()
+        found = self.loss.without_effect() + ([] if self.anchors is None else self.anchors.without_effect())
         if reason := self._unordered():
-            found.append(reason)
-        if reason := norm_refusal(config, self.decoder_norm, self.initialisation_value()):
-            found.append(reason)
-        if self.tied and (reason := tied_refusal(config, self.initialisation_value())):
             found.append(reason)
         if self.exact and self.precision != "float32":
             found.append(f"exact means float32 throughout, and precision is {self.precision}: leave out one of them")
@@ -227,12 +244,23 @@ class DictionarySettings(Settings):
             f"their own and all later outputs; not {', '.join(self.input)} and {', '.join(self.outputs)}"
         )
 
-    def resampling_value(self) -> Resampling | None:
-        return None if self.resampling is None else Resampling(**self.resampling.model_dump())
-
-    def initialisation_value(self) -> Initialisation:
-        return Initialisation(**self.initialisation.model_dump())
-
-    def products(self) -> Products:
+    def training(self, steps: int, batch_rows: int, seed: int) -> TrainingConfig:
+        """How it is trained, in so many steps."""
         selection = "float32" if self.exact else "bfloat16"
-        return Products(sparse=not self.exact, selection=selection, dense=self.precision)
+        return TrainingConfig(
+            steps=steps,
+            batch_rows=batch_rows,
+            learning_rate=self.learning_rate or default_learning_rate(self.latents, steps),
+            objective=self.objective(),
+            warmup_share=self.warmup,
+            decay_share=self.decay,
+            dead_after_rows=self.dead_after_rows or default_dead_after_rows(steps * batch_rows),
+            decoder_norm=self.decoder_norm,
+            clip=self.clip,
+            tied=self.tied,
+            resampling=None if self.resampling is None else Resampling(**self.resampling.model_dump()),
+            initialisation=Initialisation(**self.initialisation.model_dump()),
+            anchors_first=self.anchors is None or self.anchors.first,
+            products=Products(sparse=not self.exact, selection=selection, dense=self.precision),
+            seed=seed,
+        )

@@ -145,7 +145,7 @@ class _Member:
             calibrate(dictionary, rows, self.trainer.competing())
         if self.latest is not None:
             about["last_step"] = asdict(self.latest)
-        self.run.finish(self.curve, save_dictionary(dictionary, about))
+        self.run.finish(self.curve, save_dictionary(dictionary, about, (self.trainer.x_norm, self.trainer.y_norm)))
 
 
 def scales_of(norm: Normalisation, sites: Sequence[str], widths: Sequence[int]) -> Record:
@@ -156,8 +156,7 @@ def scales_of(norm: Normalisation, sites: Sequence[str], widths: Sequence[int]) 
 def anchors_of(store: Store, wanted: AnchoringSettings, config: DictionaryConfig, seed: int) -> Anchors:
     """The anchors of a dictionary's sites, or the control that is asked for in their place."""
     vectors = {site: torch.from_numpy(v) for site, v in read_anchors(store, wanted.name).vectors.items()}
-    used = {site: vectors[site] for site in sorted({*config.input, *config.output})}
-    used = controlled(used, wanted.control, seed)
+    used = controlled({site: vectors[site] for site in sorted(wanted.sites(config))}, wanted.control, seed)
     encoder = side_by_side([used[site] for site in config.input]) if wanted.sides != "decoder" else None
     decoder = side_by_side([used[site] for site in config.output]) if wanted.sides != "encoder" else None
     return Anchors(encoder, decoder)

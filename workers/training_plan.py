@@ -1,13 +1,12 @@
 """What a training run is: the train section of a spec resolved against the store, each dictionary with its identity."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.training_config import TrainingConfig, default_dead_after_rows, default_learning_rate
+from pipeline.sdl.training_config import TrainingConfig, check_training
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
 from storage.moments import training_units
@@ -95,25 +94,9 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
     for site in sites:
         store.require_committed(site, training_units(store))
     config = wanted.config({site: store.array(site).shape[1] for site in sites})
-    training = TrainingConfig(
-        steps=steps,
-        batch_rows=settings.batch_rows,
-        learning_rate=wanted.learning_rate or default_learning_rate(wanted.latents, steps),
-        objective=wanted.objective(),
-        warmup_share=wanted.warmup,
-        decay_share=wanted.decay,
-        dead_after_rows=wanted.dead_after_rows or default_dead_after_rows(steps * settings.batch_rows),
-        decoder_norm=wanted.decoder_norm,
-        clip=wanted.clip,
-        tied=wanted.tied,
-        resampling=wanted.resampling_value(),
-        initialisation=wanted.initialisation_value(),
-        anchors_first=wanted.anchors is None or wanted.anchors.first,
-        products=wanted.products(),
-        seed=settings.seed,
-    )
-    training.objective.check(config)
-    anchors = None if wanted.anchors is None else _checked_anchors(store, wanted.anchors, wanted.latents, sites)
+    training = wanted.training(steps, settings.batch_rows, settings.seed)
+    check_training(config, training, None)
+    anchors = None if wanted.anchors is None else _checked_anchors(store, wanted.anchors, config)
     identity = {
         "corpus_digest": store.info.corpus_digest,
         "harvests": {site: store.find(site)[0].digest for site in sites},
@@ -126,9 +109,9 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
     return DictionaryPlan(wanted.name, config, training, wanted.anchors, identity)
 
 
-def _checked_anchors(store: Store, wanted: AnchoringSettings, latents: int, sites: Sequence[str]) -> Record:
-    """What determines the anchors of these sites. Raises where the set is not of them, or does not fit."""
-    anchor_set = read_anchors(store, wanted.name)
+def _checked_anchors(store: Store, wanted: AnchoringSettings, config: DictionaryConfig) -> Record:
+    """What determines the anchors of the sites they are for. Raises where the set is not of those, or does not fit."""
+    anchor_set, sites = read_anchors(store, wanted.name), wanted.sites(config)
     if since := store.info.since(anchor_set.identity):
         raise StoreMismatch(
             f"the anchors {wanted.name!r} were made of {since}: make those of all rows under another name "
@@ -144,10 +127,10 @@ def _checked_anchors(store: Store, wanted: AnchoringSettings, latents: int, site
             f"the anchors {wanted.name!r} at {others[0]} were made from another model's rows; make those of "
             "this one under another name (anchors.name) with `granary anchors`"
         )
-    if len(anchor_set.values) > latents:
+    if len(anchor_set.values) > config.latents:
         raise InputError(
-            f"the {len(anchor_set.values)} anchors of {wanted.name!r} do not fit into {latents} latents: take more "
-            "latents, or fewer anchors (anchors.min_rows)"
+            f"the {len(anchor_set.values)} anchors of {wanted.name!r} do not fit into {config.latents} latents: take "
+            "more latents, or fewer anchors (anchors.min_rows)"
         )
     return {**anchor_set.identity_at(sites), "sides": wanted.sides, "control": wanted.control}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.sdl.codes import Code
+from pipeline.sdl.ranges import not_negative, positive, refuse, whole
 from pipeline.sdl.selection import dense_batch_top_k, dense_top_k, select_above, select_batch_top_k, select_top_k
 from pipeline.sdl.sparse import Places
 
@@ -78,7 +79,7 @@ class _Kind:
         return {}
 
     def shift(self, own: dict[str, Tensor], by: Tensor) -> dict[str, Tensor]:
-        """The own weights that give the same codes once every preactivation is less by `by` [latents]."""
+        """The own weights as if every product W_enc x were less by `by` [latents]."""
         return own
 
     def places(self, block: Encoder, x: Tensor, dtype: torch.dtype) -> Places | None:
@@ -185,11 +186,8 @@ class JumpReLU(_Kind):
     trained: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def check(self, latents: int) -> None:
-        if self.bandwidth <= 0 or self.threshold < 0:
-            raise InputError(
-                f"activation: jumprelu needs a bandwidth above 0 and a threshold of at least 0, not {self.bandwidth} "
-                f"and {self.threshold}"
-            )
+        reasons = [*positive(bandwidth=self.bandwidth), *not_negative(threshold=self.threshold)]
+        refuse([f"activation: jumprelu's {reason}" for reason in reasons])
 
     def own_weights(self, latents: int) -> dict[str, Tensor]:
         return {"threshold": torch.full((latents,), self.threshold)}
@@ -253,8 +251,8 @@ def activation_of(record: dict[str, Any]) -> Activation:
 
 
 def _check_k(k: int, latents: int) -> None:
-    if not 0 < k <= latents:
-        raise InputError(f"activation.k must be between 1 and latents = {latents}, not {k}")
+    if whole(k=k) or k > latents:
+        raise InputError(f"activation.k must be a whole number between 1 and latents = {latents}, not {k}")
 
 
 class _Jump(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import BatchTopK
-from pipeline.sdl.dictionary import Block, Dictionary
+from pipeline.sdl.dictionary import Block, Dictionary, not_finite_columns
 
 LOWER_BITS = 16
 
@@ -26,7 +26,8 @@ def calibrate(
 
     `rows`, which is called twice, gives the same batches [n, d_in] float32 of raw activations each time. `competing`:
     for each block the weights [latents] with which preactivations competed in training
-    (`DictionaryTrainer.competing`), if any. Raises InputError for other activations, and where there is no row.
+    (`DictionaryTrainer.competing`), if any. Raises InputError for other activations, where there is no row, where rows
+    are not finite, and where there are others the second time.
     """
     activation, blocks = dictionary.config.activation, dictionary.each_block()
     if not isinstance(activation, BatchTopK):
@@ -37,6 +38,8 @@ def calibrate(
     ]
     count = 0
     for x in rows():
+        if wrong := not_finite_columns(x):
+            raise InputError(f"calibration: activations are nan or infinite in {wrong}; verify the store")
         count += len(x)
         for search in searches:
             search.count_upper(x)
@@ -44,9 +47,16 @@ def calibrate(
         raise InputError("no rows to calibrate the threshold on")
     for search in searches:
         search.settle_upper(activation.k * count + 1)  # the threshold's own place, counted from the largest
+    again = 0
     for x in rows():
+        again += len(x)
         for search in searches:
             search.count_lower(x)
+    if again != count:
+        raise InputError(
+            f"calibration: `rows` gave {count} rows when it was called first and then {again}; it is to give the same "
+            "ones each time it is called (a function that opens them, not one that returns an iterator)"
+        )
     for search in searches:
         search.block.own("threshold").copy_(_unweighted(search.found(), search.weights))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import Activation, activation_of, activation_record
+from pipeline.sdl.ranges import refuse, whole
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,20 @@ class DictionaryConfig:
     """The first latents whose decoder is the same for every output site."""
 
     def __post_init__(self) -> None:
+        refuse(whole(latents=self.latents))
         self.activation.check(self.latents)
         for sites, widths in ((self.input, self.input_widths), (self.output, self.output_widths)):
             if len(sites) != len(widths) or not sites:
                 raise InputError(f"each site has a width; there are {len(sites)} sites and {len(widths)} widths")
             if len(set(sites)) < len(sites):
                 raise InputError(f"a site is given twice: {', '.join(sites)}")
+            refuse(
+                [reason for s, width in zip(sites, widths, strict=True) for reason in whole(**{f"{s}'s width": width})]
+            )
+        read = dict(zip(self.input, self.input_widths, strict=True))
+        for site, width in zip(self.output, self.output_widths, strict=True):
+            if read.get(site, width) != width:
+                raise InputError(f"{site} is {read[site]} wide as input and {width} as output; a site has one width")
         if self.cross_layer and (len(self.input) != len(self.output) or len(self.input) < 2):
             raise InputError(
                 "a cross-layer transcoder has an output site for each input site, in the order of layers, two or more; "

@@ -10,6 +10,7 @@ the training used is folded into the weights when a dictionary is saved, so that
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pipeline.errors import InputError
 from pipeline.sdl.activations import Products
 from pipeline.sdl.codes import Code
 from pipeline.sdl.config import BlockShape, DictionaryConfig
+from pipeline.sdl.ranges import not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class Initialisation:
     """Norm of the encoder's rows; if not given, 1, or less where the first reconstruction would overshoot the input."""
     decoder_norm: float = 1.0
     """Norm of the decoder's rows; 0.1 is usual with L1, 0 for transcoders (decoders of a free norm)."""
+
+    def reasons(self) -> list[str]:
+        """Why weights cannot begin so."""
+        found = [*positive(encoder_scale=self.encoder_scale), *not_negative(decoder_norm=self.decoder_norm)]
+        if self.encoder not in ("transposed", "independent"):
+            found.append(f"encoder is transposed or independent, not {self.encoder!r}")
+        return [f"initialisation.{reason}" for reason in found]
 
 
 class Block(nn.Module):
@@ -70,6 +79,14 @@ class Block(nn.Module):
             return None
         return self.decoder_norms().detach()
 
+    @torch.no_grad()
+    def lower(self, by: Tensor) -> None:
+        """Change the biases, those of magnitudes too, as if every product W_enc x were less by `by` [latents]."""
+        own = {name: self.own(name) for name in self.activation.own_weights(0)}
+        self.b_enc.sub_(by)
+        for name, value in self.activation.shift(own, by).items():
+            self.own(name).copy_(value)
+
     free_norms: bool = False
     """Whether decoder rows have any norm while training; else each has norm 1."""
 
@@ -107,8 +124,10 @@ class Dictionary(nn.Module):
         """[latents, d_out] of a dictionary of one block."""
         return self.only.W_dec
 
-    def initialise(self, seed: int, how: Initialisation | None = None) -> None:
-        """Random decoder rows; the encoder is the decoder's transpose where output = input, else rows of its own."""
+    def initialise(self, seed: int, how: Initialisation | None = None, *, tied: bool = False) -> None:
+        """Random decoder rows; the encoder is the decoder's transpose where output = input, else rows of its own.
+
+        `tied`: it is the decoder itself, one matrix, from here on."""
         how = how or Initialisation()
         generator = torch.Generator().manual_seed(seed)
         transposed = how.encoder == "transposed" and self.config.is_autoencoder and not self.config.cross_layer
@@ -123,6 +142,19 @@ class Dictionary(nn.Module):
             for block in self.each_block():
                 block.W_enc.copy_((block.W_dec if transposed else block.W_enc) * scale)
                 block.W_dec.mul_(how.decoder_norm)
+                if tied:
+                    block.W_enc = block.W_dec
+                    block.lower(torch.full_like(block.b_enc, self._quiet_bias(how.decoder_norm)))
+
+    def _quiet_bias(self, decoder_norm: float) -> float:
+        """How far below zero tied codes that begin dense begin, so that they do not overshoot x: see `_quiet_scale`.
+
+        Of products that are N(0, s^2), s the decoder's norm, a share p is above s Phi^-1(1 - p), and the sum of what is
+        above is p F s^2 / d times x."""
+        share = self.config.d_in / (self.config.latents * decoder_norm**2)
+        if not self.config.activation.begins_dense or share >= 0.5:
+            return 0.0
+        return decoder_norm * NormalDist().inv_cdf(1 - share)
 
     def _quiet_scale(self, decoder_norm: float) -> float:
         """The norm of encoder rows, at most 1, with which a transposed encoder's reconstruction is not larger than x.
@@ -208,12 +240,10 @@ class Dictionary(nn.Module):
         for block, out in zip(self.each_block(), raw.each_block(), strict=True):
             reads, writes = block.shape.reads, block.shape.writes
             out.W_enc.copy_(block.W_enc * x_norm.scale[reads])
-            moved = out.W_enc @ x_norm.mean[reads]
-            out.b_enc.copy_(block.b_enc - moved)
             out.W_dec.copy_(block.W_dec / y_norm.scale[writes])
-            own = {name: block.own(name) for name in block.activation.own_weights(0)}
-            for name, value in block.activation.shift(own, moved).items():
-                out.own(name).copy_(value)
+            for name in ("b_enc", *block.activation.own_weights(0)):
+                out.own(name).copy_(block.own(name))
+            out.lower(out.W_enc @ x_norm.mean[reads])
         raw.b_dec.copy_(self.b_dec / y_norm.scale + y_norm.mean)
         if self.W_skip is not None and raw.W_skip is not None:
             raw.W_skip.copy_(self.W_skip * x_norm.scale / y_norm.scale[:, None])
@@ -256,6 +286,12 @@ class Normalisation:
     def side_by_side(cls, parts: Sequence["Normalisation"]) -> "Normalisation":
         """That of several sites, in order."""
         return cls(torch.cat([p.mean for p in parts]), torch.cat([p.scale for p in parts]))
+
+
+def not_finite_columns(x: Tensor) -> str:
+    """Which columns of x [rows, d] hold nan or infinity, in words; empty if none does."""
+    bad = (~torch.isfinite(x.float())).any(0).nonzero().flatten()
+    return f"column {int(bad[0])} ({len(bad)} such)" if len(bad) else ""
 
 
 def add_columns(y: Tensor, part: Tensor, columns: slice) -> Tensor:

@@ -1,7 +1,8 @@
 """A dictionary on disk: safetensors for the weights, JSON for what they are. Nothing is ever unpickled.
 
 `dictionary.json` holds the format's number, the config, and whatever the writer knows: the model and the store they are
-of, how they were trained, their metrics.
+of, how they were trained, their metrics. `normalisation.safetensors` says what was folded into the weights: to encode
+nobody needs it.
 """
 
 import json
@@ -14,17 +15,25 @@ from safetensors.torch import load, save
 
 from pipeline.errors import InputError
 from pipeline.sdl.config import config_of
-from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.dictionary import Dictionary, Normalisation
 
 FORMAT = 2
-JSON, WEIGHTS = "dictionary.json", "dictionary.safetensors"
+JSON, WEIGHTS, NORMALISATION = "dictionary.json", "dictionary.safetensors", "normalisation.safetensors"
 
 
-def save_dictionary(dictionary: Dictionary, about: dict[str, Any]) -> dict[str, bytes]:
-    """Encode a dictionary as files: name -> content. `about` (model, store digests, metrics) goes into the JSON."""
+def save_dictionary(
+    dictionary: Dictionary, about: dict[str, Any], folded: tuple[Normalisation, Normalisation] | None = None
+) -> dict[str, bytes]:
+    """Encode a dictionary as files: name -> content. `about` (model, store digests, metrics) goes into the JSON;
+    `folded`: the normalisations of input and output that training used, for the record."""
     weights = {name: weight.detach().cpu().contiguous() for name, weight in dictionary.state_dict().items()}
     record = {"format": FORMAT, "config": dictionary.config.record(), **about}
-    return {WEIGHTS: save(weights), JSON: (json.dumps(record, indent=2) + "\n").encode()}
+    files = {WEIGHTS: save(weights), JSON: (json.dumps(record, indent=2) + "\n").encode()}
+    if folded is not None:
+        sides = {"input": folded[0].to("cpu"), "output": folded[1].to("cpu")}
+        tensors = {f"{side}.{name}": v.clone() for side, norm in sides.items() for name, v in vars(norm).items()}
+        files[NORMALISATION] = save(tensors)
+    return files
 
 
 def load_dictionary(

@@ -6,7 +6,7 @@ Methods are recipes: a shape, an activation and terms of the loss, with every nu
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
@@ -14,6 +14,7 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.lrb import Bench, Hierarchy
 from pipeline.sdl.objective import Objective
+from pipeline.sdl.ranges import refuse, whole
 from pipeline.sdl.training_config import TrainingConfig, check_training, default_dead_after_rows
 
 ARMS = ("plain", "anchored", "random")
@@ -147,11 +148,11 @@ T = TypeVar("T")
 
 def _changed(value: T, left: dict[str, Any], part: str) -> T:
     """`value` with the changes that name a field of it, alone or as `part`.field; they are taken out of `left`."""
-    mine = {}
+    mine, can_be_none = {}, {f.name for f in fields(value) if type(None) in get_args(f.type)}  # type: ignore[arg-type]
     for name in _names(value):
         for given in (name, f"{part}.{name}"):
             if given in left:
-                mine[name] = _like(getattr(value, name), left.pop(given), given)
+                mine[name] = _like(getattr(value, name), left.pop(given), given, optional=name in can_be_none)
     return replace(value, **mine) if mine else value  # type: ignore[type-var]
 
 
@@ -177,8 +178,10 @@ def _names(value: Any) -> list[str]:
     return [f.name for f in fields(value) if f.name != "hierarchy" and not is_dataclass(getattr(value, f.name))]
 
 
-def _like(old: Any, new: Any, name: str) -> Any:
+def _like(old: Any, new: Any, name: str, *, optional: bool) -> Any:
     """The new value. Raises InputError if it is of another kind than the old one; what was None becomes a number."""
+    if new is None and optional:
+        return None
     if isinstance(old, bool | str):
         fits = type(new) is type(old)
     elif isinstance(old, tuple):
@@ -206,8 +209,7 @@ def _check(size: Size, method: Method) -> None:
         raise InputError(f"layout is one of {', '.join(LAYOUTS)}, not {method.layout!r}")
     if method.sides not in ("both", "encoder", "decoder"):
         raise InputError(f"sides is both, encoder or decoder, not {method.sides!r}")
-    if small := [n for n in ("latents", "steps", "batch_rows", "anchors") if getattr(size, n) < 1]:
-        raise InputError(f"{', '.join(small)}: at least 1")
+    refuse(whole(latents=size.latents, steps=size.steps, batch_rows=size.batch_rows, anchors=size.anchors))
     if size.anchors >= min(size.bench.features, size.latents + 1):
         raise InputError(
             f"{size.anchors} anchors are too many for {size.bench.features} features, of which some must be left to "

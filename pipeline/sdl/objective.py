@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.errors import InputError
 from pipeline.sdl.activations import Gated, JumpReLU
 from pipeline.sdl.codes import Code
 from pipeline.sdl.config import DictionaryConfig
@@ -28,6 +27,7 @@ from pipeline.sdl.losses import (
     tanh_loss,
     unit_rows,
 )
+from pipeline.sdl.ranges import not_negative, positive, positive_shares, shares, whole
 
 SPARSITY = ("l1", "l0", "tanh", "p_norm")
 
@@ -69,14 +69,16 @@ class Objective:
     anchoring_end: float | None = None
     """Share of the steps after which the weight of anchoring has fallen to zero, in a line; constant, if not given."""
 
-    def check(self, config: DictionaryConfig) -> None:
-        """Raise InputError, naming the reason, if a term makes no sense for such a dictionary."""
-        if reasons := list(self._refusals(config)):
-            raise InputError("; ".join(reasons))
-
-    def _refusals(self, config: DictionaryConfig) -> list[str]:
+    def reasons(self, config: DictionaryConfig) -> list[str]:
+        """Why a term makes no sense, by itself or for such a dictionary."""
         kind, given = config.activation.kind, [name for name in SPARSITY if getattr(self, name)]
-        found = []
+        found = [
+            *not_negative(**{name: getattr(self, name) for name in (*SPARSITY, "auxk", "preactivation", "anchoring")}),
+            *positive(l0_target=self.l0_target, tanh_scale=self.tanh_scale),
+            *shares(p_start=self.p_start, sparsity_warmup=self.sparsity_warmup),
+            *positive_shares(p_end=self.p_end, anchoring_end=self.anchoring_end),
+            *whole(auxk_k=self.auxk_k),
+        ]
         if config.activation.is_sparse and given:
             found.append(f"{kind} fixes how many latents are active with k; {', '.join(given)} would only shrink them")
         if not config.activation.is_sparse and not given:
@@ -87,10 +89,6 @@ class Objective:
             found.append("l0_target is the target of l0, which has no weight")
         if self.preactivation and config.activation.is_sparse:
             found.append(f"preactivation pulls toward a threshold; {kind} has none (auxk revives its dead latents)")
-        if self.l0_target is not None and self.l0_target <= 0:
-            found.append(f"l0_target must be above 0, not {self.l0_target}")
-        if not 0 < self.p_end <= 1:
-            found.append(f"p_end must be above 0 and at most 1, not {self.p_end}")
         if self.prefixes:
             if config.cross_layer:
                 found.append("prefixes are those of one block of latents; a cross-layer transcoder has several")
@@ -100,19 +98,19 @@ class Objective:
                 found.append(f"the prefix {self.prefixes[-1]} is larger than latents = {config.latents}")
         if self.anchoring_distance not in ("squared", "cosine"):
             found.append(f"anchoring_distance is squared or cosine, not {self.anchoring_distance!r}")
-        if negative := [n for n, v in vars(self).items() if n != "l0_target" and isinstance(v, int | float) and v < 0]:
-            found.append(f"{', '.join(negative)}: a weight is at least 0")
         return found
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Directions that the first latents of each block are pulled toward, in the normalised space, unit rows."""
+    """Directions that the first latents of each block are pulled toward; of any length, in each block's columns.
+
+    Latents that share a decoder over several outputs (`shared_latents`) are pulled to the mean of those directions."""
 
     encoder: Tensor | None
-    """float32 [k, d_in], unit rows within each block's columns; None: the encoder is free."""
+    """float32 [k, d_in]; None: the encoder is free."""
     decoder: Tensor | None
-    """float32 [k, d_out]."""
+    """float32 [k, d_out]; None: the decoder is free."""
 
     @property
     def count(self) -> int:
@@ -208,7 +206,7 @@ def anchoring_weight(objective: Objective, progress: float) -> float:
     """lambda_a at a share of the training."""
     if objective.anchoring_end is None:
         return objective.anchoring
-    return objective.anchoring * max(0.0, 1 - progress / objective.anchoring_end) if objective.anchoring_end else 0.0
+    return objective.anchoring * max(0.0, 1 - progress / objective.anchoring_end)
 
 
 def p_of(objective: Objective, progress: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.errors import InputError
+from pipeline.sdl.ranges import positive, whole
 
 if TYPE_CHECKING:
     from pipeline.sdl.training import DictionaryTrainer
@@ -31,13 +31,17 @@ class Resampling:
     encoder_scale: float = 0.2
     """Norm of a new encoder row, in mean norms of the alive ones."""
 
-    def check(self) -> None:
-        """Raise InputError if the events are out of order, or not within the training."""
+    def reasons(self) -> list[str]:
+        """Why it cannot be so: numbers, and events that are out of order or not within the training."""
+        found = [f"resampling.{r}" for r in (*whole(rows=self.rows), *positive(encoder_scale=self.encoder_scale))]
+        if not self.at:
+            found.append("resampling.at has no event: leave resampling out")
         if list(self.at) != sorted(set(self.at)) or not all(0 <= share < 1 for share in self.at):
-            raise InputError(
+            found.append(
                 "resampling.at must be shares of the steps, at least 0 and below 1, in ascending order, unlike "
                 f"{', '.join(map(str, self.at))}"
             )
+        return found
 
     def steps_left(self, step: int, steps: int, batch_rows: int) -> int | None:
         """Batches of the event under way that are left, this one included; None where there is no event."""
@@ -68,8 +72,9 @@ def resample(trainer: "DictionaryTrainer", plan: Resampling, left: int, x: Tenso
         weights = residual[:, block.shape.writes].square().sum(1).double().square().cpu()
         if len(latents) == 0 or not bool(weights.sum() > 0):
             continue
-        rows = torch.multinomial(weights, len(latents), replacement=len(latents) > len(x) // 2, generator=generator)
-        rows = rows.to(x.device)
+        # Without replacement it would draw rows of weight zero, which no latent can begin at, when others run out.
+        again = len(latents) > min(len(x) // 2, int((weights > 0).sum()))
+        rows = torch.multinomial(weights, len(latents), replacement=again, generator=generator).to(x.device)
         read = functional.normalize(x[rows][:, block.shape.reads], dim=1)
         # An autoencoder's decoder writes the input itself; any other the part of the output that is missing.
         written = read if model.config.is_autoencoder and not model.config.cross_layer else residual[rows]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import JumpReLU
-from pipeline.sdl.dictionary import Block, Dictionary, Normalisation
+from pipeline.sdl.dictionary import Block, Dictionary, Normalisation, not_finite_columns
 from pipeline.sdl.objective import Anchors, Evaluated, evaluate
 from pipeline.sdl.resampling import resample
 from pipeline.sdl.training_config import TrainingConfig, check_training
@@ -59,12 +59,11 @@ class DictionaryTrainer:
         self.device = torch.device(device)
         self.x_norm, self.y_norm = x_norm.to(device), y_norm.to(device)
         self.anchors = None if anchors is None else normalised_anchors(anchors, self.x_norm, self.y_norm)
-        dictionary.initialise(config.seed, config.initialisation)  # on the CPU: the same weights on every device
+        # On the CPU: the same weights on every device.
+        dictionary.initialise(config.seed, config.initialisation, tied=config.tied)
         dictionary.to(device)
         for block in dictionary.each_block():
             block.free_norms = config.decoder_norm == "free"
-            if config.tied:
-                block.W_enc = block.W_dec
         if self.anchors is not None and config.anchors_first:
             start_at_anchors(dictionary, self.anchors)
         self.step_number = 0
@@ -248,11 +247,7 @@ def _renormalise(block: Block) -> None:
 
 
 def _not_finite(step: int, x: Tensor, y: Tensor) -> str:
-    columns = [
-        f"column {int(bad[0])} of the {side} ({len(bad)} such)"
-        for side, values in (("input", x), ("output", y))
-        if len(bad := (~torch.isfinite(values.float())).any(0).nonzero().flatten())
-    ]
-    if columns:
-        return f"step {step}: activations are nan or infinite in {'; '.join(dict.fromkeys(columns))}; verify the store"
+    sides = {"input": not_finite_columns(x), "output": not_finite_columns(y)}
+    if wrong := "; ".join(f"{columns} of the {side}" for side, columns in sides.items() if columns):
+        return f"step {step}: activations are nan or infinite in {wrong}; verify the store"
     return f"step {step}: the loss is not finite though the activations are: lower the learning rate, or clip gradients"

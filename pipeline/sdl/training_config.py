@@ -9,6 +9,7 @@ from pipeline.sdl.activations import Gated, Products
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Anchors, Objective
+from pipeline.sdl.ranges import positive, refuse, shares, whole
 from pipeline.sdl.resampling import Resampling
 
 LONG_RUN = 100_000
@@ -48,20 +49,25 @@ class TrainingConfig:
 
 def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anchors | None) -> None:
     """Raise InputError where dictionary, objective and anchors do not fit together."""
-    for name in ("steps", "batch_rows", "learning_rate", "dead_after_rows"):
-        if not 0 < (value := getattr(config, name)) < float("inf"):
-            raise InputError(f"{name} must be above 0 and finite, not {value}")
-    config.objective.check(shape)
+    refuse(
+        [
+            *_impossible_numbers(config),
+            *config.objective.reasons(shape),
+            *config.initialisation.reasons(),
+            *([] if config.resampling is None else config.resampling.reasons()),
+            *_norm_reasons(shape, config),
+            *(_tied_reasons(shape, config) if config.tied else []),
+        ]
+    )
     if config.resampling is not None:
-        config.resampling.check()
-    if config.decoder_norm not in ("unit", "free"):
-        raise InputError(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
-    if reason := norm_refusal(shape, config.decoder_norm, config.initialisation):
-        raise InputError(reason)
-    if config.tied and (reason := tied_refusal(shape, config.initialisation)):
-        raise InputError(reason)
-    if anchors is None:
-        return
+        refuse(_silence_reasons(config, config.resampling))
+    if anchors is not None:
+        _check_anchors(shape, anchors)
+
+
+def _check_anchors(shape: DictionaryConfig, anchors: Anchors) -> None:
+    if not anchors.count:
+        raise InputError("anchors of neither side: give those of the encoder, of the decoder, or of both")
     if anchors.count > shape.latents:
         raise InputError(f"{anchors.count} anchors do not fit into {shape.latents} latents")
     blocks = shape.blocks()
@@ -85,28 +91,65 @@ def check_training(shape: DictionaryConfig, config: TrainingConfig, anchors: Anc
             )
 
 
-def norm_refusal(shape: DictionaryConfig, decoder_norm: str, initialisation: Initialisation) -> str | None:
-    """Why a dictionary's decoders cannot have such norms; None if they can."""
-    if decoder_norm == "unit" and initialisation.decoder_norm != 1:
-        return "initialisation.decoder_norm other than 1 needs decoder_norm: free"
-    if decoder_norm == "free" and isinstance(shape.activation, Gated):
-        return (
+def _impossible_numbers(config: TrainingConfig) -> list[str]:
+    found = [
+        *whole(steps=config.steps, batch_rows=config.batch_rows, dead_after_rows=config.dead_after_rows),
+        *positive(learning_rate=config.learning_rate, clip=config.clip),
+        *shares(warmup=config.warmup_share, decay=config.decay_share),
+    ]
+    if not found and config.warmup_share + config.decay_share > 1:
+        found = [
+            f"warmup ({config.warmup_share:g} of the steps) and decay ({config.decay_share:g}) overlap, so that the "
+            "rate never gets to its peak: together at most 1"
+        ]
+    return found
+
+
+def _norm_reasons(shape: DictionaryConfig, config: TrainingConfig) -> list[str]:
+    """Why a dictionary's decoders cannot have such norms."""
+    found = []
+    if config.decoder_norm not in ("unit", "free"):
+        found.append(f"decoder_norm is unit or free, not {config.decoder_norm!r}")
+    if config.decoder_norm == "unit" and config.initialisation.decoder_norm != 1:
+        found.append("initialisation.decoder_norm other than 1 needs decoder_norm: free")
+    if config.decoder_norm == "free" and isinstance(shape.activation, Gated):
+        found.append(
             "decoder_norm: free does not go with gated: the penalty is on the gates, whose own reconstruction does not "
             "train decoders, so decoders would shrink and magnitudes grow to evade it; leave it unit"
         )
-    return None
+    return found
 
 
-def tied_refusal(shape: DictionaryConfig, initialisation: Initialisation) -> str | None:
-    """Why a dictionary of this shape cannot have tied weights; None if it can."""
+def _tied_reasons(shape: DictionaryConfig, config: TrainingConfig) -> list[str]:
+    """Why a dictionary cannot have tied weights."""
+    found, initial, usual = [], config.initialisation, Resampling()
     if not shape.is_autoencoder or shape.cross_layer:
-        return "tied: an encoder can only be its decoder's transpose where the output is the input"
-    if initialisation.encoder != "transposed" or initialisation.encoder_scale not in (None, 1):
-        return (
+        found.append("tied: an encoder can only be its decoder's transpose where the output is the input")
+    if initial.encoder != "transposed" or initial.encoder_scale not in (None, 1):
+        found.append(
             "tied: the encoder begins as the decoder does, so initialisation.encoder and encoder_scale have no effect: "
             "leave them out"
         )
-    return None
+    if initial.decoder_norm == 0:
+        found.append("tied: encoders and decoders of norm 0 have no gradient; give initialisation.decoder_norm another")
+    if config.resampling is not None and config.resampling.encoder_scale != usual.encoder_scale:
+        found.append(
+            "tied: a latent that begins anew has its decoder as encoder, so resampling.encoder_scale has no effect: "
+            "leave it out"
+        )
+    return found
+
+
+def _silence_reasons(config: TrainingConfig, resampling: Resampling) -> list[str]:
+    """Why no event of resampling can find a dead latent."""
+    last = int(resampling.at[-1] * config.steps) * config.batch_rows + resampling.rows
+    rows = min(last, config.steps * config.batch_rows)
+    if config.dead_after_rows < rows:
+        return []
+    return [
+        f"resampling: its last event ends by row {rows:,} and a latent counts as dead after {config.dead_after_rows:,} "
+        "silent rows, so that none ever begins anew: lower dead_after_rows, or train longer"
+    ]
 
 
 def default_learning_rate(latents: int, steps: int) -> float:

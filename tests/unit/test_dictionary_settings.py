@@ -31,6 +31,10 @@ def parse(**keys: Any) -> DictionarySettings:
     return DictionarySettings.model_validate({**LEAST, **keys})
 
 
+def trained(settings: DictionarySettings) -> TrainingConfig:
+    return settings.training(steps=1000, batch_rows=4096, seed=0)
+
+
 def defaults_of(value: type) -> dict[str, Any]:
     return {
         f.name: f.default if f.default is not MISSING else f.default_factory()
@@ -73,9 +77,9 @@ def test_the_shortest_dictionary_is_the_default_one() -> None:
     assert settings.decoder_norm == expected["decoder_norm"]
     assert settings.clip == expected["clip"]
     assert settings.tied == expected["tied"]
-    assert settings.resampling_value() == expected["resampling"]
-    assert settings.initialisation_value() == expected["initialisation"]
-    assert settings.products() == expected["products"]
+    assert trained(settings).resampling == expected["resampling"]
+    assert trained(settings).initialisation == expected["initialisation"]
+    assert trained(settings).products == expected["products"]
     assert settings.problems() == []
 
 
@@ -147,18 +151,30 @@ def test_resampling_and_initialisation() -> None:
         initialisation={"encoder": "independent", "encoder_scale": 2, "decoder_norm": 0.1},
         decoder_norm="free",
     )
-    assert settings.resampling_value() == Resampling((0.5,), 10, 0.5)
-    assert settings.initialisation_value() == Initialisation("independent", 2, 0.1)
+    assert trained(settings).resampling == Resampling((0.5,), 10, 0.5)
+    assert trained(settings).initialisation == Initialisation("independent", 2, 0.1)
     assert settings.problems() == []
-    assert parse(resampling={}).resampling_value() == Resampling()
+    assert trained(parse(resampling={})).resampling == Resampling()
+
+
+@pytest.mark.parametrize("keys", [{"loss": {"p_norm": 1, "p_end": 1.5}}, {"anchors": {"name": "a", "end": 3}}])
+def test_shares_above_one(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        parse(**keys)
+
+
+def test_sites_that_are_anchored() -> None:
+    transcoder = parse(input="mlp_in.1", output="mlp_out.1").config({"mlp_in.1": 4, "mlp_out.1": 4})
+    sites = {side: AnchoringSettings(name="a", sides=side).sites(transcoder) for side in ("both", "encoder", "decoder")}
+    assert sites == {"both": ("mlp_in.1", "mlp_out.1"), "encoder": ("mlp_in.1",), "decoder": ("mlp_out.1",)}
 
 
 def test_exact_is_the_plain_formula() -> None:
-    assert parse(exact=True).products() == Products(sparse=False, selection="float32")
+    assert trained(parse(exact=True)).products == Products(sparse=False, selection="float32")
 
 
 def test_the_precision_of_dense_products() -> None:
-    assert parse(precision="bfloat16").products() == Products(dense="bfloat16")
+    assert trained(parse(precision="bfloat16")).products == Products(dense="bfloat16")
     with pytest.raises(ValidationError, match="precision"):
         parse(precision="float16")
 
@@ -181,11 +197,15 @@ def test_the_shape_reaches_the_config() -> None:
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"activation": {"k": 65}}, "activation.k must be between 1 and latents = 64, not 65"),
+        ({"activation": {"k": 65}}, "activation.k must be a whole number between 1 and latents = 64, not 65"),
         ({"activation": {"kind": "relu"}}, "nothing makes a relu dictionary sparse"),
         ({"loss": {"prefixes": [9, 3]}}, "prefixes must ascend from 1, unlike 9, 3"),
         ({"loss": {"l1": 5}}, "topk fixes how many latents are active with k; l1 would only shrink them"),
         ({"loss": {"tanh_scale": 2}}, r"loss\.tanh_scale has no effect without loss\.tanh: give"),
+        (
+            {"loss": {"sparsity_warmup": 0.5}},
+            r"loss\.sparsity_warmup has no effect without loss\.l1 or",
+        ),
         ({"loss": {"auxk": 0, "auxk_k": 9}}, r"loss\.auxk_k has no effect without loss\.auxk:"),
         ({"skip": True}, "skip: resid_post.1 is input and output, so the skip alone would reconstruct it"),
         (
@@ -211,6 +231,17 @@ def test_the_shape_reaches_the_config() -> None:
             "decoder_norm: free does not go with gated",
         ),
         ({"resampling": {"at": [0.5, 0.25]}}, "resampling.at must be shares of the steps"),
+        ({"resampling": {"at": []}}, "resampling.at has no event: leave resampling out"),
+        (
+            {"resampling": {}, "dead_after_rows": 10**12},
+            "none ever begins anew: lower dead_after_rows",
+        ),
+        ({"warmup": 0.5, "decay": 0.75}, r"warmup \(0.5 of the steps\) and decay \(0.75\) overlap"),
+        ({"anchors": {"name": "a", "weight": 0, "end": 0.5}}, r"anchors\.end has no effect with weight 0"),
+        (
+            {"anchors": {"name": "a", "weight": 0, "distance": "cosine"}},
+            "anchors.distance has no effect with",
+        ),
         ({"tied": True, "output": "mlp_out.1"}, "only be its decoder's transpose where the output is the input"),
         ({"tied": True, "initialisation": {"encoder_scale": 0.5}}, "initialisation.encoder and encoder_scale have no"),
         ({"exact": True, "precision": "bfloat16"}, "exact means float32 throughout, and precision is bfloat16"),

@@ -181,14 +181,22 @@ def test_an_activation_that_is_not_known() -> None:
         activation_of({"kind": "softmax"})
 
 
-@pytest.mark.parametrize("k", [0, -1, LATENTS + 1])
+@pytest.mark.parametrize("k", [0, -1, LATENTS + 1, 2.5])
 @pytest.mark.parametrize("kind", [TopK, BatchTopK])
 def test_k_out_of_range(kind: type[TopK], k: int) -> None:
-    with pytest.raises(InputError, match=rf"activation\.k must be between 1 and latents = {LATENTS}, not {k}"):
+    expected = rf"activation\.k must be a whole number between 1 and latents = {LATENTS}, not {k}"
+    with pytest.raises(InputError, match=expected):
         replace(VARIANTS["sae"], activation=kind(k))
 
 
-@pytest.mark.parametrize("activation", [JumpReLU(bandwidth=0), JumpReLU(threshold=-0.1)])
-def test_a_jump_relu_without_a_width_or_below_zero(activation: JumpReLU) -> None:
-    with pytest.raises(InputError, match="a bandwidth above 0 and a threshold of at least 0"):
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (JumpReLU(bandwidth=0), "^activation: jumprelu's bandwidth must be above 0 and finite, not 0$"),
+        (JumpReLU(bandwidth=float("nan")), "bandwidth must be above 0 and finite, not nan"),
+        (JumpReLU(threshold=-0.1), "^activation: jumprelu's threshold must be at least 0 and finite, not -0.1$"),
+    ],
+)
+def test_a_jump_relu_without_a_width_or_below_zero(activation: JumpReLU, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         replace(VARIANTS["sae"], activation=activation)

@@ -124,6 +124,22 @@ def test_no_rows() -> None:
         calibrate(batch_top_k(), lambda: iter([]))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite(bad: float) -> None:
+    x = randn(20, 6)
+    x[3, 2] = x[4, 2] = bad
+    with pytest.raises(
+        InputError, match=r"calibration: activations are nan or infinite in column 2 \(1 such\);"
+    ):
+        calibrate(batch_top_k(), batches(x, 7))
+
+
+def test_rows_that_come_only_once() -> None:
+    once = iter(randn(20, 6).split(7))
+    with pytest.raises(InputError, match="`rows` gave 20 rows when it was called first and then 0"):
+        calibrate(batch_top_k(), lambda: once)
+
+
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "batch_topk"])
 def test_other_activations_have_nothing_to_calibrate(activation: str) -> None:
     dictionary = random_dictionary(config_of("sae", activation))

@@ -9,6 +9,7 @@ from pipeline.sdl.activations import Products
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.losses import auxiliary_loss, reconstruction_loss, squared_anchoring, unit_rows
 from pipeline.sdl.objective import Anchors, Objective, anchoring_weight, evaluate, p_of
+from pipeline.sdl.ranges import refuse
 
 NOTHING = Objective(auxk=0, anchoring=0)
 DENSE, SPARSE = Products(sparse=False), Products(sparse=True, selection="float32")
@@ -49,7 +50,7 @@ def some_dead(config: DictionaryConfig) -> Tensor:
 def assert_is_the_formula(
     config: DictionaryConfig, objective: Objective, products: Products, anchors: Anchors | None, progress: float
 ) -> None:
-    objective.check(config)
+    refuse(objective.reasons(config))
     dictionary, (x, y), dead = random_dictionary(config), batch(config), some_dead(config)
     codes = dictionary.codes(x, products)
     found = evaluate(objective, dictionary, x, y, codes, dead, anchors, progress)

@@ -9,9 +9,13 @@ from formulas import ACTIVATIONS, LATENTS, VARIANTS, config_of, randn
 from small_training import SETTINGS, SPARSE, make_trainer
 
 from pipeline.errors import InputError
+from pipeline.sdl.activations import TopK
 from pipeline.sdl.anchoring import controlled
+from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
 from pipeline.sdl.objective import Anchors, Objective
+from pipeline.sdl.ranges import refuse
+from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer
 
 # ---- terms and activations
@@ -20,7 +24,7 @@ from pipeline.sdl.training import DictionaryTrainer
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_goes_together_is_not_refused(variant: str, activation: str) -> None:
-    SPARSE[activation].check(config_of(variant, activation))
+    refuse(SPARSE[activation].reasons(config_of(variant, activation)))
 
 
 REFUSED: list[tuple[str, str, Objective, str]] = [
@@ -38,32 +42,42 @@ REFUSED: list[tuple[str, str, Objective, str]] = [
     ("sae", "relu", Objective(l0=1), "^l0 is learned through the thresholds of jumprelu; relu has none"),
     ("sae", "gated", Objective(l0=1), "^l0 is learned through the thresholds of jumprelu; gated has none"),
     ("sae", "relu", Objective(l1=1, l0_target=3), "^l0_target is the target of l0, which has no weight$"),
-    ("sae", "jumprelu", Objective(l0=1, l0_target=0), "^l0_target must be above 0, not 0$"),
+    ("sae", "jumprelu", Objective(l0=1, l0_target=0), "^l0_target must be above 0 and finite, not 0$"),
     (
         "sae",
         "jumprelu",
         Objective(l0=1, l0_target=-3.0),
-        "^l0_target must be above 0, not -3.0",
+        "^l0_target must be above 0 and finite, not -3.0",
     ),
     ("sae", "topk", Objective(preactivation=1), "^preactivation pulls toward a threshold; topk has none"),
     ("sae", "batch_topk", Objective(preactivation=1), "^preactivation pulls toward a threshold; batch_topk has none"),
-    ("sae", "relu", Objective(p_norm=1, p_end=0), "^p_end must be above 0 and at most 1, not 0$"),
-    ("sae", "relu", Objective(p_norm=1, p_end=1.5), "^p_end must be above 0 and at most 1, not 1.5$"),
+    ("sae", "relu", Objective(p_norm=1, p_end=0), "^p_end must be a share, above 0 and at most 1, not 0$"),
+    ("sae", "relu", Objective(p_norm=1, p_end=1.5), "^p_end must be a share, above 0 and at most 1, not 1.5$"),
     ("cross_layer", "topk", Objective(prefixes=(2,)), "^prefixes are those of one block of latents; a cross-layer"),
     ("sae", "topk", Objective(prefixes=(5, 3)), "^prefixes must ascend from 1, unlike 5, 3$"),
     ("sae", "topk", Objective(prefixes=(3, 3)), "^prefixes must ascend from 1, unlike 3, 3$"),
     ("sae", "topk", Objective(prefixes=(0, 3)), "^prefixes must ascend from 1, unlike 0, 3$"),
     ("sae", "topk", Objective(prefixes=(3, 15)), "^the prefix 15 is larger than latents = 14$"),
     ("sae", "topk", Objective(anchoring_distance="cosin"), "^anchoring_distance is squared or cosine, not 'cosin'$"),
-    ("sae", "relu", Objective(l1=-1.0, auxk=-0.5), "^l1, auxk: a weight is at least 0$"),
-    ("sae", "relu", Objective(l1=-1), "^l1: a weight is at least 0$"),
+    (
+        "sae",
+        "relu",
+        Objective(l1=-1.0, auxk=-0.5),
+        "^l1 must be at least 0 and finite, not -1.0; auxk must be at least 0 and finite, not -0.5$",
+    ),
+    ("sae", "relu", Objective(l1=float("nan")), "^l1 must be at least 0 and finite, not nan$"),
+    ("sae", "topk", Objective(anchoring=float("inf")), "^anchoring must be at least 0 and finite, not inf$"),
+    ("sae", "topk", Objective(auxk_k=0), "^auxk_k must be a whole number above 0, not 0$"),
+    ("sae", "topk", Objective(anchoring_end=3), "^anchoring_end must be a share, above 0 and at most 1, not 3$"),
+    ("sae", "relu", Objective(p_norm=1, p_start=-1), "^p_start must be a share, at least 0 and at most 1, not -1$"),
+    ("sae", "relu", Objective(tanh=1, tanh_scale=0), "^tanh_scale must be above 0 and finite, not 0$"),
 ]
 
 
 @pytest.mark.parametrize(("variant", "activation", "objective", "message"), REFUSED)
 def test_each_refusal_says_why(variant: str, activation: str, objective: Objective, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        objective.check(config_of(variant, activation))
+        refuse(objective.reasons(config_of(variant, activation)))
     with pytest.raises(InputError, match=message):  # and none is trained
         make_trainer(replace(SETTINGS, objective=objective), config_of(variant, activation))
 
@@ -71,7 +85,7 @@ def test_each_refusal_says_why(variant: str, activation: str, objective: Objecti
 def test_all_reasons_at_once() -> None:
     objective = Objective(l1=1, preactivation=1, prefixes=(20, 3), anchoring_distance="far")
     with pytest.raises(InputError) as caught:
-        objective.check(config_of("cross_layer", "topk"))
+        refuse(objective.reasons(config_of("cross_layer", "topk")))
     assert str(caught.value).count("; ") >= 4
 
 
@@ -107,6 +121,7 @@ BAD_ANCHORS: dict[str, tuple[Callable[[], Anchors], str]] = {
         lambda: Anchors(randn(2, 6), randn(3, 5)),
         r"anchors of the decoder must be \[2, 5\] for these sites, not \[3, 5\]",
     ),
+    "none": (lambda: Anchors(None, None), "anchors of neither side: give those of the encoder, of the decoder, or"),
     "nan": (lambda: Anchors(with_nan(randn(2, 6)), randn(2, 5)), "anchors of the encoder hold nan or infinity"),
     "infinite": (lambda: Anchors(None, randn(2, 5) / 0), "anchors of the decoder hold nan or infinity"),
     "zero": (
@@ -133,11 +148,70 @@ def test_an_anchor_that_is_nothing_at_one_layer_of_a_cross_layer_transcoder() ->
         DictionaryTrainer(Dictionary(config), SETTINGS, *norms, Anchors(encoder, None))
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_rows", "learning_rate", "dead_after_rows"])
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
-def test_numbers_that_cannot_be(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{name} must be above 0 and finite, not {value}"):
-        make_trainer(replace(SETTINGS, **{name: value}))
+def test_numbers_that_cannot_be(value: float) -> None:
+    for name in ("steps", "batch_rows", "dead_after_rows"):
+        with pytest.raises(InputError, match=f"{name} must be a whole number above 0, not {value}"):
+            make_trainer(replace(SETTINGS, **{name: value}))
+    for name in ("learning_rate", "clip"):
+        with pytest.raises(InputError, match=f"{name} must be above 0 and finite, not {value}"):
+            make_trainer(replace(SETTINGS, **{name: value}))
+    with pytest.raises(InputError, match=rf"initialisation\.encoder_scale must be above 0 and finite, not {value}"):
+        make_trainer(replace(SETTINGS, initialisation=Initialisation(encoder_scale=value)))
+    with pytest.raises(InputError, match=rf"resampling\.encoder_scale must be above 0 and finite, not {value}"):
+        make_trainer(replace(SETTINGS, resampling=Resampling(encoder_scale=value)))
+    with pytest.raises(InputError, match=rf"resampling\.rows must be a whole number above 0, not {value}"):
+        make_trainer(replace(SETTINGS, resampling=Resampling(rows=value)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "message"),
+    [
+        (1.5, 0, "warmup must be a share, at least 0 and at most 1, not 1.5"),
+        (0, -1, "decay must be a share, at least 0 and at most 1, not -1"),
+        (float("nan"), 0, "warmup must be a share"),
+        (0.9, 0.9, r"warmup \(0.9 of the steps\) and decay \(0.9\) overlap, so that the rate never gets to its peak"),
+    ],
+)
+def test_schedules_that_cannot_be(warmup: float, decay: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_trainer(replace(SETTINGS, warmup_share=warmup, decay_share=decay))
+
+
+def test_a_schedule_of_warm_up_and_decay_alone() -> None:
+    trainer = make_trainer(replace(SETTINGS, warmup_share=0.3, decay_share=0.7))
+    assert max(map(trainer.learning_rate, range(SETTINGS.steps))) <= SETTINGS.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("initialisation", "message"),
+    [
+        (Initialisation("tied"), r"initialisation\.encoder is transposed or independent, not 'tied'"),
+        (Initialisation(decoder_norm=-1), r"initialisation\.decoder_norm must be at least 0 and finite, not -1"),
+    ],
+)
+def test_beginnings_that_cannot_be(initialisation: Initialisation, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_trainer(replace(SETTINGS, decoder_norm="free", initialisation=initialisation))
+
+
+def test_resampling_that_can_never_find_a_dead_latent() -> None:
+    rows = SETTINGS.steps * SETTINGS.batch_rows
+    settings = replace(SETTINGS, resampling=Resampling((0.5,), rows=1), dead_after_rows=rows // 2 + 1)
+    with pytest.raises(InputError, match=r"its last event ends by row .* and a latent counts as dead after .* silent"):
+        make_trainer(settings)
+    make_trainer(replace(settings, dead_after_rows=rows // 2 - SETTINGS.batch_rows))
+    with pytest.raises(InputError, match=r"resampling\.at has no event: leave resampling out"):
+        make_trainer(replace(SETTINGS, resampling=Resampling(())))
+
+
+def test_a_site_has_one_width() -> None:
+    with pytest.raises(InputError, match="a is 16 wide as input and 8 as output; a site has one width"):
+        DictionaryConfig(("a",), ("a",), (16,), (8,), LATENTS, TopK(4))
+    with pytest.raises(InputError, match="b's width must be a whole number above 0, not 0"):
+        DictionaryConfig(("a", "b"), ("a",), (16, 0), (16,), LATENTS, TopK(4))
+    with pytest.raises(InputError, match="latents must be a whole number above 0, not 0"):
+        DictionaryConfig(("a",), ("a",), (16,), (16,), 0, TopK(4))
 
 
 def test_as_many_anchors_as_latents() -> None:

@@ -80,6 +80,17 @@ def test_what_becomes_of_dead_latents_and_of_the_others(variant: str, activation
     assert torch.equal(trainer.dictionary.b_dec, before["b_dec"])
 
 
+def test_rows_without_any_loss_are_never_drawn() -> None:
+    """Also where fewer rows have a loss than latents are dead: none begins at nothing."""
+    trainer = trainer_with_dead_latents(VARIANTS["sae"])
+    x, residual = inputs(trainer)
+    residual[2:] = 0
+    x[2:] = 0
+    assert len(resample(trainer, PLAN, 1, x, residual)) == len(DEAD) > 2
+    best = cosines(trainer.dictionary.W_dec[DEAD], x[:2]).max(1).values
+    assert best.min() > 1 - 1e-6
+
+
 def test_shared_latents_begin_anew_with_one_decoder() -> None:
     trainer = trainer_with_dead_latents(VARIANTS["shared"])
     x, residual = inputs(trainer)

@@ -206,7 +206,7 @@ def test_nan_in_a_batch_is_found_before_it_reaches_the_weights() -> None:
         x, y = batch(2)
         x[3, 4] = torch.nan
         y[5, 1] = torch.inf
-        message = r"step 2: .*nan or infinite in column 4 of the input \(1 such\); column 1 of the output \(1 such\)"
+        message = r"step 2: .*nan or infinite in column 4 \(1 such\) of the input; column 1 \(1 such\) of the output"
         with pytest.raises(InputError, match=message):
             trainer.step(x, y)
         assert save(trainer.state()) == before

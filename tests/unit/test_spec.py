@@ -266,7 +266,7 @@ def test_what_spans_sections() -> None:
     ]
     few = {**DICTIONARY, "latents": 16}
     assert mistakes(train={"dictionaries": [DICTIONARY | {"name": "a"}, few]}) == [
-        "train.dictionaries[1]: activation.k must be between 1 and latents = 16, not 32"
+        "train.dictionaries[1]: activation.k must be a whole number between 1 and latents = 16, not 32"
     ]
     assert mistakes(train={"dictionaries": [DICTIONARY, DICTIONARY]}) == [
         "train: dictionaries need different names; sae is used twice"

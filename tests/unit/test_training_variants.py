@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import harvest
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 from pipeline.models import describe_model
@@ -23,7 +24,7 @@ from workers.settings import EvaluateSettings, TrainSettings
 from workers.stages import anchors
 from workers.tensors import to_torch
 from workers.trainer import Trainer, anchors_of
-from workers.training_plan import plan_training
+from workers.training_plan import DictionaryPlan, plan_training
 from workers.training_rows import normalisation
 
 SITES = ["mlp_in.0", "mlp_in.1", "mlp_out.0", "mlp_out.1", "resid_post.0", "resid_post.1"]
@@ -180,6 +181,38 @@ def test_normalisation_of_several_sites_is_each_ones_own(store: Store) -> None:
         assert part.square().sum(1).mean().item() == pytest.approx(32, rel=1e-4)
 
 
+def test_vectors_are_needed_only_where_a_side_is_anchored(store: Store, tmp_path: Path) -> None:
+    given = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"mlp_in.1": given}, tmp_path / "vectors.safetensors")
+    anchors(store, AnchorSettings(name="given", vectors=str(tmp_path / "vectors.safetensors")), SITES)
+
+    def plan(sides: str) -> DictionaryPlan:
+        transcoder = {"name": "new", "input": "mlp_in.1", "output": "mlp_out.1", "latents": LATENTS}
+        keys = {**transcoder, "anchors": {"name": "given", "sides": sides}}
+        (found,) = plan_training(store, TrainSettings.model_validate({"dictionaries": [keys]})).dictionaries
+        return found
+
+    found = plan("encoder")
+    assert found.anchors is not None
+    made = anchors_of(store, found.anchors, found.config, 0)
+    assert made.decoder is None
+    torch.testing.assert_close(made.encoder, given)
+    for sides in ("decoder", "both"):
+        with pytest.raises(StorageError, match=r"the anchors 'given' do not cover mlp_out\.1"):
+            plan(sides)
+
+
+def test_what_normalisation_was_folded_in_is_kept(store: Store) -> None:
+    for name in ("crosscoder", "skip"):
+        found = load_file(store.path / "runs" / name / "normalisation.safetensors")
+        config = load_dictionary(store.path / "runs" / name).config
+        for side, sites in (("input", config.input), ("output", config.output)):
+            norm = normalisation_at(store, sites)
+            assert torch.equal(found[f"{side}.mean"], norm.mean)
+            assert torch.equal(found[f"{side}.scale"], norm.scale)
+        assert len(found) == 4
+
+
 def test_what_cannot_be_trained_is_refused_before_it_begins(store: Store) -> None:
     def plan(**keys: object) -> None:
         dictionary = {"name": "new", "input": "resid_post.0", "latents": LATENTS, **keys}
@@ -193,3 +226,5 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(store: Store) -> Non
         plan(anchors="elsewhere")
     with pytest.raises(InputError, match="nothing makes a relu dictionary sparse"):
         plan(activation={"kind": "relu"})
+    with pytest.raises(InputError, match="a latent counts as dead after 10,000,000 silent rows, so that none ever"):
+        plan(resampling={}, dead_after_rows=10_000_000)  # more rows than there are
