@@ -32,6 +32,8 @@ PREFIXES = (64, 128, 256, 512)
 RATES = (6e-3, 1.2e-2, 2.4e-2)
 """Learning rates that every cell of every library is trained with: a frontier is the best of them. What libraries take
 by themselves is for runs a hundred times as long (3e-4, 8e-4 for so many latents)."""
+HIGHEST = {("topk", 64): 4.8e-2}
+"""One more where the best is the highest of those, for every library."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,13 @@ def all_cells(rates: Sequence[float] = RATES, own_rates: bool = False) -> list[C
         for library, settings_of in ((OURS, _ours), (SAELENS, _saelens), (DICTIONARY_LEARNING, _dictionary_learning))
         for peer_kind, sweep in [settings_of(kind)]
         for settings in sweep or [{"k": k} for k in TARGETS]
-        for rate in (*rates, *((None,) if own_rates and library != OURS else ()))
+        for rate in (*rates, *_highest(kind, settings, rates), *((None,) if own_rates and library != OURS else ()))
     ]
+
+
+def _highest(kind: str, settings: dict[str, Any], rates: Sequence[float]) -> list[float]:
+    found = HIGHEST.get((kind, settings.get("k", 0)))
+    return [] if found is None or tuple(rates) != RATES else [found]
 
 
 Sweep = tuple[str, list[dict[str, Any]]]

@@ -56,11 +56,19 @@ SECTIONS: dict[str, list[Row]] = {
     "anchors": sweep("small", "topk", "anchors", (10, 25, 50, 100, 150), (("k", 64),)),
     "weight": sweep("small", "topk", "anchoring", (0.001, 0.01, 0.1, 1.0), (("k", 64), ("anchors", 100))),
     "sides": sweep("small", "topk", "sides", ("both", "encoder", "decoder"), (("k", 64), ("anchors", 100))),
-    "relu": sweep("small", "relu", "l1", (0.1, 0.5, 1.0, 2.0, 5.0), arms=("plain",)),
+    "relu": [
+        *sweep("small", "relu", "l1", (0.1, 0.5, 1.0, 2.0, 5.0), arms=("plain",)),
+        *sweep("small", "relu", "encoder_scale", (1.0,), arms=("plain",)),
+        *sweep("small", "relu", "l1", (0.1, 2.0), rest=(("clip", None),), arms=("plain",)),
+        *sweep("small", "relu", "encoder_scale", (1.0,), rest=(("clip", None),), arms=("plain",)),
+    ],
     "jumprelu": [
-        Row("small", ("jumprelu",), ("plain",), changes=(("threshold", threshold), ("l0", l0)))
-        for threshold in (0.1, 1.0, 2.5)
-        for l0 in (1e-3, 1e-2)
+        *(
+            Row("small", ("jumprelu",), ("plain",), changes=(("threshold", threshold), ("l0", l0)))
+            for threshold in (0.1, 1.0, 2.5)
+            for l0 in (1e-3, 1e-2)
+        ),
+        *sweep("small", "jumprelu", "threshold", (0.1, 1.0), rest=(("clip", None),), arms=("plain",)),
     ],
     "encoder": [
         *sweep("small", "topk", "tied", (False, True), arms=("plain",)),
@@ -203,15 +211,16 @@ def table(rows: Sequence[Row], results: dict[str, Record]) -> str:
 
 
 def about(rows: Sequence[Row], results: dict[str, Record]) -> str:
-    """The size's constants, and where and how long the cells ran."""
+    """The size's constants, how far MCC is from M_IP, and where and how long the cells ran."""
     size, records = SIZES[rows[0].size](), [record for row in rows for record in found_of(row, results)]
     machines = {f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records}
+    apart = (f"{max(abs(r[side]['m_ip'] - r[side]['mcc']) for r in records):.0e}" for side in ("decoder", "encoder"))
     return (
         f"n = {size.bench.features}, n_p = {size.bench.width}, F = {size.latents}, N = {size.bench.samples:,}, "
         f"S = {size.bench.sparsity}, M = {size.bench.interference}; {size.steps} steps of {size.batch_rows} rows at "
         f"{size.learning_rate:g} (jumprelu: twice as many), k = {size.k}, {size.anchors} anchors where no row says "
-        f"otherwise. {'; '.join(sorted(machines))}: {sum(r['cpu_minutes'] for r in records):.0f} minutes of CPU, cells "
-        "of one thread."
+        f"otherwise. MCC is M_IP within {' (decoder) and '.join(apart)} (encoder). {'; '.join(sorted(machines))}: "
+        f"{sum(r['cpu_minutes'] for r in records):.0f} minutes of CPU, cells of one thread."
     )
 
 

@@ -10,7 +10,7 @@ from pipeline.sdl.lrb_recipes import ARMS, TRUTH, Cell, described, resolve
 from storage.records import Record
 
 ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73", TRUTH: "#36c"}
-FIGURES = (("decoder", "m_gt"), ("decoder", "m_ip"), ("decoder", "mcc"), ("encoder", "m_gt"), ("encoder", "m_ip"))
+FIGURES = tuple((side, figure) for side in ("decoder", "encoder") for figure in ("m_gt", "m_ip", "mcc"))
 COMPARED = (("anchored", "plain"), ("anchored", "random"), ("random", "plain"))
 NAMES = {"m_gt": "M_GT", "m_ip": "M_IP", "mcc": "MCC"}
 SPURIOUS = {1: "yes", 0: "not told apart", -1: "no, below"}

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("no_ray")
         ),
         (
             {"train": changed(TRAIN, {"dictionaries": [{**DICTIONARY, "latents": 2}]})},
-            "train.dictionaries[0]: activation.k must be between 1 and latents = 2, not 4",
+            "train.dictionaries[0]: activation.k must be a whole number between 1 and latents = 2, not 4",
         ),
         (
             {"train": changed(TRAIN, {"dictionaries": [{**DICTIONARY, "anchors": "a"}]})},

@@ -153,6 +153,11 @@ def test_a_change_with_the_name_of_its_part() -> None:
     assert (how.decoder_norm, how.initialisation.decoder_norm) == ("free", 0.1)
 
 
+def test_what_may_be_none() -> None:
+    _, how = resolve(Cell(QUICK, "topk", "plain", 0, (("clip", None), ("auxk_k", 7))))
+    assert (how.clip, how.objective.auxk_k) == (None, 7)
+
+
 def test_tied_weights_begin_alike() -> None:
     """The kinds with a quiet encoder otherwise are refused none of this."""
     size, how = resolve(Cell(QUICK, "relu", "plain", 0, (("tied", True),)))
@@ -175,14 +180,16 @@ def test_tied_weights_begin_alike() -> None:
         ("topk", "plain", {"tied": 1}, "tied is true or false, not 1"),
         ("topk", "plain", {"noise": True}, "noise is a number, not True"),
         ("matryoshka", "plain", {"prefixes": 3}, "prefixes is a list of numbers, not 3"),
-        ("topk", "plain", {"k": 481}, "activation.k must be between 1 and latents = 480, not 481"),
+        ("topk", "plain", {"k": 481}, "activation.k must be a whole number between 1 and latents = 480, not 481"),
         ("topk", "plain", {"l1": 1}, "topk fixes how many latents are active with k; l1"),
         ("transcoder", "plain", {"tied": True}, "tied: an encoder can only be"),
         ("topk", "plain", {"hierarchy": {"child": 2}}, "a hierarchy has parents, children, child_share, and no child"),
         ("topk", "plain", {"hierarchy": 2}, "hierarchy is a section, as .* not 2"),
         ("topk", "plain", {"sides": "left"}, "sides is both, encoder or decoder, not 'left'"),
         ("topk", "plain", {"layout": "clt"}, "layout is one of sae, transcoder, crosscoder, not 'clt'"),
-        ("topk", "plain", {"steps": 0, "batch_rows": -1}, "steps, batch_rows: at least 1"),
+        ("topk", "plain", {"steps": 0, "batch_rows": -1}, "steps must be a whole .*; batch_rows must be .*, not -1"),
+        ("topk", "plain", {"k": None}, "k is a whole number, not None"),
+        ("topk", "plain", {"clip": -1}, "clip must be above 0 and finite, not -1"),
         ("topk", "anchored", {"anchors": 120}, "120 anchors are too many for 120 features"),
         ("topk", "anchored", {"latents": 10}, "20 anchors are too many for 120 features, .* and 10 latents"),
         ("topk", "plain", {"sparsity": 1}, "sparsity is at least 0 and below 1, not 1"),
@@ -256,7 +263,7 @@ def test_with_a_loose_k_and_many_anchors(seed: int) -> None:
     loose = (("k", 48), ("anchors", 90))
     clipped, free = (
         {arm: trained("topk", arm, seed, *loose, ("clip", clip))["decoder"]["m_ip"] for arm in ARMS}
-        for clip in (1.0, 1e9)
+        for clip in (1.0, None)
     )
     assert clipped["anchored"] < clipped["plain"]
     assert free["anchored"] > max(free["plain"] + 0.02, free["random"] + 0.04)

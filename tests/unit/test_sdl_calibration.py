@@ -128,9 +128,7 @@ def test_no_rows() -> None:
 def test_rows_that_are_not_finite(bad: float) -> None:
     x = randn(20, 6)
     x[3, 2] = x[4, 2] = bad
-    with pytest.raises(
-        InputError, match=r"calibration: activations are nan or infinite in column 2 \(1 such\);"
-    ):
+    with pytest.raises(InputError, match=r"calibration: activations are nan or infinite in column 2 \(1 such\);"):
         calibrate(batch_top_k(), batches(x, 7))
 
 
