@@ -160,8 +160,8 @@ def minima(rows: Sequence[Row], results: dict[str, Record]) -> str:
     """Minima from random weights beside those from the truth: what is missed, and whether the loss says so."""
     lines = [
         "| method | seeds | loss | from the truth | difference | spurious | L0 | from the truth | decoder M_GT % | "
-        "from the truth | polysemantic % | unserved % | dead % |",
-        "|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "from the truth | polysemantic % | unserved % | dead % | FVU | of the configuration itself |",
+        "|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         for method in row.methods:
@@ -179,6 +179,7 @@ def minima(rows: Sequence[Row], results: dict[str, Record]) -> str:
                 cells += [f"{mean(r['l0'] for r in part):.1f}" for part in of.values()]
                 cells += [f"{100 * mean(r['decoder']['m_gt'] for r in part):.1f}" for part in of.values()]
                 cells += [f"{100 * mean(r[name] for r in plain):.1f}" for name in ("polysemantic", "unserved", "dead")]
+                cells += [f"{mean(r['fvu'] for r in plain):.4f}", f"{mean(r['fvu_at_truth'] for r in of[TRUTH]):.4f}"]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", about(rows, results)]) + "\n"
 

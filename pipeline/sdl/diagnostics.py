@@ -1,7 +1,8 @@
 """What went wrong, or did not, in a trained dictionary, named after the theory (arXiv 2512.05534, 2606.02385).
 
 With the truth known (the Linear Representation Bench): which features each latent serves, whether parents are absorbed
-into their children; whether a minimum is spurious is asked by an arm that begins at the truth (`lrb_recipes.TRUTH`).
+into their children; what the near-optimal configuration of Theorem 3.2 loses. Where features interfere that is much
+more than a trained minimum, so whether one is spurious is asked of a run that begins there (`lrb_recipes.TRUTH`).
 Without it, on any rows: how far the dictionary is from what an optimum must satisfy.
 """
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.config import DictionaryConfig
+from pipeline.sdl.dictionary import Dictionary, Normalisation
 
 SERVED = 0.1
 """A latent serves a feature if it is at least this strong, against the strongest, when the feature is alone."""
@@ -29,6 +31,24 @@ def polysemanticity(dictionary: Dictionary, features: Tensor, base: Tensor, stre
     """
     values = dictionary.encode(base + strength * features)
     return values > (SERVED * values.amax(1, keepdim=True)).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def at_truth(
+    config: DictionaryConfig, features: tuple[Tensor, Tensor], x_norm: Normalisation, y_norm: Normalisation
+) -> Dictionary:
+    """The near-optimal configuration of Theorem 3.2: a dictionary whose first latents are the true features.
+
+    `features` [n, d_in] as read and [n, d_out] as written; encoder rows are the first in the normalised space, with
+    norm 1 and no bias, decoder rows the second, so that a feature alone is reconstructed; other latents are never
+    active. On raw activations. A BatchTopK one is still to be calibrated.
+    """
+    read, written = features[0] * x_norm.scale, features[1] * y_norm.scale
+    lengths = torch.linalg.vector_norm(read, dim=1, keepdim=True)
+    dictionary = Dictionary(config)
+    dictionary.W_enc[: len(read)] = read / lengths
+    dictionary.W_dec[: len(read)] = written / lengths
+    return dictionary.folded(x_norm, y_norm)
 
 
 @dataclass(frozen=True)

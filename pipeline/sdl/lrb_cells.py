@@ -16,10 +16,11 @@ from torch import Tensor
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
-from pipeline.sdl.diagnostics import absorption, polysemanticity
+from pipeline.sdl.diagnostics import absorption, at_truth, polysemanticity
 from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.lrb_recipes import LAYOUTS, TRUTH, Cell, Method, Size, config_of, resolve, training_of
+from pipeline.sdl.metrics import measure_code
 from pipeline.sdl.objective import Anchors
 from pipeline.sdl.training import DictionaryTrainer
 
@@ -68,6 +69,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         "decoder": asdict(recovery(result.W_dec, written, size.anchors)),
         **_pattern(result, x, data, reads),
         **({} if size.bench.hierarchy is None else _absorption(size, result, x, data, writes)),
+        **({"fvu_at_truth": _fvu_at_truth(trainer, (read, written), x, y)} if cell.arm == TRUTH else {}),
         "loss": found.loss,
         "fvu": found.fvu,
         "l0": found.l0,
@@ -87,6 +89,15 @@ def _pattern(result: Dictionary, x: Tensor, data: Data, reads: Sequence[int]) ->
         "polysemantic": ((features_of > 1).sum() / (features_of > 0).sum().clamp(min=1)).item(),
         "unserved": (served.sum(1) == 0).float().mean().item(),
     }
+
+
+def _fvu_at_truth(trainer: DictionaryTrainer, features: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> float:
+    """What Theorem 3.2's configuration leaves unexplained, before any training."""
+    x, y, config = x[:SCORED_ROWS], y[:SCORED_ROWS], trainer.dictionary.config
+    truth = at_truth(config, features, trainer.x_norm, trainer.y_norm)
+    if isinstance(config.activation, BatchTopK):
+        calibrate(truth, lambda: [x])
+    return measure_code(truth, [(x, y)])[0].fvu
 
 
 def _absorption(size: Size, result: Dictionary, x: Tensor, data: Data, writes: Sequence[int]) -> dict[str, Any]:

@@ -1,20 +1,24 @@
 """Diagnostics of dictionaries made by hand, whose defects are known, and of a trained one."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from formulas import randn
 from scipy.optimize import nnls
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.sdl.activations import ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.diagnostics import absorption, antipodal_pairs, optimality, polysemanticity
-from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.diagnostics import absorption, antipodal_pairs, at_truth, optimality, polysemanticity
+from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows
 from pipeline.sdl.lrb_cells import Data, batches, make_trainer
 from pipeline.sdl.lrb_recipes import Cell, Size, resolve
+from pipeline.sdl.metrics import measure_code
 
 
 def dictionary_of(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor | None = None, k: int | None = None) -> Dictionary:
@@ -124,6 +128,46 @@ def test_plain_training_absorbs() -> None:
     found = absorption(trainer.result(), x, z, features, families)
     assert found.rate > 0.1, found
     assert found.leaning > 0.05, found
+
+
+# ---- the configuration of the truth
+
+
+def test_the_truth_reads_and_writes_each_feature_alone() -> None:
+    """A crosscoder whose sites have means and scales of their own, against the formula on raw activations."""
+    read = torch.cat([functional.normalize(randn(9, 5, seed=seed), dim=1) for seed in (0, 1)], dim=1)
+    config = DictionaryConfig(("a", "b"), ("a", "b"), (5, 5), (5, 5), 40, TopK(3))
+    norm = Normalisation(randn(10, seed=2), torch.tensor([0.5] * 5 + [2.0] * 5))
+    truth = at_truth(config, (read, read), norm, norm)
+    assert not truth.W_enc[9:].any()
+    one = norm.mean + 7 * read[4]  # a feature of strength 7
+    alone = Dictionary(replace(truth.config, activation=TopK(1)))
+    alone.load_state_dict(truth.state_dict())
+    torch.testing.assert_close(alone(one[None])[0], one)
+    x = randn(50, 10, seed=3)
+    weights = read.double() * norm.scale**2 / (read * norm.scale).double().square().sum(1, keepdim=True)
+    strengths = ((x - norm.mean).double() @ weights.T).relu()
+    kept = strengths * (read * norm.scale).norm(dim=1)
+    strengths = torch.where(kept >= kept.topk(3).values[:, -1:], strengths, 0)
+    torch.testing.assert_close(truth(x).double(), strengths @ read.double() + norm.mean, rtol=1e-4, atol=1e-4)
+
+
+def test_the_truth_loses_nothing_where_features_do_not_interfere() -> None:
+    """Of a transcoder with orthogonal inputs; with others, and with wrong ones, it loses."""
+    read = torch.linalg.qr(randn(12, 12, seed=0))[0][:8]
+    written = functional.normalize(randn(8, 7, seed=1), dim=1)
+    z = torch.rand(500, 8, generator=torch.Generator().manual_seed(0))
+    z[z < 0.7] = 0
+    config = DictionaryConfig(("a",), ("b",), (12,), (7,), 20, TopK(8))
+    x_norm, y_norm = (Normalisation(torch.zeros(d), torch.full((d,), s)) for d, s in ((12, 3.0), (7, 0.1)))
+
+    def fvu(read: Tensor, written: Tensor) -> float:
+        return measure_code(at_truth(config, (read, written), x_norm, y_norm), [(z @ read, z @ written)])[0].fvu
+
+    assert fvu(read, written) < 1e-10
+    wrong = at_truth(config, (read, written.roll(1, 0)), x_norm, y_norm)
+    assert measure_code(wrong, [(z @ read, z @ written)])[0].fvu > 0.5
+    assert fvu(functional.normalize(randn(8, 12, seed=4), dim=1), written) > 0.01
 
 
 # ---- conditions of an optimum

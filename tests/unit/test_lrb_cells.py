@@ -290,6 +290,7 @@ def test_a_minimum_that_misses_features_is_above_that_of_the_truth() -> None:
     plain, truth = (trained("topk", arm, 0, ("k", 48)) for arm in ("plain", TRUTH))
     assert plain["decoder"]["m_gt"] < 0.5 < 0.9 < truth["decoder"]["m_gt"]
     assert plain["loss"] > truth["loss"]
+    assert truth["fvu_at_truth"] > 5 * truth["fvu"]  # where features interfere that configuration is no minimum
 
 
 @pytest.mark.parametrize("seed", SEEDS)
