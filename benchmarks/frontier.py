@@ -35,7 +35,7 @@ from benchmarks.frontier_cells import (
     all_cells,
     train_ours,
 )
-from benchmarks.frontier_comparison import Result, summary, table
+from benchmarks.frontier_comparison import Result, beside, summary, table
 from benchmarks.frontier_plot import draw
 from benchmarks.frontier_rows import NOT_MEASURED, RowFiles, prepare_rows
 from workers.machine import machine
@@ -65,7 +65,7 @@ def main() -> None:
     wanted = all_cells(arguments.rates, arguments.own_rates)
     cells = [c for c in wanted if c.kind in arguments.kinds and c.library in arguments.libraries]
     results = run(cells, files, folder, steps, arguments.seed, arguments.threads)
-    print(f"{table(results)}\n\n{summary(results)}")
+    print(f"{table(results)}\n\n{beside(results)}\n\n{summary(results)}")
     (folder / "frontier.svg").write_text(draw(results))
     print(f"plot: {folder / 'frontier.svg'}")
     about = {"rows": files.about, "steps": steps, "seed": arguments.seed, "latents": LATENTS, "batch_rows": BATCH_ROWS}

@@ -24,7 +24,7 @@ TARGETS = (8, 16, 32, 64)
 PENALTIES = (0.7, 1.0, 1.6, 2.5)
 GATED_PENALTIES = (1.0, 1.6, 2.5, 4.0)
 """Weights of L1 where E||x||^2 = d and errors are summed over d: ours have an L0 of 10 to 90 with them."""
-BETWEEN = {"jumprelu": (4.0, 40.0, 45.0), "gated": (1.25, 2.0, 3.2, 6.3), "relu": (0.5, 0.85, 1.25, 2.0)}
+BETWEEN = {"jumprelu": (4.0, 40.0, 45.0), "gated": (0.8, 1.25, 2.0, 3.2, 6.3), "relu": (0.5, 0.85, 1.25, 2.0)}
 """Further targets and penalties of ours: its FVU is read at peers' L0 on a line, which lies above the curve between
 points that are far apart."""
 LATENTS, BATCH_ROWS = 1024, 4096
@@ -32,8 +32,9 @@ PREFIXES = (64, 128, 256, 512)
 RATES = (6e-3, 1.2e-2, 2.4e-2)
 """Learning rates that every cell of every library is trained with: a frontier is the best of them. What libraries take
 by themselves is for runs a hundred times as long (3e-4, 8e-4 for so many latents)."""
-HIGHEST = {("topk", 64): 4.8e-2}
-"""One more where the best is the highest of those, for every library."""
+HIGHEST = 4.8e-2
+"""One more, for every library, where the best is the highest of those: k = 64, and gated with penalties
+up to 1.6."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,19 @@ def all_cells(rates: Sequence[float] = RATES, own_rates: bool = False) -> list[C
         for library, settings_of in ((OURS, _ours), (SAELENS, _saelens), (DICTIONARY_LEARNING, _dictionary_learning))
         for peer_kind, sweep in [settings_of(kind)]
         for settings in sweep or [{"k": k} for k in TARGETS]
-        for rate in (*rates, *_highest(kind, settings, rates), *((None,) if own_rates and library != OURS else ()))
+        for rate in (
+            *rates,
+            *((HIGHEST,) if tuple(rates) == RATES and _wants_highest(kind, library, settings) else ()),
+            *((None,) if own_rates and library != OURS else ()),
+        )
     ]
 
 
-def _highest(kind: str, settings: dict[str, Any], rates: Sequence[float]) -> list[float]:
-    found = HIGHEST.get((kind, settings.get("k", 0)))
-    return [] if found is None or tuple(rates) != RATES else [found]
+def _wants_highest(kind: str, library: str, settings: dict[str, Any]) -> bool:
+    if kind == "gated":
+        (penalty,) = settings.values()
+        return bool(penalty * (128**0.5 if library == DICTIONARY_LEARNING else 1) < 1.7)
+    return kind == "topk" and settings == {"k": max(TARGETS)}
 
 
 Sweep = tuple[str, list[dict[str, Any]]]

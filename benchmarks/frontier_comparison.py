@@ -77,6 +77,25 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def beside(results: list[Result]) -> str:
+    """For each kind the peers' frontiers as "L0: theirs, ours of the kind"; those where ours is above in bold."""
+    libraries = [library for library in dict.fromkeys(r["library"] for r in results) if library != OURS]
+    lines = [
+        f"| kind | {' | '.join(f'L0: {library}, ours' for library in libraries)} |",
+        "|---|" + "---|" * len(libraries),
+    ]
+    for kind in KINDS:
+        cells = ["; ".join(_point(r, results) for r in frontier(results, library, kind)) for library in libraries]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _point(peer: Result, results: list[Result]) -> str:
+    ours = ours_at(peer["l0"], results, peer["kind"])
+    text = f"{peer['l0']:.1f}: {peer['fvu']:.4f}, {'-' if ours is None else f'{ours:.4f}'}"
+    return f"**{text}**" if ours is not None and ours > peer["fvu"] else text
+
+
 def summary(results: list[Result]) -> str:
     """How often ours is at or below, and where it is not."""
     lines, verdicts = [], compare(results)

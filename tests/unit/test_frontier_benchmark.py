@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.frontier import figures
 from benchmarks.frontier_cells import OURS, SAELENS, Cell, all_cells, train_ours
-from benchmarks.frontier_comparison import compare, frontier, fvu_at
+from benchmarks.frontier_comparison import beside, compare, frontier, fvu_at
 from benchmarks.frontier_plot import draw
 from benchmarks.synthetic_rows import sparse_rows
 from pipeline.sdl.metrics import measure_code
@@ -39,6 +39,13 @@ def test_ours_at_a_peers_l0() -> None:
     assert fvu_at(8.0 * 0.99, points) == pytest.approx(0.4)
     results = [result(OURS, 8, 0.4), result(OURS, 32, 0.2), result(SAELENS, 16, 0.35), result(SAELENS, 64, 0.1)]
     assert compare(results) == {"SAELens 16": (pytest.approx(0.05), pytest.approx(0.05)), "SAELens 64": (None, None)}
+
+
+def test_peers_beside_ours() -> None:
+    ours = [result(OURS, 8, 0.4), result(OURS, 32, 0.2)]
+    lines = beside([*ours, result(SAELENS, 16, 0.35), result(SAELENS, 24, 0.21), result(SAELENS, 64, 0.1)]).splitlines()
+    assert lines[0] == "| kind | L0: SAELens, ours |"
+    assert "| topk | 16.0: 0.3500, 0.3000; **24.0: 0.2100, 0.2415**; 64.0: 0.1000, - |" in lines
 
 
 def test_a_frontier_is_the_best_of_all_rates() -> None:
