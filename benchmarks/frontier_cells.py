@@ -24,7 +24,13 @@ TARGETS = (8, 16, 32, 64)
 PENALTIES = (0.7, 1.0, 1.6, 2.5)
 GATED_PENALTIES = (1.0, 1.6, 2.5, 4.0)
 """Weights of L1 where E||x||^2 = d and errors are summed over d: ours have an L0 of 10 to 90 with them."""
-BETWEEN = {"jumprelu": (4.0, 40.0, 45.0), "gated": (0.8, 1.25, 2.0, 3.2, 6.3), "relu": (0.5, 0.85, 1.25, 2.0)}
+BETWEEN: dict[str, tuple[float, ...]] = {
+    "batch_topk": (6, 66),
+    "matryoshka": (7,),
+    "jumprelu": (2.5, 4.0, 40.0, 45.0, 48.0, 68.0),
+    "gated": (0.8, 1.25, 2.0, 3.2, 5.0, 6.3),
+    "relu": (0.5, 0.85, 1.25, 2.0, 3.2),
+}
 """Further targets and penalties of ours: its FVU is read at peers' L0 on a line, which lies above the curve between
 points that are far apart."""
 LATENTS, BATCH_ROWS = 1024, 4096
@@ -33,8 +39,8 @@ RATES = (6e-3, 1.2e-2, 2.4e-2)
 """Learning rates that every cell of every library is trained with: a frontier is the best of them. What libraries take
 by themselves is for runs a hundred times as long (3e-4, 8e-4 for so many latents)."""
 HIGHEST = 4.8e-2
-"""One more, for every library, where the best is the highest of those: k = 64, and gated with penalties
-up to 1.6."""
+"""One more, for every library, where the best is the highest of those: k = 64, gated with penalties up
+to 1.6, and relu with such up to 1."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,10 @@ def all_cells(rates: Sequence[float] = RATES, own_rates: bool = False) -> list[C
 
 
 def _wants_highest(kind: str, library: str, settings: dict[str, Any]) -> bool:
-    if kind == "gated":
+    if kind in ("gated", "relu"):
         (penalty,) = settings.values()
-        return bool(penalty * (128**0.5 if library == DICTIONARY_LEARNING else 1) < 1.7)
+        largest = {"gated": 1.7, "relu": 1.1}[kind]
+        return bool(penalty * (128**0.5 if library == DICTIONARY_LEARNING else 1) < largest)
     return kind == "topk" and settings == {"k": max(TARGETS)}
 
 
@@ -86,6 +93,7 @@ Sweep = tuple[str, list[dict[str, Any]]]
 
 def _ours(kind: str) -> Sweep:
     sweeps: dict[str, list[dict[str, Any]]] = {
+        **{name: [{"k": k} for k in (*TARGETS, *BETWEEN[name])] for name in ("batch_topk", "matryoshka")},
         "jumprelu": [{"l0": 1.0, "l0_target": float(k)} for k in (*TARGETS, *BETWEEN["jumprelu"])],
         "gated": [{"l1": weight} for weight in (*GATED_PENALTIES, *BETWEEN["gated"])],
         "relu": [{"l1": weight} for weight in (*PENALTIES, *BETWEEN["relu"])],
