@@ -25,7 +25,7 @@ PENALTIES = (0.7, 1.0, 1.6, 2.5)
 GATED_PENALTIES = (1.0, 1.6, 2.5, 4.0)
 """Weights of L1 where E||x||^2 = d and errors are summed over d: ours have an L0 of 10 to 90 with them."""
 BETWEEN: dict[str, tuple[float, ...]] = {
-    "batch_topk": (6, 66),
+    "batch_topk": (7, 66),
     "matryoshka": (7,),
     "jumprelu": (2.5, 4.0, 40.0, 45.0, 48.0, 68.0),
     "gated": (0.8, 1.25, 2.0, 3.2, 5.0, 6.3),
