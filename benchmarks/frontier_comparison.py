@@ -23,13 +23,15 @@ def frontier(results: list[Result], library: str, kind: str) -> list[Result]:
     return best
 
 
-def ours_at(l0: float, results: list[Result], kind: str) -> float | None:
-    """The FVU of ours of a kind at an L0, with the best learning rate; None if no rate's points reach so far."""
-    ours = sorted(
-        (r["settings"]["lr"], r["l0"], r["fvu"]) for r in results if (r["library"], r["kind"]) == (OURS, kind)
+def best_at(l0: float, results: list[Result], library: str, kind: str) -> float | None:
+    """A library's FVU of a kind at an L0, with the best learning rate; None if no rate's points reach so far."""
+    found = sorted(
+        (r["settings"].get("lr") or 0, r["l0"], r["fvu"])
+        for r in results
+        if (r["library"], r["kind"]) == (library, kind)
     )
-    rates = [[(l0, fvu) for _, l0, fvu in group] for _, group in groupby(ours, key=lambda point: point[0])]
-    return min((found for points in rates if (found := fvu_at(l0, points)) is not None), default=None)
+    rates = [[(l0, fvu) for _, l0, fvu in group] for _, group in groupby(found, key=lambda point: point[0])]
+    return min((at for points in rates if (at := fvu_at(l0, points)) is not None), default=None)
 
 
 def fvu_at(l0: float, points: list[tuple[float, float]]) -> float | None:
@@ -47,7 +49,7 @@ def compare(results: list[Result]) -> dict[str, tuple[float | None, float | None
     found: dict[str, tuple[float | None, float | None]] = {}
     for library in dict.fromkeys(r["library"] for r in results if r["library"] != OURS):
         for point in (r for kind in KINDS for r in frontier(results, library, kind)):
-            of_kinds = {kind: at for kind in KINDS if (at := ours_at(point["l0"], results, kind)) is not None}
+            of_kinds = {kind: at for kind in KINDS if (at := best_at(point["l0"], results, OURS, kind)) is not None}
             same = of_kinds.get(point["kind"])
             found[point["name"]] = (
                 None if same is None else point["fvu"] - same,
@@ -91,7 +93,7 @@ def beside(results: list[Result]) -> str:
 
 
 def _point(peer: Result, results: list[Result]) -> str:
-    ours = ours_at(peer["l0"], results, peer["kind"])
+    ours = best_at(peer["l0"], results, OURS, peer["kind"])
     text = f"{peer['l0']:.1f}: {peer['fvu']:.4f}, {'-' if ours is None else f'{ours:.4f}'}"
     return f"**{text}**" if ours is not None and ours > peer["fvu"] else text
 

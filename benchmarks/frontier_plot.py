@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+
 from benchmarks.frontier_cells import DICTIONARY_LEARNING, KINDS, OURS, SAELENS
-from benchmarks.frontier_comparison import frontier
+from benchmarks.frontier_comparison import best_at, frontier
 from jobs.report.plots import WIDTH, Series, line_plot
 
 PANEL_HEIGHT, TITLE, COLUMNS = 280, 46, 2
@@ -15,6 +17,7 @@ STYLE = (
     + "".join(f".s{i}{{stroke:{c}}}circle.s{i}{{fill:{c}}}" for i, c in enumerate(COLOURS))
     + "".join(f".d{i}{{stroke-dasharray:{d}}}" for i, d in enumerate(DASHES))
 )
+LARGEST_L0 = 130
 LIBRARIES = (OURS, SAELENS, DICTIONARY_LEARNING)
 
 
@@ -41,9 +44,12 @@ def _of_kind(results: list[dict[str, Any]], kind: str) -> list[Series]:
 
 
 def _series(name: str, results: list[dict[str, Any]], kind: str, library: str) -> Series:
-    """A library's frontier, without what is not sparse at all, which would leave the others no room."""
-    points = [(r["l0"], r["fvu"]) for r in frontier(results, library, kind)]
-    return Series(name, [point for point in points if 0 < point[0] <= 130])
+    """The best of a library's rates at each L0, without what is not sparse at all, which would leave no room."""
+    reached = [r["l0"] for r in frontier(results, library, kind) if 0 < r["l0"] <= LARGEST_L0]
+    if not reached:
+        return Series(name, [])
+    grid = sorted({*reached, *map(float, np.geomspace(min(reached), max(reached), 60))})
+    return Series(name, [(l0, fvu) for l0 in grid if (fvu := best_at(l0, results, library, kind)) is not None])
 
 
 def _legend(series: list[Series], x: float, y: float) -> str:
