@@ -238,7 +238,7 @@ def test_workers_come_and_go_with_the_nodes(
     tmp_path: Path, library: Path, slow: dict[str, dict[str, Any]], slow_undisturbed: Path, cluster: Any
 ) -> None:
     """It begins without room, grows as nodes come, loses a worker that is told to go, and a node with its worker. The
-    worker that is left stands still until a third node's has taken over, or it might be done before anyone notices."""
+    worker that is left stands still until the lost one's place is taken, or it might be done before anyone notices."""
     sections = {**slow, "cluster": {"address": cluster.address}}
     spec, store = spec_with(tmp_path, library, sections, workers="auto"), tmp_path / "store"
     process = start("harvest", spec)
@@ -248,8 +248,12 @@ def test_workers_come_and_go_with_the_nodes(
     wait_for(lambda: len(writers(store)) == 1, process)
     cluster.add_node(num_cpus=1)
     wait_for(lambda: len(writers(store)) == 2, process)
-    os.kill(pid_of(next(commits(store))["writer"]), signal.SIGTERM)
+    gone = next(commits(store))["writer"]
+    other = psutil.Process(pid_of((writers(store) - {gone}).pop()))
+    other.suspend()
+    os.kill(pid_of(gone), signal.SIGTERM)
     wait_for(lambda: len(writers(store)) == 3, process)
+    other.resume()
     left = worker_elsewhere(store, first)
     left.suspend()
     cluster.remove_node(first, allow_graceful=False)

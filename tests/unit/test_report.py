@@ -442,9 +442,10 @@ def test_the_control_of_a_dictionary_with_every_option_has_them_too(store: Store
     assert settings.problems() == []
     assert settings.config(dict.fromkeys((*config.input, *config.output), 5)) == config
     assert settings.objective() == replace(objective, anchoring=0.1)
-    assert settings.resampling_value() == options["resampling"]
-    assert settings.initialisation_value() == options["initialisation"]
-    assert settings.products() == options["products"]
+    training = settings.training(steps=1000, batch_rows=64, seed=0)
+    assert training.resampling == options["resampling"]
+    assert training.initialisation == options["initialisation"]
+    assert training.products == options["products"]
     found = {"warmup_share": settings.warmup, "decay_share": settings.decay, "clip": settings.clip}
     found |= {"dead_after_rows": settings.dead_after_rows, "decoder_norm": settings.decoder_norm}
     assert found == {name: options[name] for name in found}
