@@ -33,11 +33,10 @@ from workers.harvesting import name_in_store
 from workers.settings import EvaluateSettings
 from workers.subpopulations import score_set
 from workers.tensors import to_torch
-from workers.training_rows import pair
+from workers.training_rows import READ_ROWS, pair
 
 MAX_CODE_ENTRIES = 2**28
 """Codes kept for AUROC and examples: at most 1 GiB of float32. Wide dictionaries are scored on fewer rows."""
-READ_ROWS = 8192
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,13 @@ def score_set(store: Store, name: str, codes: Tensor, start: int, anchored: Dict
             "best_auroc": float(column.max()) if known else None,
         }
         if anchored is not None:
-            direction = np.concatenate([anchors.vectors[site][i] for site in anchored.config.output])
-            decoder = anchored.each_block()[0].W_dec[i].cpu()
-            cosine = functional.cosine_similarity(decoder, torch.from_numpy(direction), dim=0)
             line["anchored_latent"] = i
             line["anchored_auroc"] = float(column[i]) if known else None
-            line["anchor_cosine"] = float(cosine)
+            if anchors.vectors.keys() >= set(anchored.config.output):  # not so where the encoder alone is anchored
+                direction = np.concatenate([anchors.vectors[site][i] for site in anchored.config.output])
+                decoder = anchored.each_block()[0].W_dec[i].cpu()
+                cosine = functional.cosine_similarity(decoder, torch.from_numpy(direction), dim=0)
+                line["anchor_cosine"] = float(cosine)
         groups.append(line)
     return groups
 
