@@ -86,7 +86,7 @@ def demo_data(rows: int) -> Data:
         steps=800,
         batch_rows=4096,
         learning_rate=1e-2,
-        dead_after_rows=200_000,
+        dead_after_rows=50_000,
         initialisation=Initialisation(encoder="independent"),  # which loses half of the latents, as large runs do
     )
     return Data(train, held_out[:32_768], 8192, 16, config)

@@ -2,9 +2,10 @@
 
 At some shares of the training, inputs are drawn with probability proportional to their squared loss; each dead latent
 gets one: its decoder row that input's direction, its encoder row the same at 0.2 of the mean norm of the alive encoder
-rows, bias zero, no memory in the optimiser. An event lasts over several batches, and each revives its part of what is
-still dead, so that latents are drawn from many rows without any being kept: the state stays what a checkpoint holds.
-Anchored latents are left alone.
+rows, bias zero. Its momentum is zero, its second moments are the alive latents' mean: were they zero too, Adam would
+move it by some 30 learning rates whenever one of its few inputs comes, away from where it was put, and it would die
+again. An event lasts over several batches, and each revives its part of what is still dead, so that latents are drawn
+from many rows without any being kept: the state stays what a checkpoint holds. Anchored latents are left alone.
 """
 
 from dataclasses import dataclass
@@ -88,8 +89,9 @@ def resample(trainer: "DictionaryTrainer", plan: Resampling, left: int, x: Tenso
         for name in block.activation.trained:
             block.own(name)[latents] = block.activation.own_weights(1)[name].to(x.device)
         for parameter in block.parameters():
-            for key in ("exp_avg", "exp_avg_sq"):
-                trainer.optimizer.state[parameter][key][latents] = 0
+            moments = trainer.optimizer.state[parameter]
+            moments["exp_avg"][latents] = 0
+            moments["exp_avg_sq"][latents] = moments["exp_avg_sq"][~of_block].mean(0) if len(alive) else 0.0
         revived.append(first + latents)
     model.tie_shared()
     return torch.cat(revived) if revived else dead.new_empty(0, dtype=torch.int64)
