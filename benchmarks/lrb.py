@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from jobs.bench.lrb_page import SPURIOUS, differences, shown, told_apart, verdict
+from jobs.bench.lrb_page import ABSORPTION, SPURIOUS, defined, differences, shown, told_apart, verdict
 from pipeline.sdl.lrb_recipes import ARMS, SIZES, TRUTH, Cell, described, methods, resolve, small
 from storage.records import Record, digest
 from workers.benching import identity_of, run_cells
@@ -234,8 +234,8 @@ def _figures(row: Row, method: str, arm: str, of: list[Record], absorbing: bool)
     for side in ("decoder",) if absorbing else ("decoder", "encoder"):
         cells += [shown([r[side][figure] for r in of], figure) for figure in ("m_gt", "m_ip")]
     if absorbing:
-        groups = ("absorption", "absorption_of_anchored")
-        cells += [shown([r[group]["rate"] for r in of], "m_gt") for group in groups]
+        rates = [defined(of, group, "rate") for group in ABSORPTION]
+        cells += [shown(values, "m_gt") if values else "" for values in rates]
     return [*cells, f"{mean(r['fvu'] for r in of):.4f}", f"{mean(r['l0'] for r in of):.1f}"]
 
 

@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check every byte of a store", "granary verify /data/acts --audit 3 --repair")
     verify.add_argument("store", help="the store, or a spec that names it, its model and where that runs")
     verify.add_argument("--audit", type=_count, default=0, metavar="N", help="run N random units with the model again")
-    verify.add_argument("--seed", type=int, default=0, help="seed of the audit's choice (default: 0)")
+    verify.add_argument("--seed", type=_count, default=0, help="seed of the audit's choice (default: 0)")
     verify.add_argument("--repair", action="store_true", help="write again what the store or the model determines")
     verify.add_argument(
         "--model", action="append", default=[], metavar="ID[@REVISION]", help="where a harvest's model is now"
@@ -123,10 +123,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--size", default="small", help="small (about a minute a seed), half or full (the paper's)")
     bench.add_argument("--method", action="append", metavar="NAME", help="a method; again for more (default: seven)")
     bench.add_argument("--arm", action="append", metavar="NAME", help="plain, anchored, random (default: these), truth")
-    bench.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds of each cell (default: 3)")
+    bench.add_argument("--seeds", type=_positive, default=3, metavar="N", help="seeds of each cell (default: 3)")
     bench.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another constant, as k=10")
     bench.add_argument("--out", metavar="FOLDER", help="cells, lrb.md, .json, .svg (default: granary-lrb-SIZE)")
-    bench.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of a cell (default: 1)")
+    bench.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads of a cell (default: 1)")
     bench.add_argument("--address", default="local", help="a Ray cluster, as cluster.address (default: local)")
 
     submit = add("submit", _submit, "run a spec as a job on a running Ray cluster", "granary submit spec.yaml --follow")
@@ -271,6 +271,12 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    if (number := _count(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return number
 
 
 def _open(place: str) -> Any:

@@ -1,11 +1,11 @@
 """Shuffled batches whose order is a pure function of (store, seed, position).
 
-Epoch e of a stream is one permutation of the rows that are not held out: the blocks (chunks) in a seeded order, taken
-`POOL_ROWS` at a time into a pool, the rows permuted within the pool. Epochs follow one another without a gap. Row p of
-this endless sequence is the same for every reader, so batch s is rows [s * batch_rows, (s + 1) * batch_rows) of it: a
-checkpoint is one integer, and a stream that starts at step s equals one that ran there. Each epoch gives every row
-exactly once; where rows of extreme norm are left out, every other row. The next pool is read while the current one is
-used.
+Epoch e of a stream is one permutation of the rows that are not held out: the blocks (`BLOCK_ROWS` rows, whatever the
+sites and the size of their chunks) in a seeded order, taken `POOL_ROWS` at a time into a pool, the rows permuted within
+the pool. Epochs follow one another without a gap. Row p of this endless sequence is the same for every reader, whatever
+it reads, so batch s is rows [s * batch_rows, (s + 1) * batch_rows) of it: a checkpoint is one integer, and a stream
+that starts at step s equals one that ran there. Each epoch gives every row exactly once; where rows of extreme norm are
+left out, every other row. The next pool is read while the current one is used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,9 @@ from storage.norm_filter import NormFilter, norm_filter
 from storage.scaled import SiteRows, unscaled
 from storage.store import Store
 
+BLOCK_ROWS = 2**14
+"""Rows that are read in one piece, or a unit's if those are fewer. Chunks divide it for widths from 128 on (bfloat16).
+Documents are in random order in the store, so that pieces as long as this mix as well as short ones."""
 POOL_ROWS = 2**17
 """Rows of a pool: wide enough to mix hundreds of documents, small enough to hold two (256 MiB each at d = 1024)."""
 
@@ -100,7 +103,7 @@ def stream(
     arrays = {site: store.site_rows(site) for site in sites}
     for site in sites:
         store.require_committed(site, range(-(-num_rows // store.info.rows_per_unit)))
-    block_rows = max(a.chunk_rows for a in arrays.values())
+    block_rows = min(store.info.rows_per_unit, BLOCK_ROWS)
     chosen = None if max_norm is None else norm_filter(store, norm_site or sites[0], max_norm, block_rows)
     order = Order(num_rows, block_rows, seed, kept=None if chosen is None else chosen.counts)
     return _batches(store, arrays, order, chosen, batch_rows, start_step, steps)

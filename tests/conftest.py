@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,20 +282,23 @@ def write_store(
     *,
     num_rows: int = 203,
     rows_per_unit: int = 32,
-    chunk_rows: int = 8,
+    chunk_rows: int | Mapping[str, int] = 8,
     width: int = 5,
     dtype: str = "bfloat16",
     sites: Sequence[str] = ("resid_post.0", "mlp_out.0"),
     units: Iterable[int] | None = None,
     held_out_start: int | None = None,
 ) -> Store:
-    """A store of random activations, written by `storage` alone: small chunks and units that no model would give."""
+    """A store of random activations, written by `storage` alone: small chunks and units that no model would give.
+
+    `chunk_rows`: of all sites, or of each."""
     table = plan_table(num_rows, num_documents=max(2, num_rows // 20))
     info = corpus_info(table, rows_per_unit, held_out_start)
     store = create_store(path, table, info, save_no_tokenizer)
-    layout = {"d": width, "dtype": dtype, "chunk_rows": chunk_rows}
+    chunks = chunk_rows if isinstance(chunk_rows, Mapping) else dict.fromkeys(sites, chunk_rows)
+    layouts = {site: {"d": width, "dtype": dtype, "chunk_rows": chunks[site]} for site in sites}
     identity = {"sites": sorted(sites), "rows_per_unit": rows_per_unit, "model": {"fingerprint": "made-up"}}
-    made = Harvest.of(identity, "made-up", {site: dict(layout) for site in sites}, {})
+    made = Harvest.of(identity, "made-up", layouts, {})
     declare_harvest(store.root, num_rows, made)
     for unit in range(store.info.num_units) if units is None else units:
         start, stop = store.info.unit_rows(unit)

@@ -13,7 +13,7 @@ from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
 from pipeline.sites import Site, parse_site
 from workers.dictionary_settings import DictionarySettings
-from workers.section import Count, Names, Seconds, Settings, Sites
+from workers.section import Count, Names, Seconds, Seed, Settings, Sites
 
 RANGE_PATTERN = r"^[0-9]+-[0-9]+$"
 
@@ -54,7 +54,7 @@ class CorpusSettings(Settings):
     """Most tokens of a context, BOS included."""
     rows: Count | None = None
     """Rows to plan; all the corpus has, if not given."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of documents."""
     skip_first: Annotated[int, Field(ge=0)] = 1
     """Leading positions of a context that are no rows; 1 leaves out BOS, an attention sink."""
@@ -192,7 +192,7 @@ class TrainSettings(Settings):
     rows: Count | None = None
     """Rows to stream, over several epochs if more than the store has; one epoch, if not given."""
     batch_rows: Count = 4096
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the stream's order and of the weights."""
     max_norm: Annotated[float, Field(ge=1)] | None = None
     """Rows whose norm at the first dictionary's input is above so many times the median are left out; none, if not
@@ -220,7 +220,7 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    rows: Count = 65536
+    rows: Annotated[int, Field(ge=2)] = 65536
     """Most held-out rows to measure reconstruction and AUROC on."""
     contexts: Count = 128
     """Most held-out contexts to measure the recovered loss on."""

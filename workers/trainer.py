@@ -82,7 +82,8 @@ class Trainer:
                 if member.trainer.step_number == step:  # one that has a later checkpoint waits for the others
                     member.step(tensors, every=max(1, plan.steps // CURVE_POINTS))
             self._progress = Progress(step + 1, plan.steps, {m.run.name: m.latest for m in members if m.latest})
-            if (step + 1) % plan.checkpoint_every == 0 and step + 1 < plan.steps:
+            # At the end too: what is left, a threshold on held-out rows, may fail, and this need not be trained again.
+            if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
                 for member in members:
                     member.checkpoint()
         for member in members:
@@ -143,8 +144,8 @@ class _Member:
         if isinstance(self.plan.config.activation, BatchTopK):
             rows = partial(calibration_rows, self.store, self.plan.config, kept)
             calibrate(dictionary, rows, self.trainer.competing())
-        if self.latest is not None:
-            about["last_step"] = asdict(self.latest)
+        if self.curve:
+            about["last_step"] = {name: value for name, value in self.curve[-1].items() if name != "step"}
         self.run.finish(self.curve, save_dictionary(dictionary, about, (self.trainer.x_norm, self.trainer.y_norm)))
 
 

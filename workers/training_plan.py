@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.training_config import TrainingConfig, check_training
 from storage.anchors import read_anchors
@@ -15,6 +16,9 @@ from storage.runs import Run, open_run
 from storage.store import Store
 from workers.dictionary_settings import AnchoringSettings, DictionarySettings
 from workers.settings import TrainSettings
+
+CALIBRATION_ROWS = 65_536
+"""Held-out rows, the last ones, on which the threshold of a BatchTopK dictionary is set."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,16 @@ def plan_training(store: Store, settings: TrainSettings) -> TrainPlan:
     )
 
 
+def calibration_range(store: Store) -> range:
+    """The last held-out rows, or the last training rows where none are held out.
+
+    The last: `evaluate` measures the first ones, so that L0 is measured on other rows where there are enough."""
+    none_held_out = store.info.held_out_start >= store.num_rows
+    return range(
+        max(0 if none_held_out else store.info.held_out_start, store.num_rows - CALIBRATION_ROWS), store.num_rows
+    )
+
+
 def _check_run(store: Store, run: Run, identity: Record) -> None:
     """Raise StoreMismatch if the run is there and of another identity."""
     try:
@@ -94,6 +108,10 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
     for site in sites:
         store.require_committed(site, training_units(store))
     config = wanted.config({site: store.array(site).shape[1] for site in sites})
+    if isinstance(config.activation, BatchTopK):
+        for site in config.input:
+            first = calibration_range(store).start // store.info.rows_per_unit
+            store.require_committed(site, range(first, store.info.num_units))
     training = wanted.training(steps, settings.batch_rows, settings.seed)
     check_training(config, training, None)
     anchors = None if wanted.anchors is None else _checked_anchors(store, wanted.anchors, config)

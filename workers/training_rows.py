@@ -17,10 +17,8 @@ from storage.moments import MomentKey, Moments, merged_moments, training_units
 from storage.norm_filter import NormFilter
 from storage.store import Store
 from workers.tensors import to_torch
-from workers.training_plan import TrainPlan
+from workers.training_plan import TrainPlan, calibration_range
 
-CALIBRATION_ROWS = 65_536
-"""Held-out rows, the last ones, on which the threshold of a BatchTopK dictionary is set."""
 MOMENT_ROWS = 2**18
 """Rows for the moments where some are left out: a mean is known to 0.2 % of a standard deviation."""
 READ_ROWS = 8192
@@ -70,12 +68,8 @@ def _of_site(site: str, moments: Moments) -> Normalisation:
 
 
 def calibration_rows(store: Store, config: DictionaryConfig, kept: NormFilter | None = None) -> Iterator[torch.Tensor]:
-    """Inputs of the last held-out rows, or of the last training rows where none are held out; float32.
-
-    The last: `evaluate` measures the first ones, so that L0 is measured on other rows where there are enough."""
-    none_held_out = store.info.held_out_start >= store.num_rows
-    start = max(0 if none_held_out else store.info.held_out_start, store.num_rows - CALIBRATION_ROWS)
-    for first in range(start, store.num_rows, READ_ROWS):
+    """Inputs of the rows of `calibration_range`, float32."""
+    for first in calibration_range(store)[::READ_ROWS]:
         last = min(first + READ_ROWS, store.num_rows)
         rows: slice | Array = slice(first, last)
         if kept is not None:

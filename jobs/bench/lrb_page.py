@@ -15,6 +15,9 @@ COMPARED = (("anchored", "plain"), ("anchored", "random"), ("random", "plain"))
 NAMES = {"m_gt": "M_GT", "m_ip": "M_IP", "mcc": "MCC"}
 SPURIOUS = {1: "yes", 0: "not told apart", -1: "no, below"}
 """By the sign of a minimum's loss less that of the one from the truth."""
+ABSORPTION = ("absorption", "absorption_of_anchored")
+NO_SPREAD = 1e-6
+"""What float32 means of equal values differ by."""
 OTHERS = (  # title, name in the record, factor, format
     ("loss", "loss", 1, ".4f"),
     ("FVU", "fvu", 1, ".4f"),
@@ -103,7 +106,7 @@ def _markdown(example: Cell, records: Sequence[Record], methods: Sequence[str]) 
     lines += ["", *_compared(records, methods)]
     if any(r["arm"] == TRUTH for r in records):
         lines += ["", *_minima(records, methods)]
-    if any("absorption" in r for r in records):
+    if any(group in r for r in records for group in ABSORPTION):
         lines += ["", *_absorption(records, methods)]
     return "\n".join(lines) + "\n"
 
@@ -173,12 +176,17 @@ def _absorption(records: Sequence[Record], methods: Sequence[str]) -> list[str]:
             if not found:
                 continue
             cells = [
-                shown([r[group][figure] for r in found], form) if all(group in r for r in found) else ""
-                for group in ("absorption", "absorption_of_anchored")
+                shown(values, form) if (values := defined(found, group, figure)) else ""
+                for group in ABSORPTION
                 for figure, form in (("alone", "m_gt"), ("with_child", "m_gt"), ("rate", "m_gt"), ("leaning", "m_ip"))
             ]
             lines.append(f"| {' | '.join([method, arm, *cells])} |")
     return lines
+
+
+def defined(records: Sequence[Record], group: str, figure: str) -> list[float]:
+    """A figure of absorption, of the records that have it: there may be no parents of the group, or no such samples."""
+    return [value for r in records if (value := r.get(group, {}).get(figure)) is not None]
 
 
 def _wrapped(text: str) -> list[str]:
@@ -205,7 +213,9 @@ def told_apart(values: Sequence[float]) -> int:
 
     Values without any spread, as shares of few features may be, have no interval: they say nothing."""
     middle, half = interval(values)
-    return 0 if len(values) < 3 or not half or abs(middle) <= half else (1 if middle > 0 else -1)
+    if len(values) < 3 or half is None or half < NO_SPREAD or abs(middle) <= half:
+        return 0
+    return 1 if middle > 0 else -1
 
 
 def shown(values: Sequence[float], figure: str, sign: str = "") -> str:

@@ -8,6 +8,7 @@ Without it, on any rows: how far the dictionary is from what an optimum must sat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -64,8 +65,9 @@ class Absorption:
 
     @property
     def rate(self) -> float:
-        """Silence that children bring about."""
-        return max(0.0, self.with_child - self.alone)
+        """Silence that children bring about; nan where no sample has a parent alone, or none has one with a child."""
+        found = self.with_child - self.alone
+        return found if isnan(found) else max(0.0, found)
 
 
 @torch.no_grad()
@@ -78,10 +80,10 @@ def absorption(
 ) -> Absorption:
     """Absorption of parents into their children (Chanin et al. 2024, arXiv 2409.14507), the truth in place of probes.
 
-    `x` [rows, d_in], `coefficients` [rows, n], `features` [n, d_out] unit rows, `families`: parents, each with its
+    `x` [rows, d_in], `coefficients` [rows, n], `features` [n, d_out], `families`: parents, each with its
     children. A feature's own latent is the one whose decoder is nearest to it.
     """
-    decoders = functional.normalize(dictionary.W_dec, dim=1)
+    decoders, features = functional.normalize(dictionary.W_dec, dim=1), functional.normalize(features, dim=1)
     own = (decoders @ features.T).argmax(0)
     values, active = dictionary.encode(x), coefficients > 0
     alone, with_child, leaning = [], [], []

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
@@ -20,6 +23,8 @@ from pipeline.sdl.activations import Products
 from pipeline.sdl.codes import Code
 from pipeline.sdl.config import BlockShape, DictionaryConfig
 from pipeline.sdl.ranges import not_negative, positive
+
+Rows = Tensor | NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -180,25 +185,32 @@ class Dictionary(nn.Module):
 
     # ---- what a finished dictionary does
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Rows) -> Tensor:
         """The code z of x [rows, d_in] -> [rows, total latents], block after block; zero where inactive.
 
-        Raises InputError if x is of another width."""
-        if x.shape[1] != self.config.d_in:
-            sites = ", ".join(f"{s} ({d})" for s, d in zip(self.config.input, self.config.input_widths, strict=True))
-            raise InputError(f"this dictionary reads {sites}: rows of {self.config.d_in}, not of {x.shape[1]}")
-        x = x.to(self.b_dec.dtype)
+        x is a tensor, or an array as `Store.read` gives it. Raises InputError if it is of another shape."""
+        x = self._rows(x, self.config.input, self.config.input_widths)
         return torch.cat([b.activation.infer(b, x[:, b.shape.reads]) for b in self.each_block()], dim=1)
 
-    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode(self, z: Rows, x: Rows | None = None) -> Tensor:
         """The reconstruction of z [rows, total latents] -> [rows, d_out]. A skip transcoder needs x as well."""
-        y = self.base(None if x is None else x.to(self.b_dec.dtype), len(z))
+        z = self._rows(z, ["latents"], [self.config.total_latents])
+        x = None if x is None else self._rows(x, self.config.input, self.config.input_widths)
+        y = self.base(x, len(z))
         for block, code in zip(self.each_block(), z.split(self.config.latents, dim=1), strict=True):
             y = add_columns(y, code @ block.W_dec, block.shape.writes)
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         return self.decode(self.encode(x), x)
+
+    def _rows(self, given: Rows, names: Sequence[str], widths: Sequence[int]) -> Tensor:
+        """Rows in the weights' type, where those are."""
+        rows = given if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given, dtype=np.float32))
+        if rows.ndim != 2 or rows.shape[1] != sum(widths):
+            expected = ", ".join(f"{name} ({width})" for name, width in zip(names, widths, strict=True))
+            raise InputError(f"this dictionary takes rows of {expected}: [rows, {sum(widths)}], not {list(rows.shape)}")
+        return rows.to(self.b_dec)
 
     # ---- what training does
 

@@ -40,8 +40,8 @@ def load_dictionary(
     folder: str | Path,
     *,
     model: str | None = None,
-    input: Sequence[str] | None = None,
-    output: Sequence[str] | None = None,
+    input: str | Sequence[str] | None = None,
+    output: str | Sequence[str] | None = None,
 ) -> Dictionary:
     """Load a dictionary from the folder or URL it was saved in (`<store>/runs/<name>`).
 
@@ -53,14 +53,14 @@ def load_dictionary(
         if (found := record["format"]) == FORMAT:
             dictionary = Dictionary(config_of(record["config"]))
             dictionary.load_state_dict(load(_read(folder, WEIGHTS)))
-    except FileNotFoundError as error:
+            models = record.get("models", {})
+            names = sorted({*models, *(str(m["id"]) for m in models.values() if "id" in m)})
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"no dictionary in {folder}: {error.filename or error} is not there; train it first") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         raise InputError(f"the dictionary in {folder} is damaged: {error}") from None
     if found != FORMAT:
         raise InputError(f"the dictionary in {folder} has format {found}; this version reads {FORMAT}")
-    models = record.get("models", {})
-    names = sorted({*models, *(str(m["id"]) for m in models.values() if "id" in m)})
     if model is not None and model not in names:
         raise InputError(
             f"the dictionary in {folder} is of the model {' or '.join(names) or '(unknown)'}, and it is wanted for "
@@ -68,9 +68,10 @@ def load_dictionary(
         )
     config = dictionary.config
     for verb, sites, wanted in (("reads", config.input, input), ("writes", config.output, output)):
-        if wanted is not None and tuple(wanted) != sites:
+        asked = (wanted,) if isinstance(wanted, str) else tuple(wanted or sites)
+        if asked != sites:
             raise InputError(
-                f"the dictionary in {folder} {verb} {', '.join(sites)}, and it is wanted for {', '.join(wanted)}"
+                f"the dictionary in {folder} {verb} {', '.join(sites)}, and it is wanted for {', '.join(asked)}"
             )
     return dictionary.eval().requires_grad_(False)
 

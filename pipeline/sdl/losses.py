@@ -93,4 +93,5 @@ def cosine_anchoring(W: Tensor, anchors: Tensor) -> Tensor:
 
 def unit_rows(vectors: Tensor) -> Tensor:
     """Scale each row to norm 1; a zero row stays zero."""
-    return functional.normalize(vectors, dim=-1)
+    largest = vectors.abs().amax(-1, keepdim=True)  # so that short rows are none of `normalize`'s zeros
+    return functional.normalize(vectors / torch.where(largest > 0, largest, 1.0), dim=-1)

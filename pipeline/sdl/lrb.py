@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import InputError
+from pipeline.sdl.ranges import below_one, not_negative, positive, refuse, seeds, whole
 
 RECOVERED = 0.95
 """A feature counts as recovered when a latent's cosine with it is above this (the paper's)."""
@@ -30,6 +31,21 @@ class Hierarchy:
     """Of each parent."""
     child_share: float = 0.2
     """Probability of each child where its parent is active."""
+
+    def problems(self, features: int) -> list[str]:
+        """Why there cannot be such families among so many features."""
+        found = [
+            f"hierarchy.{problem}"
+            for problem in (
+                *whole(parents=self.parents, children=self.children),
+                *below_one(child_share=self.child_share),
+            )
+        ]
+        if self.child_share == 0:
+            found.append("hierarchy.child_share must be above 0: no child would ever be active")
+        if not found and self.parents * (1 + self.children) > features:
+            found = [f"{self.parents} parents with {self.children} children each do not fit into {features} features"]
+        return found
 
     def families(self) -> list[tuple[int, range]]:
         """Each parent with its children."""
@@ -73,30 +89,19 @@ class Bench:
     hierarchy: Hierarchy | None = None
 
     def __post_init__(self) -> None:
-        problems = []
+        def given(*names: str) -> dict[str, float]:
+            return {name: getattr(self, name) for name in names}
+
+        problems = [
+            *below_one(**given("sparsity", "interference", "correlation")),
+            *whole(**given("features", "width", "samples", "feature_steps")),
+            *not_negative(**given("margin", "negative_weight", "least", "beta", "noise")),
+            *positive(feature_rate=self.feature_rate),
+            *seeds(seed=self.seed),
+        ]
         if self.variant not in ("bounded", "negative"):
             problems.append(f"variant is bounded or negative, not {self.variant!r}")
-        problems += [
-            f"{name} is at least 0 and below 1, not {getattr(self, name)}"
-            for name in ("sparsity", "interference", "correlation")
-            if not 0 <= getattr(self, name) < 1
-        ]
-        for least, names in (
-            (1, ("features", "width", "samples")),
-            (0, ("margin", "negative_weight", "least", "beta", "noise")),
-        ):
-            problems += [
-                f"{n} is at least {least}, not {getattr(self, n)}" for n in names if not getattr(self, n) >= least
-            ]
-        if self.hierarchy is not None and not 0 < self.hierarchy.child_share <= 1:
-            problems.append(f"hierarchy.child_share is above 0 and at most 1, not {self.hierarchy.child_share}")
-        if self.hierarchy is not None and self.hierarchy.parents * (1 + self.hierarchy.children) > self.features:
-            problems.append(
-                f"{self.hierarchy.parents} parents with {self.hierarchy.children} children each do not fit into "
-                f"{self.features} features"
-            )
-        if problems:
-            raise InputError("; ".join(problems))
+        refuse(problems + ([] if self.hierarchy is None else self.hierarchy.problems(self.features)))
 
 
 @dataclass(frozen=True)
@@ -118,20 +123,24 @@ def make_features(bench: Bench, stream: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(_seed(bench.seed, 1 + stream))
     W = functional.normalize(torch.randn(bench.features, bench.width, generator=generator), dim=1)
     own = torch.eye(bench.features, dtype=torch.bool)
-    limit = bench.interference - bench.margin
     least_steps = bench.feature_steps // 10 if bench.variant == "negative" else 0
     for step in range(bench.feature_steps):
         products = (W @ W.T).masked_fill_(own, -1.0)
         if step >= least_steps and products.max() <= bench.interference:
             return W
-        over = (products - limit).clamp_(min=0)
-        if bench.variant == "negative":
-            over += bench.negative_weight * products.clamp(min=0)
-        W = functional.normalize(W - 4 * bench.feature_rate * over @ W, dim=1)
+        W = functional.normalize(W - bench.feature_rate * feature_gradient(bench, W, products), dim=1)
     raise InputError(
         f"{bench.features} features in {bench.width} dimensions did not come to inner products of at most "
         f"{bench.interference} in {bench.feature_steps} steps: take fewer features, more dimensions or a larger M"
     )
+
+
+def feature_gradient(bench: Bench, W: Tensor, products: Tensor) -> Tensor:
+    """The gradient by W [n, n_p] of what `make_features` lowers; `products` [n, n]: W W^T, below zero on the diagonal."""
+    over = (products - (bench.interference - bench.margin)).clamp_(min=0)
+    if bench.variant == "negative":
+        over += bench.negative_weight * products.clamp(min=0)
+    return 4 * over @ W  # 2 of the square, 2 as <w_i, w_j> stands in the sum twice
 
 
 def make_coefficients(bench: Bench) -> Tensor:
@@ -166,7 +175,8 @@ def make_rows(bench: Bench, coefficients: Tensor, features: Tensor, stream: int 
 
 
 def _seed(seed: int, stream: int) -> int:
-    return 0x4C5242 + seed * 1009 + stream  # far from the seeds of trainers, whose first weights are such rows too
+    # Far from the seeds of trainers, whose first weights are such rows too.
+    return (0x4C5242 + seed * 1009 + stream) % 2**63
 
 
 # ---- scores

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from math import isnan
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _absorption(size: Size, result: Dictionary, x: Tensor, data: Data, writes: S
         families = [f for f in size.bench.hierarchy.families() if (f[0] < size.anchors) == given]
         if families:
             of = absorption(result, x[rows], data.coefficients[rows], features, families)
-            found[name] = {**asdict(of), "rate": of.rate}
+            found[name] = {k: None if isnan(v) else v for k, v in {**asdict(of), "rate": of.rate}.items()}  # as JSON
     return found
 
 

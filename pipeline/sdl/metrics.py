@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.errors import InputError
 from pipeline.sdl.dictionary import Dictionary
 
 
@@ -16,6 +17,8 @@ class CodeMetrics:
     rows: int
     fvu: float
     """sum ||y - y_hat||^2 / sum ||y - mean y||^2 over these rows; 0 is perfect, 1 is the mean."""
+    site_fvu: dict[str, float]
+    """The same of each output site: in the sum of several, one of large activations hides the others."""
     l0: float
     """Mean number of active latents of a row."""
     dead_share: float
@@ -30,29 +33,37 @@ def measure_code(
 ) -> tuple[CodeMetrics, Tensor]:
     """Encode and decode (x, y) batches, [rows, d] each. Return the metrics and the codes [rows, latents], float32.
 
-    `keep_codes` restricts the returned codes to those latents.
+    `keep_codes` restricts the returned codes to those latents. Raises InputError where an output site has no variance.
     """
-    device = dictionary.b_dec.device
-    fired = torch.zeros(dictionary.config.total_latents, dtype=torch.int64)
-    y_sum = torch.zeros(dictionary.config.d_out, dtype=torch.float64)
-    error = squares = 0.0
+    device, config = dictionary.b_dec.device, dictionary.config
+    fired = torch.zeros(config.total_latents, dtype=torch.int64)
+    y_sum, squares, error = torch.zeros(3, config.d_out, dtype=torch.float64)
     rows = 0
     codes = []
     for x, y in batches:
         z = dictionary.encode(x.to(device))
         residual = y - dictionary.decode(z, x.to(device)).cpu()
         z = z.cpu()
-        error += residual.double().square().sum().item()
-        squares += y.double().square().sum().item()
+        error += residual.double().square().sum(0)
+        squares += y.double().square().sum(0)
         y_sum += y.double().sum(0)
         fired += (z > 0).sum(0)
         rows += len(x)
         codes.append(z if keep_codes is None else z[:, list(keep_codes)])
-    variance = squares - (y_sum.square().sum() / rows).item()
+    variance = squares - y_sum.square() / rows
+    of_sites = {
+        site: (wrong.sum().item(), all_of.sum().item())
+        for site, wrong, all_of in zip(
+            config.output, error.split(config.output_widths), variance.split(config.output_widths), strict=True
+        )
+    }
+    if constant := [site for site, (_, all_of) in of_sites.items() if not all_of > 0]:
+        raise InputError(f"{rows} rows have no variance at {', '.join(constant)}: measure on more rows")
     density = fired / rows
     metrics = CodeMetrics(
         rows=rows,
-        fvu=error / variance,
+        fvu=(error.sum() / variance.sum()).item(),
+        site_fvu={site: wrong / all_of for site, (wrong, all_of) in of_sites.items()},
         l0=density.sum().item(),
         dead_share=(fired == 0).float().mean().item(),
         density=density.tolist(),

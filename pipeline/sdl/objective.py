@@ -87,6 +87,8 @@ class Objective:
             found.append(f"l0 is learned through the thresholds of jumprelu; {kind} has none (tanh is smooth)")
         if self.l0_target is not None and not self.l0:
             found.append("l0_target is the target of l0, which has no weight")
+        if self.l0_target is not None and self.l0_target > config.latents:
+            found.append(f"an l0_target of {self.l0_target:g} is more than the {config.latents} latents there are")
         if self.preactivation and config.activation.is_sparse:
             found.append(f"preactivation pulls toward a threshold; {kind} has none (auxk revives its dead latents)")
         if self.prefixes:
@@ -171,7 +173,8 @@ def _sparsity_terms(objective: Objective, block: Block, code: Code, p: float, d:
         if objective.p_norm:
             yield objective.p_norm / d * p_norm_loss(code, norms, p)
     if objective.l0 and isinstance(block.activation, JumpReLU):
-        active = block.activation.active(code, block).sum() / code.rows
+        fires = block.activation.active(code, block)
+        active = fires.sum(dtype=torch.promote_types(fires.dtype, torch.float32)) / code.rows  # bfloat16 has 8 bits
         target = objective.l0_target
         yield objective.l0 * (active if target is None else (active / target - 1).square())
 

@@ -30,6 +30,16 @@ def positive_shares(**values: Number) -> list[str]:
     return _unlike("a share, above 0 and at most 1", lambda v: 0 < v <= 1, values)
 
 
+def below_one(**values: Number) -> list[str]:
+    return _unlike("at least 0 and below 1", lambda v: 0 <= v < 1, values)
+
+
+def seeds(**values: Number) -> list[str]:
+    return _unlike(
+        "a whole number, at least 0 and below 2^63", lambda v: isinstance(v, Integral) and 0 <= v < 2**63, values
+    )
+
+
 def refuse(reasons: list[str]) -> None:
     """Raise InputError with all reasons, if there is any."""
     if reasons:

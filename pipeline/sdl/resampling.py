@@ -91,7 +91,8 @@ def resample(trainer: "DictionaryTrainer", plan: Resampling, left: int, x: Tenso
         for parameter in block.parameters():
             moments = trainer.optimizer.state[parameter]
             moments["exp_avg"][latents] = 0
-            moments["exp_avg_sq"][latents] = moments["exp_avg_sq"][~of_block].mean(0) if len(alive) else 0.0
+            # One number, not one for each column: copies of a shared decoder have to move alike.
+            moments["exp_avg_sq"][latents] = moments["exp_avg_sq"][~of_block].mean() if len(alive) else 0.0
         revived.append(first + latents)
     model.tie_shared()
     return torch.cat(revived) if revived else dead.new_empty(0, dtype=torch.int64)

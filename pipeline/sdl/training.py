@@ -13,6 +13,7 @@ from torch.nn import functional
 from pipeline.errors import InputError
 from pipeline.sdl.activations import JumpReLU
 from pipeline.sdl.dictionary import Block, Dictionary, Normalisation, not_finite_columns
+from pipeline.sdl.losses import unit_rows
 from pipeline.sdl.objective import Anchors, Evaluated, evaluate
 from pipeline.sdl.resampling import resample
 from pipeline.sdl.training_config import TrainingConfig, check_training
@@ -227,7 +228,7 @@ def start_at_anchors(dictionary: Dictionary, anchors: Anchors) -> None:
             (block.W_dec, anchors.decoder, block.shape.writes),
         ):
             if side is not None:
-                W[: len(side)] = functional.normalize(side[:, columns], dim=1)
+                W[: len(side)] = unit_rows(side[:, columns])
     dictionary.tie_shared()
 
 

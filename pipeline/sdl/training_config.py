@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.errors import InputError
-from pipeline.sdl.activations import Gated, Products
+from pipeline.sdl.activations import BatchTopK, Gated, Products
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Anchors, Objective
-from pipeline.sdl.ranges import positive, refuse, shares, whole
+from pipeline.sdl.ranges import positive, refuse, seeds, shares, whole
 from pipeline.sdl.resampling import Resampling
 
 LONG_RUN = 100_000
@@ -96,6 +96,7 @@ def _impossible_numbers(config: TrainingConfig) -> list[str]:
         *whole(steps=config.steps, batch_rows=config.batch_rows, dead_after_rows=config.dead_after_rows),
         *positive(learning_rate=config.learning_rate, clip=config.clip),
         *shares(warmup=config.warmup_share, decay=config.decay_share),
+        *seeds(seed=config.seed),
     ]
     if not found and config.warmup_share + config.decay_share > 1:
         found = [
@@ -116,6 +117,11 @@ def _norm_reasons(shape: DictionaryConfig, config: TrainingConfig) -> list[str]:
         found.append(
             "decoder_norm: free does not go with gated: the penalty is on the gates, whose own reconstruction does not "
             "train decoders, so decoders would shrink and magnitudes grow to evade it; leave it unit"
+        )
+    if config.initialisation.decoder_norm == 0 and isinstance(shape.activation, BatchTopK):
+        found.append(
+            "initialisation.decoder_norm 0 does not go with batch_topk: latents compete with their decoders' norms, "
+            "and those that get none in the first batches never do; give it 0.1"
         )
     return found
 

@@ -81,6 +81,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.stream.Order", partial(Order, pool_rows=24))
+    monkeypatch.setattr("storage.stream.BLOCK_ROWS", 8)
 
 
 def assert_same_batch(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -119,6 +120,16 @@ def test_a_stream_started_at_any_step_equals_one_that_ran_there(store: Store, ba
         rest = store.stream(SITES, batch_rows=batch_rows, seed=3, start_step=start, steps=steps - start)
         for one, two in zip(whole[start:], rest, strict=True):
             assert_same_batch(one, two)
+
+
+def test_what_else_is_read_does_not_change_the_order(small_store: Callable[..., Store]) -> None:
+    """A run that goes on alone after another one was finished gets the batches that it had got beside it."""
+    store = small_store(chunk_rows={"resid_post.0": 16, "mlp_out.0": 4})
+    together, alone = (
+        np.stack([batch["row"] for batch in store.stream(sites, batch_rows=10, seed=1, steps=12)])
+        for sites in (SITES, ["mlp_out.0"])
+    )
+    np.testing.assert_array_equal(together, alone)
 
 
 @pytest.mark.usefixtures("small_pools")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from math import isnan
 
 import numpy as np
 import pytest
@@ -106,6 +107,26 @@ def test_leaning_is_beyond_what_the_features_have_in_common() -> None:
     z = family_rows()[1]
     found = absorption(dictionary_of(features, features), z @ features, z, features, [(0, (1,))])
     assert found.leaning == pytest.approx(0, abs=1e-6)
+
+
+def test_features_of_several_sites_side_by_side_lean_no_further() -> None:
+    """Their norm is that of their sites together."""
+    W_dec = FEATURES.clone()
+    W_dec[1:] += 0.5 * FEATURES[0]
+    x, z = family_rows()
+    alone = absorption(dictionary_of(FEATURES, W_dec), x, z, FEATURES, FAMILY)
+    twice = absorption(dictionary_of(FEATURES, W_dec), x, z, FEATURES * 2**0.5, FAMILY)
+    assert twice.leaning == pytest.approx(alone.leaning)
+    assert alone.leaning > 0.4
+
+
+def test_without_a_parent_alone_there_is_no_rate() -> None:
+    x, z = family_rows()
+    always = z[:, 1:].any(1) | (z[:, 0] == 0)
+    found = absorption(dictionary_of(FEATURES, FEATURES), x[always], z[always], FEATURES, FAMILY)
+    assert isnan(found.alone)
+    assert isnan(found.rate)
+    assert found.with_child == 0
 
 
 HIERARCHICAL = Size(

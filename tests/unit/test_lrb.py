@@ -20,6 +20,7 @@ from pipeline.sdl.lrb import (
     Bench,
     Hierarchy,
     best_linear_readout,
+    feature_gradient,
     make_coefficients,
     make_features,
     make_rows,
@@ -45,6 +46,21 @@ def test_features_are_unit_and_apart(variant: str, stream: int) -> None:
     assert (features.shape, features.dtype) == ((60, 40), torch.float32)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(60))
     assert products_of(features).max() <= 0.3 + 1e-6
+
+
+@pytest.mark.parametrize("variant", ["bounded", "negative"])
+def test_they_are_pushed_along_the_gradient_of_the_papers_sum(variant: str) -> None:
+    bench = replace(SMALL, variant=variant, interference=0.1, margin=0.02, negative_weight=0.3)
+    W = torch.nn.functional.normalize(randn(60, 40), dim=1).requires_grad_()
+    products = W @ W.T
+    between = products[~torch.eye(60, dtype=torch.bool)]
+    total = (between - 0.08).clamp(min=0).square().sum()
+    if variant == "negative":
+        total = total + 0.3 * between.clamp(min=0).square().sum()
+    total.backward()
+    with torch.no_grad():
+        found = feature_gradient(bench, W, products.masked_fill(torch.eye(60, dtype=torch.bool), -1.0))
+    torch.testing.assert_close(found, W.grad)
 
 
 def test_without_pushing_they_would_not_be_apart() -> None:
@@ -171,15 +187,23 @@ def test_no_first_weight_is_a_feature(seed: int) -> None:
     ("keys", "problem"),
     [
         ({"variant": "positive"}, "variant is bounded or negative, not 'positive'"),
-        ({"sparsity": 1.0}, "sparsity is at least 0 and below 1, not 1.0"),
-        ({"interference": -0.1, "correlation": 2}, "interference is .*; correlation is at least 0 and below 1, not 2"),
+        ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1, not 1.0"),
+        (
+            {"interference": -0.1, "correlation": 2},
+            "interference must .*; correlation must be at least 0 and bel",
+        ),
         (
             {"hierarchy": Hierarchy(parents=15, children=4)},
             "15 parents with 4 children each do not fit into 60 features",
         ),
-        ({"hierarchy": Hierarchy(child_share=1.5)}, "child_share is above 0 and at most 1, not 1.5"),
-        ({"samples": 0}, "samples is at least 1, not 0"),
-        ({"noise": -1.0, "beta": -0.5}, "beta is at least 0, not -0.5; noise is at least 0, not -1.0"),
+        ({"hierarchy": Hierarchy(child_share=1.0)}, r"hierarchy\.child_share must be at least 0 and below 1, not 1.0"),
+        ({"hierarchy": Hierarchy(child_share=0.0)}, r"hierarchy\.child_share must be above 0: no child would"),
+        ({"hierarchy": Hierarchy(children=0)}, r"hierarchy\.children must be a whole number above 0, not 0"),
+        ({"hierarchy": Hierarchy(parents=-5)}, r"hierarchy\.parents must be a whole number above 0, not -5"),
+        ({"samples": 0}, "samples must be a whole number above 0, not 0"),
+        ({"noise": -1.0, "beta": -0.5}, "beta must be at least 0 and finite, not -0.5; noise must be at least 0 and"),
+        ({"noise": float("inf")}, "noise must be at least 0 and finite, not inf"),
+        ({"seed": 2**63}, "seed must be a whole number, at least 0 and below 2.63, not 9223372036854775808"),
     ],
 )
 def test_what_makes_no_sense_is_refused(keys: dict[str, object], problem: str) -> None:

@@ -1,7 +1,7 @@
 """Cells of the bench: they are what they are asked to be, give the same figures again, and recover what is known."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from pipeline.errors import InputError
 from pipeline.sdl.activations import BatchTopK, JumpReLU, ReLU, TopK
 from pipeline.sdl.dictionary import Initialisation
-from pipeline.sdl.lrb import Bench, Hierarchy
+from pipeline.sdl.lrb import Bench, Hierarchy, recovery
 from pipeline.sdl.lrb_cells import batches, data_of, make_trainer, train_cell
 from pipeline.sdl.lrb_recipes import ARMS, LAYOUTS, SIZES, TRUTH, Cell, Size, methods, resolve
 
@@ -62,6 +62,9 @@ def test_arms_differ_in_their_anchors_alone(method: str) -> None:
     for trainer, like in ((anchored, True), (random, False)):
         assert trainer.anchors is not None
         for side, source in zip((trainer.anchors.encoder, trainer.anchors.decoder), true, strict=True):
+            assert side is not None
+            # Random directions, not the true ones' coordinates in another order.
+            assert like or not torch.equal(side.sort(1).values, anchored.anchors.encoder.sort(1).values)
             wanted = torch.cat(data.features, dim=1) if source is None else data.features[source]
             assert side is not None
             assert side.shape == wanted[:20].shape
@@ -69,6 +72,27 @@ def test_arms_differ_in_their_anchors_alone(method: str) -> None:
             assert (cosine.min() > 0.999) if like else (cosine.max() < 0.5)
         assert torch.equal(trainer.dictionary.W_dec[20:], plain.dictionary.W_dec[20:])
         assert torch.equal(trainer.dictionary.W_enc[20:], plain.dictionary.W_enc[20:])
+
+
+def test_each_side_is_scored_with_its_own_features() -> None:
+    cell = Cell(QUICK, "transcoder", "plain", 1)
+    size, how = resolve(cell)
+    data = data_of(size.bench, 2)
+    trainer = make_trainer(size, how, cell, data)
+    for rows in batches(size, 1):
+        trainer.step(data.sources[0][rows], data.sources[1][rows])
+    result, record = trainer.result(), train_cell(cell)
+    assert record["encoder"] == asdict(recovery(result.W_enc, data.features[0], 20))
+    assert record["decoder"] == asdict(recovery(result.W_dec, data.features[1], 20))
+    assert record["encoder"] != asdict(recovery(result.W_enc, data.features[1], 20))
+
+
+def test_each_seed_has_its_own_first_weights() -> None:
+    size, how = resolve(Cell(QUICK, "topk", "plain", 0))
+    data = data_of(size.bench, 1)
+    first, again, other = (make_trainer(size, how, Cell(QUICK, "topk", "plain", s), data) for s in (0, 0, 1))
+    assert torch.equal(first.dictionary.W_enc, again.dictionary.W_enc)
+    assert functional.cosine_similarity(first.dictionary.W_enc, other.dictionary.W_enc, dim=1).abs().mean() < 0.2
 
 
 def test_random_anchors_differ_from_seed_to_seed_and_between_sources() -> None:
@@ -192,7 +216,7 @@ def test_tied_weights_begin_alike() -> None:
         ("topk", "plain", {"clip": -1}, "clip must be above 0 and finite, not -1"),
         ("topk", "anchored", {"anchors": 120}, "120 anchors are too many for 120 features"),
         ("topk", "anchored", {"latents": 10}, "20 anchors are too many for 120 features, .* and 10 latents"),
-        ("topk", "plain", {"sparsity": 1}, "sparsity is at least 0 and below 1, not 1"),
+        ("topk", "plain", {"sparsity": 1}, "sparsity must be at least 0 and below 1, not 1"),
         ("topk", "plain", {"dense": "bf16"}, "products are computed in float32 or bfloat16, not bf16"),
     ],
 )

@@ -63,6 +63,8 @@ def test_one_value_has_no_interval() -> None:
         ([0.1, -0.1, 0.0], [0.1, -0.1, 0.0], "not told apart"),
         ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], "not told apart"),
         ([0.002, 0.002, 0.002], [0.1, -0.1, 0.0], "not told apart"),  # one feature of 500, three times: no spread
+        # One of 450, as float32 means have it.
+        ([4.41 / 4.5 - 4.4 / 4.5, 0.98 - 4.4 / 4.5 + 6e-8, 0.00222224], [0.1, -0.1, 0.0], "not told apart"),
         ([0.1, 0.11], [0.1, 0.11], "not told apart"),  # two seeds
         ([0.5], [0.5], "not told apart"),
     ],
@@ -132,6 +134,13 @@ def test_absorption_of_given_parents_and_of_others() -> None:
     text = page(Cell(small(), "topk", "plain", 0), records)["lrb.md"]
     line = "| topk | random | 10.0 ± 0.0 | 40.0 ± 0.0 | 30.0 ± 0.0 | 0.250 ± 0.000 |  |  |  |  |"
     assert line in text.splitlines()
+
+
+def test_absorption_where_all_parents_are_given_or_a_figure_is_not_defined() -> None:
+    given = {"alone": None, "with_child": 0.4, "rate": None, "leaning": 0.25}
+    records = [record("topk", "plain", seed, 0.5, 0.9) | {"absorption_of_anchored": given} for seed in (0, 1)]
+    text = page(Cell(small(), "topk", "plain", 0), records)["lrb.md"]
+    assert "| topk | plain |  |  |  |  |  | 40.0 ± 0.0 |  | 0.250 ± 0.000 |" in text.splitlines()
 
 
 def test_every_table_is_well_formed() -> None:

@@ -13,6 +13,7 @@ from pipeline.sdl.activations import Activation, Gated, JumpReLU, ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.config import config_of as config_from
 from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
+from workers.tensors import to_numpy
 
 SITE = ("resid_post.1",)
 
@@ -241,8 +242,24 @@ def test_shapes_that_do_not_fit_together(changed: dict[str, object], message: st
 
 def test_rows_of_another_width_are_refused() -> None:
     dictionary = random_dictionary(VARIANTS["crosscoder"])
-    with pytest.raises(InputError, match=r"reads .* \(\d\), .*: rows of \d+, not of 3"):
+    with pytest.raises(InputError, match=r"takes rows of .* \(\d\), .*: \[rows, \d+\], not \[\d+, 3\]"):
         dictionary.encode(randn(ROWS, 3))
+    width = dictionary.config.d_in
+    for wrong in (randn(width), randn(2, width, width)):
+        with pytest.raises(InputError, match=r"not \["):
+            dictionary.encode(wrong)
+    with pytest.raises(InputError, match=r"takes rows of latents \(\d+\)"):
+        dictionary.decode(randn(ROWS, 3))
+
+
+def test_arrays_are_encoded_as_a_store_gives_them() -> None:
+    dictionary = random_dictionary(VARIANTS["skip"]).float().requires_grad_(False)
+    x = randn(ROWS, dictionary.config.d_in).bfloat16()
+    array = to_numpy(x)
+    assert array.dtype.name == "bfloat16"
+    z = dictionary.encode(array)
+    assert torch.equal(z, dictionary.encode(x))
+    assert torch.equal(dictionary.decode(z.numpy(), array), dictionary.decode(z, x))
 
 
 def test_the_skip_of_a_cross_layer_transcoder_reads_no_later_layer() -> None:

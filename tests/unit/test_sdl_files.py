@@ -79,6 +79,7 @@ def changed(about: dict[str, object]) -> bytes:
         (JSON, changed({"surplus": 1})),
         (JSON, changed({"activation": {"kind": "softmax"}})),
         (JSON, changed({"activation": {"kind": "topk", "kk": 3}})),
+        (JSON, save_dictionary(random_dictionary(VARIANTS["transcoder"]).float(), {"models": None})[JSON]),
         (WEIGHTS, b"cut"),
         (WEIGHTS, save({"blocks.0.W_enc": torch.zeros(1, 1)})),
     ],
@@ -132,5 +133,6 @@ def test_a_dictionary_of_other_sites_is_refused_with_both_names(tmp_path: Path, 
 def test_a_dictionary_that_writes_other_sites_is_refused(tmp_path: Path, transcoder: Dictionary) -> None:
     write(tmp_path, save_dictionary(transcoder, {}))
     load_dictionary(tmp_path, input=["mlp_in.1"], output=["mlp_out.1"])
+    load_dictionary(tmp_path, input="mlp_in.1", output="mlp_out.1")
     with pytest.raises(InputError, match=r"writes mlp_out\.1, and it is wanted for mlp_in\.1"):
         load_dictionary(tmp_path, output=["mlp_in.1"])

@@ -5,6 +5,8 @@ import pytest
 import torch
 from formulas import LATENTS, ROWS, VARIANTS, Formulas, leaves, randn, random_dictionary
 
+from pipeline.errors import InputError
+from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.metrics import auroc, measure_code
 
 
@@ -43,10 +45,26 @@ def test_code_metrics_are_the_formulas(variant: str, split: int) -> None:
     residual = y - direct.reconstruction().detach()
     assert metrics.rows == ROWS
     assert metrics.fvu == pytest.approx(((residual**2).sum() / ((y - y.mean(0)) ** 2).sum()).item())
+    for number, (site, columns) in enumerate(zip(config.output, columns_of(config), strict=True)):
+        part = (residual[:, columns] ** 2).sum() / ((y - y.mean(0))[:, columns] ** 2).sum()
+        assert list(metrics.site_fvu)[number] == site
+        assert metrics.site_fvu[site] == pytest.approx(part.item())
     assert metrics.l0 == pytest.approx((z > 0).double().sum(1).mean().item())
     np.testing.assert_allclose(metrics.density, (z > 0).double().mean(0), atol=1e-7)
     assert metrics.dead_share == pytest.approx((z.amax(0) == 0).double().mean().item())
     torch.testing.assert_close(codes, z)
+
+
+def columns_of(config: DictionaryConfig) -> list[slice]:
+    """Of each output site."""
+    ends = np.cumsum(config.output_widths).tolist()
+    return [slice(end - width, end) for end, width in zip(ends, config.output_widths, strict=True)]
+
+
+def test_one_row_has_no_variance() -> None:
+    dictionary = random_dictionary(VARIANTS["transcoder"]).float()
+    with pytest.raises(InputError, match=r"^1 rows have no variance at mlp_out\.1: measure on more rows"):
+        measure_code(dictionary, [(randn(1, 6), randn(1, 5))])
 
 
 def test_code_metrics_keep_chosen_latents() -> None:

@@ -75,7 +75,7 @@ def test_what_becomes_of_dead_latents_and_of_the_others(variant: str, activation
             assert torch.equal(parameter[~of_block], old[~of_block])
             moments = trainer.optimizer.state[parameter]
             assert not moments["exp_avg"][of_block].any()
-            expected = moments["exp_avg_sq"][~of_block].mean(0)  # which are not among those that began anew
+            expected = moments["exp_avg_sq"][~of_block].mean()  # which are not among those that began anew
             torch.testing.assert_close(moments["exp_avg_sq"][of_block], expected.expand_as(parameter[of_block]))
             assert moments["exp_avg"][~of_block].any() or not moments["exp_avg_sq"].any()
     assert torch.equal(trainer.dictionary.b_dec, before["b_dec"])
