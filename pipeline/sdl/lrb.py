@@ -136,7 +136,7 @@ def make_features(bench: Bench, stream: int = 0) -> Tensor:
 
 
 def feature_gradient(bench: Bench, W: Tensor, products: Tensor) -> Tensor:
-    """The gradient by W [n, n_p] of what `make_features` lowers; `products` [n, n]: W W^T, below zero on the diagonal."""
+    """The gradient by W [n, n_p] of what `make_features` lowers; `products`: W W^T, below zero on the diagonal."""
     over = (products - (bench.interference - bench.margin)).clamp_(min=0)
     if bench.variant == "negative":
         over += bench.negative_weight * products.clamp(min=0)

@@ -157,6 +157,40 @@ def test_resampling_and_initialisation() -> None:
     assert trained(parse(resampling={})).resampling == Resampling()
 
 
+def test_every_key_of_the_training_reaches_it() -> None:
+    settings = parse(
+        loss={"auxk": 0.25},
+        learning_rate=0.5,
+        warmup=0.1,
+        decay=0.3,
+        decoder_norm="free",
+        clip=7,
+        tied=True,
+        dead_after_rows=123,
+        anchors={"name": "a", "weight": 0.75, "first": False},
+        resampling={"at": [0.4]},
+        initialisation={"decoder_norm": 0.2},
+        precision="bfloat16",
+    )
+    assert settings.training(steps=10, batch_rows=20, seed=30) == TrainingConfig(
+        steps=10,
+        batch_rows=20,
+        learning_rate=0.5,
+        objective=Objective(auxk=0.25, anchoring=0.75),
+        warmup_share=0.1,
+        decay_share=0.3,
+        dead_after_rows=123,
+        decoder_norm="free",
+        clip=7,
+        resampling=Resampling((0.4,)),
+        initialisation=Initialisation(decoder_norm=0.2),
+        tied=True,
+        anchors_first=False,
+        products=Products(dense="bfloat16"),
+        seed=30,
+    )
+
+
 @pytest.mark.parametrize("keys", [{"loss": {"p_norm": 1, "p_end": 1.5}}, {"anchors": {"name": "a", "end": 3}}])
 def test_shares_above_one(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="less than or equal to 1"):

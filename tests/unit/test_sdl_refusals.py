@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from formulas import ACTIVATIONS, LATENTS, VARIANTS, config_of, randn
-from small_training import SETTINGS, SPARSE, make_trainer
+from small_training import SETTINGS, SPARSE, make_trainer, train
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import TopK
@@ -49,6 +49,7 @@ REFUSED: list[tuple[str, str, Objective, str]] = [
         Objective(l0=1, l0_target=-3.0),
         "^l0_target must be above 0 and finite, not -3.0",
     ),
+    ("sae", "jumprelu", Objective(l0=1, l0_target=15), "^an l0_target of 15 is more than the 14 latents there are$"),
     ("sae", "topk", Objective(preactivation=1), "^preactivation pulls toward a threshold; topk has none"),
     ("sae", "batch_topk", Objective(preactivation=1), "^preactivation pulls toward a threshold; batch_topk has none"),
     ("sae", "relu", Objective(p_norm=1, p_end=0), "^p_end must be a share, above 0 and at most 1, not 0$"),
@@ -100,6 +101,21 @@ def test_decoder_norms_that_do_not_go_together() -> None:
     make_trainer(replace(SETTINGS, decoder_norm="free", initialisation=Initialisation(decoder_norm=0.1)))
     with pytest.raises(InputError, match=r"free does not go with gated: .* decoders would shrink .*; leave it unit"):
         make_trainer(replace(SETTINGS, decoder_norm="free", objective=SPARSE["gated"]), config_of("sae", "gated"))
+
+
+def test_decoders_of_no_norm_cannot_compete() -> None:
+    settings = replace(SETTINGS, decoder_norm="free", initialisation=Initialisation(decoder_norm=0))
+    make_trainer(settings)
+    with pytest.raises(
+        InputError, match=r"initialisation\.decoder_norm 0 does not go with batch_topk: latents"
+    ):
+        make_trainer(settings, config_of("transcoder", "batch_topk"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 0.5])
+def test_seeds_that_cannot_be(seed: float) -> None:
+    with pytest.raises(InputError, match=r"seed must be a whole number, at least 0 and below 2\^63, not"):
+        make_trainer(replace(SETTINGS, seed=seed))
 
 
 def with_nan(anchors: torch.Tensor) -> torch.Tensor:
@@ -219,6 +235,19 @@ def test_as_many_anchors_as_latents() -> None:
     anchors = Anchors(randn(LATENTS, 6), randn(LATENTS, 5))
     trainer = DictionaryTrainer(Dictionary(VARIANTS["transcoder"]), SETTINGS, *norms, anchors)
     assert trainer.anchor_cosine() == pytest.approx(1.0)
+
+
+def test_lengths_of_anchors_do_not_matter() -> None:
+    """Also where their squares vanish in float32."""
+    norms = [Normalisation(torch.zeros(d), torch.ones(d)) for d in (6, 5)]
+    found = []
+    for length in (1.0, 1e-25, 1e25):
+        anchors = Anchors(length * randn(2, 6), length * randn(2, 5))
+        trainer = DictionaryTrainer(Dictionary(VARIANTS["transcoder"]), SETTINGS, *norms, anchors)
+        found.append((trainer.dictionary.W_enc[:2].detach().clone(), train(trainer, range(3))[-1].loss))
+    for rows, loss in found:
+        torch.testing.assert_close(rows, found[0][0])
+        assert loss == pytest.approx(found[0][1], rel=1e-4)
 
 
 def test_anchored_latents_begin_elsewhere_if_that_is_asked_for() -> None:

@@ -98,6 +98,19 @@ def test_the_first_step_of_the_rate() -> None:
     assert (moved > 1e-4).any()
 
 
+def test_a_latent_is_dead_from_the_row_on_that_is_asked_for() -> None:
+    trainer = make_trainer()
+    trainer.silent_rows[:3] = torch.tensor([79, 80, 81])
+    assert trainer.dead()[:3].tolist() == [False, True, True]  # dead_after_rows is 80
+
+
+def test_adams_eps_is_as_small_as_the_gradients_are() -> None:
+    """Of a loss that is divided by d: eps is 1e-8 of one that is not."""
+    for variant in ("sae", "crosscoder"):
+        config = VARIANTS[variant]
+        assert make_trainer(config=config).optimizer.defaults["eps"] == pytest.approx(1e-8 / config.d_out)
+
+
 def test_learning_rate_rises_stays_and_falls_to_its_end() -> None:
     settings = replace(SETTINGS, steps=100, learning_rate=1.0, warmup_share=0.1, decay_share=0.2)
     rates = [make_trainer(settings).learning_rate(step) for step in range(101)]

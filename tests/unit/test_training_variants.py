@@ -1,22 +1,27 @@
 """Dictionaries of several sites through the trainer and the evaluator: rows side by side, anchors, thresholds, loss."""
 
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import harvest
+from conftest import harvest, write_store
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 from pipeline.models import describe_model
+from pipeline.sdl.activations import BatchTopK
+from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.dictionary import Dictionary, Normalisation
 from pipeline.sdl.files import load_dictionary
 from pipeline.sdl.training import DictionaryTrainer
-from storage.errors import StorageError
+from storage.errors import StorageError, UncommittedRows
 from storage.records import Record
 from storage.runs import open_run
-from storage.store import Store
+from storage.store import Store, open_store
 from workers.anchor_settings import AnchorSettings
 from workers.dictionary_settings import DictionarySettings
 from workers.evaluator import EvaluationPlan, evaluate, first_held_out_row
@@ -24,11 +29,12 @@ from workers.settings import EvaluateSettings, TrainSettings
 from workers.stages import anchors
 from workers.tensors import to_torch
 from workers.trainer import Trainer, anchors_of
-from workers.training_plan import DictionaryPlan, plan_training
+from workers.training_plan import DictionaryPlan, plan_training, unfinished
 from workers.training_rows import normalisation
 
 SITES = ["mlp_in.0", "mlp_in.1", "mlp_out.0", "mlp_out.1", "resid_post.0", "resid_post.1"]
 LATENTS, K = 48, 4
+SEED = 3
 DICTIONARIES = [
     {
         "name": "crosscoder",
@@ -61,6 +67,7 @@ SETTINGS = TrainSettings.model_validate(
     {
         "rows": 40_960,
         "batch_rows": 256,
+        "seed": SEED,
         "threads": 1,
         "dictionaries": [{"latents": LATENTS, "learning_rate": 0.01, **d} for d in DICTIONARIES],
     }
@@ -159,17 +166,54 @@ def test_the_weights_are_those_of_training_on_the_stream_by_hand(store: Store, n
     """To the bit: columns in the order of the spec, the store's own moments, its anchors."""
     (plan,) = [d for d in plan_training(store, SETTINGS).dictionaries if d.name == name]
     norms = [normalisation_at(store, sites) for sites in (plan.config.input, plan.config.output)]
-    given = None if plan.anchors is None else anchors_of(store, plan.anchors, plan.config, plan.training.seed)
-    trainer = DictionaryTrainer(Dictionary(plan.config), plan.training, *norms, given)
+    given = None if plan.anchors is None else anchors_of(store, plan.anchors, plan.config, SEED)
+    trainer = DictionaryTrainer(Dictionary(plan.config), replace(plan.training, seed=SEED), *norms, given)
     sites = dict.fromkeys((*plan.config.input, *plan.config.output))
     torch.set_num_threads(1)
-    for batch in store.stream(list(sites), batch_rows=256, seed=SETTINGS.seed, steps=plan.training.steps):
+    for batch in store.stream(list(sites), batch_rows=256, seed=SEED, steps=plan.training.steps):
         x = torch.cat([to_torch(batch[site]) for site in plan.config.input], dim=1)
         y = torch.cat([to_torch(batch[site]) for site in plan.config.output], dim=1)
         trainer.step(x, x if plan.config.is_autoencoder else y)
     found, expected = load_dictionary(store.path / "runs" / name), trainer.result()
-    for parameter, weight in expected.named_parameters():
-        assert torch.equal(found.get_parameter(parameter), weight)
+    if isinstance(plan.config.activation, BatchTopK):
+        rows = [to_torch(store.read(s, slice(store.info.held_out_start, store.num_rows))) for s in plan.config.input]
+        calibrate(expected, lambda: [torch.cat(rows, dim=1).float()], trainer.competing())
+    weights = expected.state_dict()
+    assert weights.keys() == found.state_dict().keys()
+    for parameter, weight in found.state_dict().items():
+        assert torch.equal(weights[parameter], weight), parameter
+
+
+def test_what_fails_after_the_last_step_is_not_trained_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A threshold that cannot be set: the run keeps its checkpoint, and so do those after it."""
+    copy = tmp_path / "store"
+    shutil.copytree(store.path, copy)
+    shutil.rmtree(copy / "runs")
+    plan = plan_training(open_store(copy), SETTINGS)
+    assert plan.dictionaries[0].name == "crosscoder"
+    with monkeypatch.context() as patched:
+        patched.setattr("workers.trainer.calibrate", Mock(side_effect=InputError("nan")))
+        with pytest.raises(InputError, match="nan"):
+            Trainer(plan).train()
+    monkeypatch.setattr(DictionaryTrainer, "step", Mock(side_effect=AssertionError("trained again")))
+    Trainer(unfinished(open_store(copy), plan)).train()
+    for run in (d["name"] for d in DICTIONARIES):
+        for file in ("dictionary.json", "dictionary.safetensors"):
+            assert (copy / "runs" / run / file).read_bytes() == (store.path / "runs" / run / file).read_bytes()
+
+
+def test_the_rows_of_a_threshold_are_asked_for_before_training(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", num_rows=75, rows_per_unit=16, units=[0, 1, 2, 3], held_out_start=64)
+
+    def plan(kind: str) -> None:
+        sae = {"name": "new", "input": "resid_post.0", "latents": 16, "activation": {"kind": kind, "k": 2}}
+        plan_training(store, TrainSettings.model_validate({"batch_rows": 8, "dictionaries": [sae]}))
+
+    plan("topk")
+    with pytest.raises(UncommittedRows, match=r"not harvested for resid_post\.0: 4 "):
+        plan("batch_topk")
 
 
 def test_normalisation_of_several_sites_is_each_ones_own(store: Store) -> None:
