@@ -239,9 +239,12 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
             if loss is not None
             else ""
         )
+        fvu = f"FVU {record['fvu']:.3f}"
+        if len(record["site_fvu"]) > 1:
+            fvu += f" ({', '.join(f'{site} {found:.3f}' for site, found in record['site_fvu'].items())})"
         say(
-            f"evaluated {plan.run} on {record['rows']:,} held-out rows: FVU {record['fvu']:.3f}, L0 {record['l0']:.1f},"
-            f" {100 * record['dead_share']:.1f} % dead{recovered}"
+            f"evaluated {plan.run} on {record['rows']:,} held-out rows: {fvu}, L0 {record['l0']:.1f}, "
+            f"{100 * record['dead_share']:.1f} % dead{recovered}"
         )
     return True
 

@@ -30,7 +30,7 @@ def dictionaries_section(store: Store, status: Record, runs: Sequence[RunView]) 
     head += ["clean", "spliced", "zero", "mean"]
     rows = [_line(run) for run in runs]
     summary = table(head, rows, label="Dictionaries", words=3, groups=groups, more="summary")
-    return section("dictionaries", "Dictionaries", intro, summary, _sizes(runs), notes, _curves(runs))
+    return section("dictionaries", "Dictionaries", intro, summary, _sizes(runs), _by_site(runs), notes, _curves(runs))
 
 
 def _how_to_train(status: Record) -> str:
@@ -63,6 +63,16 @@ def _sizes(runs: Sequence[RunView]) -> str:
         for loss in [e["loss"]]
     }
     return f'<p class="muted">Measured on {listed(sorted(sizes))}.</p>' if sizes else ""
+
+
+def _by_site(runs: Sequence[RunView]) -> str:
+    """The FVU of each output, where there are several: in their sum one of large activations hides the others."""
+    lines = [
+        f"{text(run.name)}: " + ", ".join(f"{text(site)} {number(fvu)}" for site, fvu in of_sites.items())
+        for run in runs
+        if len(of_sites := (run.evaluation or {}).get("site_fvu", {})) > 1
+    ]
+    return f'<p class="muted">FVU of each site: {"; ".join(lines)}.</p>' if lines else ""
 
 
 def _curves(runs: Sequence[RunView]) -> str:

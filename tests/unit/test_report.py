@@ -344,6 +344,14 @@ def test_a_control_measured_on_other_rows_is_not_compared(store: Store) -> None:
     assert "0.850" not in parsed.text
 
 
+def test_the_fvu_of_each_site_where_there_are_several(store: Store) -> None:
+    add_run(store, "sae", identity(), found=evaluation(CONTROL, site_fvu={"resid_post.0": 0.125}))
+    assert "FVU of each site" not in report_page(store, "")
+    both = {"resid_post.0": 0.125, "mlp_out.0": 0.875}
+    add_run(store, "crosscoder", identity({}), found=evaluation(CONTROL, site_fvu=both))
+    assert "FVU of each site: crosscoder: resid_post.0 0.125, mlp_out.0 0.875." in check(report_page(store, "")).text
+
+
 def test_an_evaluation_without_subpopulations_or_latents(store: Store) -> None:
     found = evaluation([], latents=[], density=[0.0] * LATENTS, fvu=math.nan, dead_share=1.0)
     add_run(store, "anchored", identity({}), found=found, anchors="languages")

@@ -106,9 +106,7 @@ def test_decoder_norms_that_do_not_go_together() -> None:
 def test_decoders_of_no_norm_cannot_compete() -> None:
     settings = replace(SETTINGS, decoder_norm="free", initialisation=Initialisation(decoder_norm=0))
     make_trainer(settings)
-    with pytest.raises(
-        InputError, match=r"initialisation\.decoder_norm 0 does not go with batch_topk: latents"
-    ):
+    with pytest.raises(InputError, match=r"initialisation\.decoder_norm 0 does not go with batch_topk: latents"):
         make_trainer(settings, config_of("transcoder", "batch_topk"))
 
 

@@ -116,6 +116,8 @@ def test_a_trained_dictionary_is_evaluated(store: Store, llama: Path, name: str)
     found = evaluation_of(store, name, llama)
     assert 0 < found["fvu"] < 1
     assert len(found["density"]) == dictionary.config.total_latents
+    assert list(found["site_fvu"]) == list(dictionary.config.output)
+    assert min(found["site_fvu"].values()) <= found["fvu"] <= max(found["site_fvu"].values())
     assert found["loss"]["clean"] < found["loss"]["mean_ablated"] + 1
     assert found["loss"]["spliced"] == pytest.approx(found["loss"]["clean"], rel=0.2)
     assert [group["value"] for group in found["subpopulations"]] == ["de", "en", "fr", *PLACES]
