@@ -189,7 +189,7 @@ class DictionarySettings(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """What dense products are computed in; weights, selected entries and optimiser are float32 in any case."""
     exact: bool = False
-    """Dense float32 products throughout: the plain formula, several times slower."""
+    """Dense float32 products throughout, and Adam unfused: the plain formula, several times slower."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -262,5 +262,6 @@ class DictionarySettings(Settings):
             initialisation=Initialisation(**self.initialisation.model_dump()),
             anchors_first=self.anchors is None or self.anchors.first,
             products=Products(sparse=not self.exact, selection=selection, dense=self.precision),
+            fused=not self.exact,
             seed=seed,
         )

@@ -70,7 +70,9 @@ class DictionaryTrainer:
         self.step_number = 0
         self.silent_rows = torch.zeros(dictionary.config.total_latents, dtype=torch.int64, device=device)
         eps = ADAM_EPS / dictionary.config.d_out
-        self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=0.0, betas=ADAM_BETAS, eps=eps, fused=True)
+        self.optimizer = torch.optim.Adam(
+            dictionary.parameters(), lr=0.0, betas=ADAM_BETAS, eps=eps, fused=config.fused
+        )
 
     def step(self, x: Tensor, y: Tensor) -> StepMetrics:
         """Take one step on raw activations x [rows, d_in], y [rows, d_out] (the same tensor where output = input).

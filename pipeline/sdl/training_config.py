@@ -44,6 +44,8 @@ class TrainingConfig:
     anchors_first: bool = True
     """Anchored latents begin at their anchors, so that none has to cross the space; else as all others do."""
     products: Products = field(default=Products())
+    fused: bool = True
+    """Adam in one kernel over all weights; False: one operation after the other."""
     seed: int = 0
 
 

@@ -205,6 +205,7 @@ def test_sites_that_are_anchored() -> None:
 
 def test_exact_is_the_plain_formula() -> None:
     assert trained(parse(exact=True)).products == Products(sparse=False, selection="float32")
+    assert [trained(parse(exact=exact)).fused for exact in (False, True)] == [True, False]
 
 
 def test_the_precision_of_dense_products() -> None:

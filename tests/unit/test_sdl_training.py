@@ -98,6 +98,16 @@ def test_the_first_step_of_the_rate() -> None:
     assert (moved > 1e-4).any()
 
 
+def test_adam_in_one_kernel_is_adam() -> None:
+    settings = replace(SETTINGS, products=Products(selection="float32"))
+    fused, plain = (make_trainer(replace(settings, fused=fused)) for fused in (True, False))
+    assert not plain.optimizer.defaults["fused"]
+    losses = [[metrics.loss for metrics in train(trainer, range(8))] for trainer in (fused, plain)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    for one, other in zip(fused.dictionary.parameters(), plain.dictionary.parameters(), strict=True):
+        assert (one - other).abs().median() < 1e-6
+
+
 def test_a_latent_is_dead_from_the_row_on_that_is_asked_for() -> None:
     trainer = make_trainer()
     trainer.silent_rows[:3] = torch.tensor([79, 80, 81])
