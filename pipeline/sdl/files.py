@@ -68,7 +68,7 @@ def load_dictionary(
         )
     config = dictionary.config
     for verb, sites, wanted in (("reads", config.input, input), ("writes", config.output, output)):
-        asked = (wanted,) if isinstance(wanted, str) else tuple(wanted or sites)
+        asked = (wanted,) if isinstance(wanted, str) else tuple(sites if wanted is None else wanted)
         if asked != sites:
             raise InputError(
                 f"the dictionary in {folder} {verb} {', '.join(sites)}, and it is wanted for {', '.join(asked)}"
