@@ -93,5 +93,6 @@ def cosine_anchoring(W: Tensor, anchors: Tensor) -> Tensor:
 
 def unit_rows(vectors: Tensor) -> Tensor:
     """Scale each row to norm 1; a zero row stays zero."""
-    largest = vectors.abs().amax(-1, keepdim=True)  # so that short rows are none of `normalize`'s zeros
-    return functional.normalize(vectors / torch.where(largest > 0, largest, 1.0), dim=-1)
+    # By a power of two first, which changes no digit, so that squares of short or long rows are neither zero nor infinite.
+    exponent = torch.frexp(vectors.abs().amax(-1, keepdim=True)).exponent
+    return functional.normalize(torch.ldexp(vectors, -exponent), dim=-1)
