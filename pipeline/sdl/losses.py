@@ -93,6 +93,6 @@ def cosine_anchoring(W: Tensor, anchors: Tensor) -> Tensor:
 
 def unit_rows(vectors: Tensor) -> Tensor:
     """Scale each row to norm 1; a zero row stays zero."""
-    # By a power of two first, which changes no digit: squares of short and long rows then are neither zero nor infinite.
+    # By a power of two first, which changes no digit: squares of short or long rows are neither zero nor infinite then.
     exponent = torch.frexp(vectors.abs().amax(-1, keepdim=True)).exponent
     return functional.normalize(torch.ldexp(vectors, -exponent), dim=-1)
