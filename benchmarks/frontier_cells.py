@@ -33,6 +33,8 @@ BETWEEN: dict[str, tuple[float, ...]] = {
 }
 """Further targets and penalties of ours: its FVU is read at peers' L0 on a line, which lies above the curve between
 points that are far apart."""
+LOWERED = {"k": 8, "l0": 7.75}
+"""And BatchTopK with its threshold at an L0 below k, as peers' thresholds give."""
 LATENTS, BATCH_ROWS = 1024, 4096
 PREFIXES = (64, 128, 256, 512)
 RATES = (6e-3, 1.2e-2, 2.4e-2)
@@ -93,7 +95,8 @@ Sweep = tuple[str, list[dict[str, Any]]]
 
 def _ours(kind: str) -> Sweep:
     sweeps: dict[str, list[dict[str, Any]]] = {
-        **{name: [{"k": k} for k in (*TARGETS, *BETWEEN[name])] for name in ("batch_topk", "matryoshka")},
+        "batch_topk": [*({"k": k} for k in (*TARGETS, *BETWEEN["batch_topk"])), LOWERED],
+        "matryoshka": [{"k": k} for k in (*TARGETS, *BETWEEN["matryoshka"])],
         "jumprelu": [{"l0": 1.0, "l0_target": float(k)} for k in (*TARGETS, *BETWEEN["jumprelu"])],
         "gated": [{"l1": weight} for weight in (*GATED_PENALTIES, *BETWEEN["gated"])],
         "relu": [{"l1": weight} for weight in (*PENALTIES, *BETWEEN["relu"])],
@@ -164,7 +167,7 @@ def train_ours(cell: Cell, rows: Any, calibration: Tensor, steps: int, seed: int
         trainer.step(x, x)
     dictionary = trainer.result()
     if isinstance(activation, BatchTopK):
-        calibrate(dictionary, lambda: calibration.split(BATCH_ROWS), trainer.competing())
+        calibrate(dictionary, lambda: calibration.split(BATCH_ROWS), trainer.competing(), cell.settings.get("l0"))
     used = {"lr": training.learning_rate, **cell.settings}
     return Trained(dictionary.requires_grad_(False), used, time.perf_counter() - started)
 
@@ -174,7 +177,7 @@ def _activation_and_objective(cell: Cell) -> tuple[Activation, Objective]:
     if cell.kind == "topk":
         return TopK(**settings), Objective()
     if cell.kind == "batch_topk":
-        return BatchTopK(**settings), Objective()
+        return BatchTopK(settings["k"]), Objective()
     if cell.kind == "matryoshka":
         return BatchTopK(**settings), Objective(prefixes=PREFIXES)
     kinds: dict[str, Activation] = {"jumprelu": JumpReLU(1.0, 1.0), "gated": Gated(), "relu": ReLU()}

@@ -19,19 +19,25 @@ LOWER_BITS = 16
 
 @torch.no_grad()
 def calibrate(
-    dictionary: Dictionary, rows: Callable[[], Iterable[Tensor]], competing: Sequence[Tensor | None] | None = None
+    dictionary: Dictionary,
+    rows: Callable[[], Iterable[Tensor]],
+    competing: Sequence[Tensor | None] | None = None,
+    l0: float | None = None,
 ) -> None:
     """Set the thresholds of a finished BatchTopK dictionary: on these rows, k latents of each block are active on
-    average.
+    average, or `l0` of them. An L0 a little below k costs less than training with a smaller k (benchmarks/README).
 
     `rows`, which is called twice, gives the same batches [n, d_in] float32 of raw activations each time. `competing`:
     for each block the weights [latents] with which preactivations competed in training
     (`DictionaryTrainer.competing`), if any. Raises InputError for other activations, where there is no row, where rows
-    are not finite, and where there are others the second time.
+    are not finite, where there are others the second time, and for an `l0` that is not above 0 and at most the latents.
     """
     activation, blocks = dictionary.config.activation, dictionary.each_block()
     if not isinstance(activation, BatchTopK):
         raise InputError(f"{activation.kind} has no threshold to calibrate; batch_topk has")
+    asked = activation.k if l0 is None else l0
+    if not 0 < asked <= dictionary.config.latents:
+        raise InputError(f"an L0 is above 0 and at most latents = {dictionary.config.latents}, unlike {asked}")
     searches = [
         _Search(block, torch.ones_like(block.b_enc) if weights is None else weights.to(block.b_enc))
         for block, weights in zip(blocks, competing or [None] * len(blocks), strict=True)
@@ -46,7 +52,7 @@ def calibrate(
     if count == 0:
         raise InputError("no rows to calibrate the threshold on")
     for search in searches:
-        search.settle_upper(activation.k * count + 1)  # the threshold's own place, counted from the largest
+        search.settle_upper(round(asked * count) + 1)  # the threshold's own place, counted from the largest
     again = 0
     for x in rows():
         again += len(x)

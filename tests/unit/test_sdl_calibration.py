@@ -40,6 +40,18 @@ def test_the_asked_l0_exactly(variant: str, size: int) -> None:
     assert [int(part.sum()) for part in active.split(LATENTS, dim=1)] == [K * ROWS] * len(dictionary.each_block())
 
 
+def test_another_l0_than_k() -> None:
+    dictionary = batch_top_k()
+    x = randn(ROWS, dictionary.config.d_in, seed=5)
+    for l0 in (0.5, K - 0.25, K + 1.0):
+        calibrate(dictionary, batches(x, 64), l0=l0)
+        active = torch.cat([dictionary.encode(part) for part in x.split(64)]) > 0
+        assert int(active.sum()) == round(l0 * ROWS)
+    for wrong in (0.0, -1.0, LATENTS + 1.0, float("nan")):
+        with pytest.raises(InputError, match=rf"an L0 is above 0 and at most latents = {LATENTS}, unlike {wrong}"):
+            calibrate(dictionary, batches(x, 64), l0=wrong)
+
+
 @pytest.mark.parametrize("variant", ["sae", "crosscoder", "cross_layer"])
 def test_with_the_weights_that_competed_in_training(variant: str) -> None:
     dictionary = batch_top_k(variant)
