@@ -12,7 +12,8 @@ from benchmarks.frontier_rows import batches
 from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
+from pipeline.sdl.dictionary import Dictionary, Initialisation
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.training import DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig, default_dead_after_rows

@@ -19,9 +19,10 @@ from torch import Tensor
 from benchmarks.frontier_rows import prepare_rows
 from pipeline.sdl.activations import TopK
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
+from pipeline.sdl.dictionary import Dictionary, Initialisation
 from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows
 from pipeline.sdl.metrics import measure_code
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Objective
 from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer

@@ -20,8 +20,9 @@ from benchmarks.environments import ENVIRONMENTS
 from benchmarks.frontier_rows import NOT_MEASURED, batches, prepare_rows
 from pipeline.sdl.activations import TopK
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
+from pipeline.sdl.dictionary import Dictionary, Initialisation
 from pipeline.sdl.metrics import measure_code
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.training import ADAM_BETAS, DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig, default_dead_after_rows, default_learning_rate
 from workers.machine import machine

@@ -30,8 +30,9 @@ from benchmarks.environments import DICTIONARIES, PeerProcess, environment_pytho
 from benchmarks.synthetic_rows import sparse_rows
 from pipeline.sdl.activations import BatchTopK, Products, TopK
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.losses import reconstruction_loss
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.selection import select_top_k
 from pipeline.sdl.training import DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig, default_learning_rate

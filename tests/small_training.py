@@ -5,7 +5,8 @@ from formulas import VARIANTS, randn
 from torch import Tensor
 
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.training import DictionaryTrainer, StepMetrics
 from pipeline.sdl.training_config import TrainingConfig

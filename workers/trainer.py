@@ -17,8 +17,9 @@ from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.files import save_dictionary
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Anchors
 from pipeline.sdl.training import DictionaryTrainer, StepMetrics
 from storage.anchors import read_anchors

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Normalisation
+from pipeline.sdl.normalisation import Normalisation
 from storage.arrays import Array
 from storage.moments import MomentKey, Moments, merged_moments, training_units
 from storage.norm_filter import NormFilter

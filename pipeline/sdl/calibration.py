@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import BatchTopK
-from pipeline.sdl.dictionary import Block, Dictionary, not_finite_columns
+from pipeline.sdl.dictionary import Block, Dictionary
+from pipeline.sdl.normalisation import not_finite_columns
 
 LOWER_BITS = 16
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.normalisation import Normalisation
 
 SERVED = 0.1
 """A latent serves a feature if it is at least this strong, against the strongest, when the feature is alone."""

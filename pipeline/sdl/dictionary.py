@@ -22,6 +22,7 @@ from pipeline.errors import InputError
 from pipeline.sdl.activations import Products
 from pipeline.sdl.codes import Code
 from pipeline.sdl.config import BlockShape, DictionaryConfig
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.ranges import not_negative, positive
 
 Rows = Tensor | NDArray[Any]
@@ -239,14 +240,14 @@ class Dictionary(nn.Module):
         if self.W_skip is None:
             return y
         if x is None:
-            raise ValueError("a skip transcoder's reconstruction has a part of x: give decode(z, x) both")
+            raise InputError("a skip transcoder's reconstruction has a part of x: give decode(z, x) both")
         for shape in self.config.blocks():  # of several layers none writes an earlier one: those entries stay zero
             part = nn.functional.linear(x[:, shape.reads], self.W_skip[shape.writes, shape.reads])
             y = add_columns(y, part, shape.writes)
         return y
 
     @torch.no_grad()
-    def folded(self, x_norm: "Normalisation", y_norm: "Normalisation") -> "Dictionary":
+    def folded(self, x_norm: Normalisation, y_norm: Normalisation) -> "Dictionary":
         """Return the dictionary on raw activations that equals this one on normalised ones; codes are the same."""
         raw = Dictionary(self.config).to(self.b_dec.device)
         for block, out in zip(self.each_block(), raw.each_block(), strict=True):
@@ -261,49 +262,6 @@ class Dictionary(nn.Module):
             raw.W_skip.copy_(self.W_skip * x_norm.scale / y_norm.scale[:, None])
             raw.b_dec.sub_(raw.W_skip @ x_norm.mean)
         return raw
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """x -> (x - mean) * scale, with scale chosen so that E||x||^2 = d at each site after centring."""
-
-    mean: Tensor
-    """float32 [d]."""
-    scale: Tensor
-    """float32 [d], one value a site."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x.float() - self.mean) * self.scale
-
-    def to(self, device: torch.device | str) -> "Normalisation":
-        return Normalisation(self.mean.to(device), self.scale.to(device))
-
-    @classmethod
-    def of(cls, mean: Tensor, total_variance: float) -> "Normalisation":
-        """Of one site: `mean` [d], `total_variance` = E||x - mean||^2. Raises InputError if there is none."""
-        if len(wrong := (~torch.isfinite(mean)).nonzero().flatten()):
-            raise InputError(
-                f"these activations cannot be normalised: the mean of column {int(wrong[0])} is not finite "
-                f"({len(wrong)} such columns): there is nan or infinity in the harvest; see `granary verify`"
-            )
-        if not 0 < total_variance < float("inf"):
-            raise InputError(
-                "these activations cannot be normalised: their variance is "
-                f"{total_variance:.3g}, which must be finite and above 0 (constant columns, or nan in the harvest)"
-            )
-        d = len(mean)
-        return cls(mean.float(), torch.full((d,), (d / total_variance) ** 0.5))
-
-    @classmethod
-    def side_by_side(cls, parts: Sequence["Normalisation"]) -> "Normalisation":
-        """That of several sites, in order."""
-        return cls(torch.cat([p.mean for p in parts]), torch.cat([p.scale for p in parts]))
-
-
-def not_finite_columns(x: Tensor) -> str:
-    """Which columns of x [rows, d] hold nan or infinity, in words; empty if none does."""
-    bad = (~torch.isfinite(x.float())).any(0).nonzero().flatten()
-    return f"column {int(bad[0])} ({len(bad)} such)" if len(bad) else ""
 
 
 def add_columns(y: Tensor, part: Tensor, columns: slice) -> Tensor:

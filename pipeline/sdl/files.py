@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 
 from pipeline.errors import InputError
 from pipeline.sdl.config import config_of
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.normalisation import Normalisation
 
 FORMAT = 2
 JSON, WEIGHTS, NORMALISATION = "dictionary.json", "dictionary.safetensors", "normalisation.safetensors"

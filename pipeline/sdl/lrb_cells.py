@@ -18,10 +18,11 @@ from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.diagnostics import absorption, at_truth, polysemanticity
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows, recovery
 from pipeline.sdl.lrb_recipes import LAYOUTS, TRUTH, Cell, Method, Size, config_of, resolve, training_of
 from pipeline.sdl.metrics import measure_code
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Anchors
 from pipeline.sdl.training import DictionaryTrainer
 

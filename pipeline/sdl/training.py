@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from pipeline.errors import InputError
 from pipeline.sdl.activations import JumpReLU
-from pipeline.sdl.dictionary import Block, Dictionary, Normalisation, not_finite_columns
+from pipeline.sdl.dictionary import Block, Dictionary
 from pipeline.sdl.losses import unit_rows
+from pipeline.sdl.normalisation import Normalisation, not_finite_columns
 from pipeline.sdl.objective import Anchors, Evaluated, evaluate
 from pipeline.sdl.resampling import resample
 from pipeline.sdl.training_config import TrainingConfig, check_training

@@ -10,7 +10,8 @@ from pipeline.rounding import round_rows, square_error
 from pipeline.rows import ContextRows
 from pipeline.sdl.activations import BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.training import DictionaryTrainer
 from pipeline.sdl.training_config import TrainingConfig

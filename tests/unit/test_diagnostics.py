@@ -15,11 +15,12 @@ from torch.nn import functional
 from pipeline.sdl.activations import ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.diagnostics import absorption, antipodal_pairs, at_truth, optimality, polysemanticity
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.lrb import Bench, Hierarchy, make_coefficients, make_features, make_rows
 from pipeline.sdl.lrb_cells import Data, batches, make_trainer
 from pipeline.sdl.lrb_recipes import Cell, Size, resolve
 from pipeline.sdl.metrics import measure_code
+from pipeline.sdl.normalisation import Normalisation
 
 
 def dictionary_of(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor | None = None, k: int | None = None) -> Dictionary:

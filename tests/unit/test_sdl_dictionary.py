@@ -12,7 +12,8 @@ from pipeline.errors import InputError
 from pipeline.sdl.activations import Activation, Gated, JumpReLU, ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.config import config_of as config_from
-from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
+from pipeline.sdl.dictionary import Dictionary, Initialisation
+from pipeline.sdl.normalisation import Normalisation
 from workers.tensors import to_numpy
 
 SITE = ("resid_post.1",)

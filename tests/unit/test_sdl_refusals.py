@@ -12,7 +12,8 @@ from pipeline.errors import InputError
 from pipeline.sdl.activations import TopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
+from pipeline.sdl.dictionary import Dictionary, Initialisation
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.ranges import refuse
 from pipeline.sdl.resampling import Resampling

@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.sdl.activations import Gated, Products, ReLU
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Initialisation, Normalisation
+from pipeline.sdl.dictionary import Dictionary, Initialisation
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Objective, evaluate
 from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer

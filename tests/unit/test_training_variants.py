@@ -15,8 +15,9 @@ from pipeline.errors import InputError
 from pipeline.models import describe_model
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.calibration import calibrate
-from pipeline.sdl.dictionary import Dictionary, Normalisation
+from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.files import load_dictionary
+from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.training import DictionaryTrainer
 from storage.errors import StorageError, UncommittedRows
 from storage.records import Record
