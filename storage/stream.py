@@ -118,9 +118,18 @@ def _batches(
     start_step: int,
     steps: int | None,
 ) -> Iterator[dict[str, Array]]:
+    if steps == 0:
+        return
     pool_number, offset = order.locate(start_step * batch_rows)
+    last_pool = None if steps is None else order.locate((start_step + steps) * batch_rows - 1)[0]
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as prefetch:
-        upcoming: Future[dict[str, Array]] = prefetch.submit(_read_pool, store, arrays, order, chosen, pool_number)
+
+        def read_ahead() -> Future[dict[str, Array]] | None:
+            if last_pool is not None and pool_number > last_pool:
+                return None
+            return prefetch.submit(_read_pool, store, arrays, order, chosen, pool_number)
+
+        upcoming = read_ahead()
         pool: dict[str, Array] = {"row": np.empty(0, np.int64)}
         given = 0
         while steps is None or given < steps:
@@ -129,9 +138,10 @@ def _batches(
             while wanted:
                 if offset >= len(pool["row"]):
                     offset -= len(pool["row"])
+                    assert upcoming is not None  # the last pool has the last row that is asked for
                     pool = upcoming.result()
                     pool_number += 1
-                    upcoming = prefetch.submit(_read_pool, store, arrays, order, chosen, pool_number)
+                    upcoming = read_ahead()
                     continue
                 taken = {name: values[offset : offset + wanted] for name, values in pool.items()}
                 parts.append(taken)

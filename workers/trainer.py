@@ -145,8 +145,7 @@ class _Member:
         if isinstance(self.plan.config.activation, BatchTopK):
             rows = partial(calibration_rows, self.store, self.plan.config, kept)
             calibrate(dictionary, rows, self.trainer.competing())
-        if self.curve:
-            about["last_step"] = {name: value for name, value in self.curve[-1].items() if name != "step"}
+        about["last_step"] = {name: value for name, value in self.curve[-1].items() if name != "step"}
         self.run.finish(self.curve, save_dictionary(dictionary, about, (self.trainer.x_norm, self.trainer.y_norm)))
 
 

@@ -109,8 +109,8 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
         store.require_committed(site, training_units(store))
     config = wanted.config({site: store.array(site).shape[1] for site in sites})
     if isinstance(config.activation, BatchTopK):
+        first = calibration_range(store).start // store.info.rows_per_unit
         for site in config.input:
-            first = calibration_range(store).start // store.info.rows_per_unit
             store.require_committed(site, range(first, store.info.num_units))
     training = wanted.training(steps, settings.batch_rows, settings.seed)
     check_training(config, training, None)

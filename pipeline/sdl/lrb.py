@@ -38,11 +38,10 @@ class Hierarchy:
             f"hierarchy.{problem}"
             for problem in (
                 *whole(parents=self.parents, children=self.children),
+                *positive(child_share=self.child_share),
                 *below_one(child_share=self.child_share),
             )
         ]
-        if self.child_share == 0:
-            found.append("hierarchy.child_share must be above 0: no child would ever be active")
         if not found and self.parents * (1 + self.children) > features:
             found = [f"{self.parents} parents with {self.children} children each do not fit into {features} features"]
         return found

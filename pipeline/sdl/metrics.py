@@ -41,8 +41,9 @@ def measure_code(
     rows = 0
     codes = []
     for x, y in batches:
-        z = dictionary.encode(x.to(device))
-        residual = y - dictionary.decode(z, x.to(device)).cpu()
+        x = x.to(device)
+        z = dictionary.encode(x)
+        residual = y - dictionary.decode(z, x).cpu()
         z = z.cpu()
         error += residual.double().square().sum(0)
         squares += y.double().square().sum(0)
@@ -51,19 +52,17 @@ def measure_code(
         rows += len(x)
         codes.append(z if keep_codes is None else z[:, list(keep_codes)])
     variance = squares - y_sum.square() / rows
-    of_sites = {
-        site: (wrong.sum().item(), all_of.sum().item())
-        for site, wrong, all_of in zip(
-            config.output, error.split(config.output_widths), variance.split(config.output_widths), strict=True
-        )
-    }
-    if constant := [site for site, (_, all_of) in of_sites.items() if not all_of > 0]:
+    site_error, site_variance = (
+        {site: of.sum().item() for site, of in zip(config.output, sums.split(config.output_widths), strict=True)}
+        for sums in (error, variance)
+    )
+    if constant := [site for site, of in site_variance.items() if not of > 0]:
         raise InputError(f"{rows} rows have no variance at {', '.join(constant)}: measure on more rows")
     density = fired / rows
     metrics = CodeMetrics(
         rows=rows,
         fvu=(error.sum() / variance.sum()).item(),
-        site_fvu={site: wrong / all_of for site, (wrong, all_of) in of_sites.items()},
+        site_fvu={site: site_error[site] / site_variance[site] for site in config.output},
         l0=density.sum().item(),
         dead_share=(fired == 0).float().mean().item(),
         density=density.tolist(),

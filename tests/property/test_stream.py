@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from storage.errors import StorageError, UncommittedRows
 from storage.store import Store
 from storage.stream import Order
+from storage.stream import _read_pool as read_pool
 
 SITES = ["resid_post.0", "mlp_out.0"]
 orders = st.builds(Order, st.integers(1, 200), st.integers(1, 30), st.integers(0, 5), st.integers(1, 100))
@@ -109,6 +110,25 @@ def test_sites_are_aligned(store: Store) -> None:
         for site in SITES:
             assert batch[site].dtype.name == "bfloat16"
             np.testing.assert_array_equal(batch[site], stored[site][batch["row"]])
+
+
+@pytest.mark.usefixtures("small_pools")
+@pytest.mark.parametrize(
+    ("start", "steps", "pools"), [(0, 0, []), (0, 2, [0]), (0, 3, [0, 1]), (2, 4, [0, 1, 2]), (6, 1, [2, 3])]
+)
+def test_no_pool_is_read_that_is_not_asked_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch, start: int, steps: int, pools: list[int]
+) -> None:
+    """Batches of 10 from pools of 24, 24 and 16 rows."""
+    read: list[int] = []
+
+    def recorded(*arguments: Any) -> dict[str, Any]:
+        read.append(arguments[-1])
+        return read_pool(*arguments)
+
+    monkeypatch.setattr("storage.stream._read_pool", recorded)
+    assert len(list(store.stream(SITES, batch_rows=10, seed=3, start_step=start, steps=steps))) == steps
+    assert read == pools
 
 
 @pytest.mark.usefixtures("small_pools")

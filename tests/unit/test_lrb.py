@@ -197,7 +197,7 @@ def test_no_first_weight_is_a_feature(seed: int) -> None:
             "15 parents with 4 children each do not fit into 60 features",
         ),
         ({"hierarchy": Hierarchy(child_share=1.0)}, r"hierarchy\.child_share must be at least 0 and below 1, not 1.0"),
-        ({"hierarchy": Hierarchy(child_share=0.0)}, r"hierarchy\.child_share must be above 0: no child would"),
+        ({"hierarchy": Hierarchy(child_share=0.0)}, r"hierarchy\.child_share must be above 0 and finite, not 0.0"),
         ({"hierarchy": Hierarchy(children=0)}, r"hierarchy\.children must be a whole number above 0, not 0"),
         ({"hierarchy": Hierarchy(parents=-5)}, r"hierarchy\.parents must be a whole number above 0, not -5"),
         ({"samples": 0}, "samples must be a whole number above 0, not 0"),
