@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from jobs.tables import Prices
 from storage.arrays import REQUEST_BYTES, RowArray
+from storage.stream import block_rows_of
 
 PUTS_PER_UNIT = 2
 """The unit's moments and its commit."""
@@ -73,10 +74,14 @@ def harvest_requests(arrays: Sequence[RowArray], units: int, part_bytes: int, un
     for array in arrays:
         last = num_objects(array) - 1
         puts += last * _puts(array.object_bytes(0), part_bytes) + _puts(array.object_bytes(last), part_bytes)
-    unit_rows = max(array.shard_rows or array.chunk_rows for array in arrays)  # norms have a chunk for each unit
-    is_short = arrays[0].shape[0] % unit_rows != 0
+    is_short = arrays[0].shape[0] % unit_rows(arrays) != 0
     gets = GETS_PER_UNIT * units + is_short  # the writer of a short unit looks whether the store has grown
     return Requests(puts, gets, 1 + -(-units // units_per_listing))
+
+
+def unit_rows(arrays: Sequence[RowArray]) -> int:
+    """Rows of a unit, from all arrays of a harvest: norms have a chunk for each unit."""
+    return max(array.shard_rows or array.chunk_rows for array in arrays)
 
 
 def _puts(num_bytes: int, part_bytes: int) -> int:
@@ -94,17 +99,15 @@ class Pass:
         return self.requests.cost(prices) + self.num_bytes / GIB * prices.egress_gib
 
 
-def training_pass(arrays: Sequence[RowArray], training_rows: int) -> Pass:
+def training_pass(arrays: Sequence[RowArray], training_rows: int, rows_per_unit: int) -> Pass:
     """One pass over some arrays: blocks in a shuffled order, each read from every array (see storage.stream)."""
-    if not arrays:
-        return Pass(Requests(), 0)
-    block_rows = max(array.chunk_rows for array in arrays if len(array.shape) > 1)
-    blocks = -(-training_rows // block_rows)
+    whole, rest = divmod(training_rows, block_rows := block_rows_of(rows_per_unit))
     gets = num_bytes = 0
     for array in arrays:
-        chunks = max(1, block_rows // array.chunk_rows)
-        gets += blocks * -(-chunks // max(1, REQUEST_BYTES // array.chunk_bytes))
-        num_bytes += blocks * chunks * array.chunk_bytes
+        for blocks, rows in ((whole, block_rows), (1, rest)):
+            chunks = -(-rows // array.chunk_rows)
+            gets += blocks * -(-chunks // max(1, REQUEST_BYTES // array.chunk_bytes))
+            num_bytes += blocks * chunks * array.chunk_bytes
     return Pass(Requests(get=gets), num_bytes)
 
 

@@ -12,6 +12,7 @@ from jobs.economics import (
     num_objects,
     stored_bytes,
     training_pass,
+    unit_rows,
 )
 from jobs.progress import ProgressLine
 from jobs.run import bytes_of_rows, check_place, check_room, cluster_for, unit_bytes
@@ -229,7 +230,7 @@ def _economics(
     # Norms are not read in training: they are the second array of a site.
     read = [array for site in read_sites for array in (arrays[site][0], *arrays[site][2:])]
     requests = harvest_requests(every, units, PART_BYTES, UNITS_PER_BLOCK)
-    reading = training_pass(read, work.training_rows)
+    reading = training_pass(read, work.training_rows, unit_rows(every))
     num_bytes = sum(map(stored_bytes, every))
     costs = bill(work, num_bytes, requests, reading, prices, on_object_store=not is_local)
     hours = work.worker_hours(work.rows)

@@ -28,6 +28,11 @@ POOL_ROWS = 2**17
 """Rows of a pool: wide enough to mix hundreds of documents, small enough to hold two (256 MiB each at d = 1024)."""
 
 
+def block_rows_of(rows_per_unit: int) -> int:
+    """Rows of a block in a store with units of so many rows."""
+    return min(rows_per_unit, BLOCK_ROWS)
+
+
 @dataclass(frozen=True)
 class Order:
     """The shuffled order of `num_rows` rows in blocks of `block_rows`. Values in, values out; no I/O."""
@@ -103,7 +108,7 @@ def stream(
     arrays = {site: store.site_rows(site) for site in sites}
     for site in sites:
         store.require_committed(site, range(-(-num_rows // store.info.rows_per_unit)))
-    block_rows = min(store.info.rows_per_unit, BLOCK_ROWS)
+    block_rows = block_rows_of(store.info.rows_per_unit)
     chosen = None if max_norm is None else norm_filter(store, norm_site or sites[0], max_norm, block_rows)
     order = Order(num_rows, block_rows, seed, kept=None if chosen is None else chosen.counts)
     return _batches(store, arrays, order, chosen, batch_rows, start_step, steps)

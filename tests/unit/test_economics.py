@@ -67,15 +67,18 @@ def test_requests_of_a_harvest() -> None:
 
 
 def test_a_pass_of_training_reads_block_by_block() -> None:
-    """Blocks are the largest chunk; smaller chunks of another site are read together, up to 16 MiB a request."""
+    """Blocks are 16,384 rows, or a unit; chunks of a block are read together, up to 16 MiB a request."""
     wide, narrow = array(65536, 1024, 2048), array(65536, 4, 65536)
-    assert training_pass([wide], 60_000) == Pass(Requests(get=30), 30 * (2048 * 1024 * 2 + 4))
-    found = training_pass([wide, narrow], 60_000)  # one block of 65,536 rows: 32 chunks of 4 MiB, three to a request
-    assert found.requests == Requests(get=11 + 1)
-    assert found.num_bytes == 32 * (2048 * 1024 * 2 + 4) + 65536 * 4 * 2 + 4
-    scales = array(65536, None, 65536, dtype="float32")  # one chunk a unit, read again for every block
-    assert training_pass([wide, scales], 60_000).requests == Requests(get=60)
-    assert training_pass([], 60_000) == Pass(Requests(), 0)
+    found = training_pass([wide], 60_000, 65536)  # three blocks of 8 chunks of 4 MiB, three to a request, and 6 chunks
+    assert found == Pass(Requests(get=3 * 3 + 2), 30 * (2048 * 1024 * 2 + 4))
+    found = training_pass([wide, narrow], 60_000, 65536)  # one chunk a unit, read again for every block
+    assert found.requests == Requests(get=11 + 4)
+    assert found.num_bytes == 30 * (2048 * 1024 * 2 + 4) + 4 * (65536 * 4 * 2 + 4)
+    scales = array(65536, None, 65536, dtype="float32")
+    assert training_pass([wide, scales], 60_000, 65536).requests == Requests(get=11 + 4)
+    small = array(4096, 1024, 2048)
+    assert training_pass([small], 3 * 4096, 4096).requests == Requests(get=3)
+    assert training_pass([], 60_000, 65536) == Pass(Requests(), 0)
 
 
 def test_a_bill_on_an_object_store() -> None:
