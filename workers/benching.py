@@ -46,14 +46,19 @@ def read_cell(folder: Path, cell: Cell) -> Record | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tuple[Cell, Record]]:
+def run_cells(
+    cells: Sequence[Cell], folder: Path, threads: int, products: Record | None = None
+) -> Iterator[tuple[Cell, Record]]:
     """Run the cells that have no record yet, as many at once as the cluster has room for; yield each as it is done.
 
-    Ray must be up. Where cells raise, the others are run all the same; then what the first of them raised is.
+    `products`: see `train_cell`; those of the folder's records, if not given. Ray must be up. Where cells raise, the
+    others are run all the same; then what the first of them raised is.
     """
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     remote = ray.remote(num_cpus=threads, max_retries=3)(_run)
-    waiting = {remote.remote(cell, threads): cell for cell in cells if read_cell(folder, cell) is None}
+    recorded = [record for cell in cells if (record := read_cell(folder, cell)) is not None]
+    products = products or next((record["products"] for record in recorded if "products" in record), None)
+    waiting = {remote.remote(cell, threads, products): cell for cell in cells if read_cell(folder, cell) is None}
     raised: Exception | None = None
     while waiting:
         (done,), _ = ray.wait(list(waiting), num_returns=1)
@@ -81,7 +86,7 @@ def _of_cell(error: Exception, cell: Cell) -> Exception:
     return error
 
 
-def _run(cell: Cell, threads: int) -> dict[str, Any]:
+def _run(cell: Cell, threads: int, products: Record | None) -> dict[str, Any]:
     torch.set_num_threads(threads)
     about = machine()
-    return {**train_cell(cell), "machine": {"cpu": about["cpu"], "cores": about["cores"], "threads": threads}}
+    return {**train_cell(cell, products), "machine": {"cpu": about["cpu"], "cores": about["cores"], "threads": threads}}

@@ -51,6 +51,8 @@ class HarvesterSetup:
     batch_tokens: int
     threads: int
     placement: Placement
+    blocks: bool = True
+    """Whether compiled layers may attend in blocks; see `UnitRunner`."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class Harvester:
             device=setup.placement.input_device,
             context=self.store.info.context,
             compile_layers=setup.compile,
+            blocks=setup.blocks,
         )
 
     def _compute_unit(self, unit: int, buffers: Buffers) -> tuple[Activations, UnitBlock]:
