@@ -46,18 +46,20 @@ def read_cell(folder: Path, cell: Cell) -> Record | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run_cells(
-    cells: Sequence[Cell], folder: Path, threads: int, products: Record | None = None
-) -> Iterator[tuple[Cell, Record]]:
+def recorded_products(folder: Path, cells: Sequence[Cell]) -> Record | None:
+    """What the cells of a table that were run are computed in; None if none was."""
+    records = (read_cell(folder, cell) for cell in cells)
+    return next((record["products"] for record in records if record is not None and "products" in record), None)
+
+
+def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tuple[Cell, Record]]:
     """Run the cells that have no record yet, as many at once as the cluster has room for; yield each as it is done.
 
-    `products`: see `train_cell`; those of the folder's records, if not given. Ray must be up. Where cells raise, the
-    others are run all the same; then what the first of them raised is.
+    Ray must be up. Where cells raise, the others are run all the same; then what the first of them raised is.
     """
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     remote = ray.remote(num_cpus=threads, max_retries=3)(_run)
-    recorded = [record for cell in cells if (record := read_cell(folder, cell)) is not None]
-    products = products or next((record["products"] for record in recorded if "products" in record), None)
+    products = recorded_products(folder, cells)
     waiting = {remote.remote(cell, threads, products): cell for cell in cells if read_cell(folder, cell) is None}
     raised: Exception | None = None
     while waiting:
