@@ -1,8 +1,8 @@
 """Rows per second of a harvest against the bare forward pass: python -m benchmarks.harvest
 
 A Llama with hidden size 512 and 8 layers, random weights in the faster type of the machine, contexts of 256, three
-sites of the last layer stored (so that no layer can be left out). Loading and compiling are left out on all sides (steady state); how long they
-took is printed. In turn, several times in one run:
+sites of the last layer stored (so that no layer can be left out). Loading and compiling are left out on all sides
+(steady state); how long they took is printed. In turn, several times in one run:
 
 - the plain eager forward pass of the same model on full batches of the harvest's size and of the size at which it is
   fastest, and its matrix products alone (no forward pass in that type is faster); the compiled forward pass of the

@@ -5,8 +5,8 @@ CacheActivationsRunner storing one site (the output of the last layer) with as m
 harvesters storing three of that layer, one of one thread for each core, through real actors, committed and flushed to
 disk. Loading, compiling and tokenising are left out on both sides.
 
-SAELens gets what suits it: the model in the faster type of the machine, full batches of as many tokens as ours, contexts tokenised
-beforehand that follow one another without padding (BOS and 255 tokens, documents run together; every position counts
+SAELens gets what suits it: the model in the faster type of the machine, full batches of as many tokens as ours,
+contexts tokenised beforehand that follow one another without padding (BOS and 255 tokens, documents run together; every position counts
 as a row, BOS too), no shuffling, one shard, no hub. By default it runs models as transformer_lens' HookedTransformer
 and stores float32; the model as transformers has it (AutoModelForCausalLM), and float16, are faster. It does not flush
 to disk, and its hooks on every module rule out compiling.

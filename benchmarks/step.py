@@ -3,7 +3,9 @@
 A TopK autoencoder, batch 4096, d = 512, F = 16384, k = 32, float32 parameters, two threads. In one run, in turn: our
 step (`DictionaryTrainer.step`), one pass of the training loop of sparsify, dictionary_learning and SAELens, each as it
 comes and with the options that suit it here, and the encoder's product alone in the faster type of the machine, with
-both factors in it already. Then our variants: BatchTopK, a transcoder, a crosscoder of three sites, each per unit of encoder and decoder
+both factors in it already.
+
+Then our variants: BatchTopK, a transcoder, a crosscoder of three sites, each per unit of encoder and decoder
 arithmetic (d_in + d_out, in units of the autoencoder's). Peers run in processes of their own that wait while others
 are timed. Figures are medians over rounds of a round's median; ratios are medians of the rounds' ratios.
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -24,7 +25,7 @@ _TRIAL = (128, 256, 512)
 
 
 @cache
-def faster_type(device: str = "cpu") -> str:
+def faster_type(device: str = "cpu") -> Literal["float32", "bfloat16"]:
     """Return "float32" or "bfloat16", in whichever a `device` ("cpu", "cuda", ...) multiplies matrices faster.
 
     Decided from what the device is where that tells, else by a short measurement; the same throughout a process.
