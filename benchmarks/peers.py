@@ -7,9 +7,9 @@ disk. Loading, compiling and tokenising are left out on both sides.
 
 SAELens gets what suits it: the model in the faster type of the machine, full batches of as many tokens as ours,
 contexts tokenised beforehand that follow one another without padding (BOS and 255 tokens, documents run together; every
-position counts as a row, BOS too), no shuffling, one shard, no hub. By default it runs models as transformer_lens' HookedTransformer
-and stores float32; the model as transformers has it (AutoModelForCausalLM), and float16, are faster. It does not flush
-to disk, and its hooks on every module rule out compiling.
+position counts as a row, BOS too), no shuffling, one shard, no hub. By default it runs models as transformer_lens'
+HookedTransformer and stores float32; the model as transformers has it (AutoModelForCausalLM), and float16, are faster.
+It does not flush to disk, and its hooks on every module rule out compiling.
 
 It is installed once, with its dependencies, into .bench-venv/saelens (see benchmarks.environments).
 """
