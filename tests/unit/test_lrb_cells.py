@@ -217,7 +217,7 @@ def test_tied_weights_begin_alike() -> None:
         ("topk", "anchored", {"anchors": 120}, "120 anchors are too many for 120 features"),
         ("topk", "anchored", {"latents": 10}, "20 anchors are too many for 120 features, .* and 10 latents"),
         ("topk", "plain", {"sparsity": 1}, "sparsity must be at least 0 and below 1, not 1"),
-        ("topk", "plain", {"dense": "bf16"}, "products are computed in float32 or bfloat16, not bf16"),
+        ("topk", "plain", {"dense": "bf16"}, "products are computed in auto, float32 or bfloat16, not bf16"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(
