@@ -144,7 +144,7 @@ def test_a_scale_of_resampled_encoders_is_refused() -> None:
 
 def test_products_in_other_types_are_refused() -> None:
     for wrong in ({"dense": "bf16"}, {"selection": "float16"}):
-        with pytest.raises(InputError, match=r"products are computed in float32 or bfloat16, not (bf16|float16)"):
+        with pytest.raises(InputError, match=r"products are computed in auto, float32 or bfloat16, not (bf16|float16)"):
             Products(**wrong)
 
 
