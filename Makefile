@@ -1,32 +1,37 @@
 # Each target works as the only command typed on a fresh machine: it makes the virtual environment it needs.
-PYTHON ?= python3.11
-VENV := .venv
-BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# PYTHON=python3.12 takes that Python; without, the first that will do of python3.11, 3.12, 3.13 (infra/environment.sh).
+PYTHON ?=
+BIN := .venv/bin
 
-.PHONY: demo test check faults format bench clean
+.PHONY: demo test test-rest test-all check faults format bench environment clean
 
-demo: $(INSTALLED)          ## the whole pipeline, on a tiny Llama and Python's standard library
+demo: environment           ## the whole pipeline, on a tiny Llama and Python's standard library
 	$(BIN)/granary demo
 
-test: $(INSTALLED)          ## every test that needs no GPU
+test: environment           ## every part of the product once
+	$(BIN)/python -m pytest -m "not slow"
+
+test-rest: environment      ## the tests that `make test` leaves out
+	$(BIN)/python -m pytest -m slow
+
+test-all: environment       ## every test that needs no GPU
 	$(BIN)/python -m pytest
 
-check: $(INSTALLED)         ## what CI runs before the tests: lint, format, types, layering
+check: environment          ## what CI runs before the tests: lint, format, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_layering.py
 
-faults: $(INSTALLED)        ## the whole fault campaign, as a table: about half an hour
+faults: environment         ## the whole fault campaign, as a table: about half an hour
 	$(BIN)/python tests/faults/campaign.py
 	GRANARY_CORRUPTIONS=2200 $(BIN)/python -m pytest -q -s tests/faults/test_corruption.py
 
-format: $(INSTALLED)
+format: environment
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)         ## the measurements of benchmarks/, one after the other
+bench: environment          ## the measurements of benchmarks/, one after the other
 	$(BIN)/python -m benchmarks.storage
 	$(BIN)/python -m benchmarks.objects
 	$(BIN)/python -m benchmarks.verify
@@ -42,10 +47,8 @@ bench: $(INSTALLED)         ## the measurements of benchmarks/, one after the ot
 	$(BIN)/python -m benchmarks.short_runs
 	$(BIN)/python -m benchmarks.frontier
 
-$(INSTALLED): pyproject.toml infra/constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt --editable '.[dev,readers,s3]'
-	touch $(INSTALLED)
+environment:                ## .venv with the pinned packages; nothing where it is ready
+	@PYTHON='$(PYTHON)' sh infra/environment.sh
 
 clean:
-	rm -rf $(VENV) granary-demo
+	rm -rf .venv granary-demo

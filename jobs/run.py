@@ -106,14 +106,19 @@ def _open_harvested(spec: Spec) -> Store:
 def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     from workers import stages
     from workers.harvester import UnitResult
-    from workers.harvesting import check_gpus, check_harvest, emulation_notice, prepare_harvests
+    from workers.harvesting import check_compiling, check_gpus, check_harvest, emulation_notice, prepare_harvests
     from workers.planning import ensure_store
+    from workers.settings import compile_layers
 
     info = describe_model(spec.model.id, spec.model.revision)
     check_harvest(info, spec.model, spec.harvest)  # before the plan, so that a refused spec leaves nothing
+    is_new = not (open_place(spec.store) / "zarr.json").exists()  # in another, all may be harvested already
+    check_compiling(is_new and spec.harvest.compile is True, spec.harvest, spec.cluster)
 
     def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
         check_room(open_place(spec.store), bytes_of_rows(spec, info, num_rows))
+        compiles = is_new and compile_layers(spec.harvest, info, num_rows, info.num_layers)
+        check_compiling(compiles, spec.harvest, spec.cluster)
         note(emulation_notice(info, spec.model, spec.harvest))
         if spec.harvest.gpus_per_worker:
             cluster.connect()
@@ -134,6 +139,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         stages.tidy(store, jobs)
         return store, made
     per_unit = store.info.rows_per_unit
+    check_compiling(any(job.setup.compile for job in jobs if len(job.units)), spec.harvest, spec.cluster)
     check_room(store.root, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
     if not made:
         note(emulation_notice(info, spec.model, spec.harvest))

@@ -25,7 +25,7 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
         yield
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local" and "RAY_ADDRESS" not in os.environ:
+    if is_started_here(address):
         # RAY_ENABLE_UV_RUN_RUNTIME_ENV etc. stay as they are; the dashboard costs seconds and is not used here.
         options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "address": "local"}
         # Ray's workers are at niceness 15, where anything else on the machine starves them; this run is waited for.
@@ -48,6 +48,11 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def is_started_here(address: str) -> bool:
+    """Whether a run with this cluster.address starts Ray itself, so that its workers are on this machine."""
+    return address == "local" and "RAY_ADDRESS" not in os.environ
 
 
 def require_gpus(gpus: int, what: str) -> None:

@@ -5,7 +5,6 @@ one before is written by the thread of its own call. Each has one of two buffers
 is the model and two units, whatever the corpus.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from queue import SimpleQueue
 
 import torch
 
-from pipeline.errors import InputError
+from pipeline.compilers import check_compiler
 from pipeline.loading import load_base_model
 from pipeline.models import ModelInfo
 from pipeline.placement import Placement
@@ -159,10 +158,8 @@ class Harvester:
 
     def _load(self) -> UnitRunner:
         setup = self.setup
-        if setup.compile and setup.placement.device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
-            raise InputError(
-                "compiling the layers on CPU needs a C++ compiler (g++): install one, or set harvest.compile: false"
-            )
+        if setup.compile:
+            check_compiler(setup.placement.device)
         torch.set_num_threads(setup.threads)  # of this thread's computations: OpenMP counts threads per caller
         model = load_base_model(
             setup.model,

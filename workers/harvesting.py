@@ -7,6 +7,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from pipeline.batches import COMPOSITION
+from pipeline.compilers import check_compiler
 from pipeline.loading import DTYPES as TORCH_DTYPES
 from pipeline.loading import check_weights, linear_shapes
 from pipeline.models import ModelInfo
@@ -25,7 +26,7 @@ from storage.harvests import (
 from storage.records import Record
 from storage.store import Store
 from storage.unitsets import UnitRanges, UnitSet
-from workers.cluster import require_gpus
+from workers.cluster import is_started_here, require_gpus
 from workers.harvester import HarvesterSetup, UnitResult
 from workers.settings import ClusterSettings, HarvestSettings, ModelSettings, compile_layers
 from workers.supervisor import RunResult, Supervisor
@@ -111,6 +112,15 @@ def emulation_notice(info: ModelInfo, model: ModelSettings, settings: HarvestSet
         f"model.dtype: this processor has no instructions for {model.dtype} and takes {slower:.1f} times as long for a "
         f"layer of {info.id} as in float32; write model.dtype: float32, unless these very roundings are wanted"
     )
+
+
+def check_compiling(compiles: bool, settings: HarvestSettings, cluster: ClusterSettings) -> None:
+    """Raise InputError if layers are to be compiled on this machine, which cannot.
+
+    Says nothing of other machines: a worker there looks for its compiler itself, before it loads the model.
+    """
+    if compiles and is_started_here(cluster.address):
+        check_compiler(settings.placement.device)
 
 
 def layout_of(d_model: int, stored: str, rows_per_unit: int) -> Record:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.compilers import check_compiler
 from pipeline.errors import InputError
 from pipeline.layout import Documents
 from pipeline.loading import load_base_model
@@ -69,6 +70,8 @@ def measure(
             f"this machine has {torch.cuda.device_count()}: measure on a machine like the workers', or give "
             "--rows-per-second"
         )
+    if compile_layers:
+        check_compiler(settings.placement.device)
     torch.set_num_threads(settings.threads_per_worker)
     places = {Site(site.layer, site.kind): model.dtype for site in settings.parsed_sites()}
     loaded = load_base_model(
