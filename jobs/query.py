@@ -1,9 +1,14 @@
 """`granary query`: SQL over a store, printed, as JSON lines, or as the activations of the rows that it finds."""
 
 import argparse
+import atexit
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
+
+from jobs.ending import REFUSED
 
 JSON_ROWS = 2048
 """Rows that are Python objects at a time while they are printed."""
@@ -28,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_query(store: Any, arguments: argparse.Namespace) -> int:
     """Answer a query. Raises StorageError."""
+    from storage.bounded import StepLeftBehind
     from storage.errors import StorageError
     from storage.query import check_output, fetch
 
@@ -37,16 +43,13 @@ def run_query(store: Any, arguments: argparse.Namespace) -> int:
         out = Path(arguments.out).expanduser()
         check_output(out)
         store.array(arguments.site)  # raises for a site that is not there
-    answer = store.sql(
-        arguments.sql,
-        timeout_s=arguments.timeout,
-        memory_bytes=int(arguments.memory * 2**30),
-        allow_files=arguments.allow_files,
-    )
-    if arguments.site is None and not arguments.json:
-        print(answer)
+    try:
+        table = _asked(store, arguments)
+    except StepLeftBehind:
+        atexit.register(_leave_at_once)
+        raise
+    if table is None:
         return 0
-    table = answer.to_arrow_table()
     if arguments.site is not None:
         shape = fetch(store, table, arguments.site, out)
         print(f"wrote {out}: {arguments.site} of {shape[0]:,} rows, {shape[1]} wide")
@@ -55,6 +58,28 @@ def run_query(store: Any, arguments: argparse.Namespace) -> int:
         for line in batch.to_pylist():
             print(json.dumps(line, default=str))
     return 0
+
+
+def _asked(store: Any, arguments: argparse.Namespace) -> Any:
+    """The whole answer, or None where its first rows were printed."""
+    answer = store.sql(
+        arguments.sql,
+        timeout_s=arguments.timeout,
+        memory_bytes=int(arguments.memory * 2**30),
+        allow_files=arguments.allow_files,
+    )
+    if arguments.site is None and not arguments.json:
+        print(answer)
+        return None
+    return answer.to_arrow_table()
+
+
+def _leave_at_once() -> None:
+    """End the process while a step of a query goes on: Python would tear DuckDB down around it, and print what it finds
+    there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(REFUSED)
 
 
 def _above_zero(text: str) -> float:

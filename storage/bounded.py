@@ -25,6 +25,10 @@ KNOCK_S = 0.05
 OUT_OF_MEMORY = (duckdb.OutOfMemoryException, pa.ArrowMemoryError, MemoryError)
 
 
+class StepLeftBehind(StorageError):
+    """A query did not end in time, and the step it is in goes on in a thread of its own."""
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What one query may take."""
@@ -59,7 +63,7 @@ class Bounds:
         if not outcome.done.is_set():  # nobody waits for it, but it must not go on after the step it is in
             threading.Thread(target=_knock, args=(outcome, interrupt, float("inf")), daemon=True).start()
         if not on_time and (outcome.error is not None or not outcome.done.is_set()):
-            raise StorageError(
+            raise (StorageError if outcome.done.is_set() else StepLeftBehind)(
                 f"the query did not end within {self.timeout_s:g} s: ask for less, or give it more time "
                 "(--timeout SECONDS; in Python timeout_s)"
             ) from outcome.error
