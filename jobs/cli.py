@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.ending import INTERRUPTED, REFUSED, TERMINATED, Terminated, refusal, terminable
+from jobs.query import add_options as query_options
 
 GROW = "append to the store what it lacks of the spec's rows (more rows, or more entries of corpus.path)"
 
@@ -102,10 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "granary query /data/acts 'select row from rows where position = 1 limit 1000' --site resid_post.8 --out x.npy",
     )
     query.add_argument("store", help="the store, or a spec that names it")
-    query.add_argument("sql", help="a SELECT")
-    query.add_argument("--site", help="fetch this site's activations of the rows found (column `row`)")
-    query.add_argument("--out", help="where to write them: .npy, .safetensors or .parquet")
-    query.add_argument("--json", action="store_true", help="print one JSON object a line, all rows")
+    query_options(query)
 
     report = add(
         "report", _report, "write one HTML page about a store and its dictionaries", "granary report /data/acts"
@@ -193,29 +191,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _query(arguments: argparse.Namespace) -> int:
-    from storage.errors import StorageError
-    from storage.query import check_output, fetch, query_errors
+    from jobs.query import run_query
 
-    if (arguments.site is None) != (arguments.out is None):
-        raise StorageError("--site and --out go together: the site whose activations to fetch, and the file for them")
-    store = _open(arguments.store)
-    if arguments.site is not None:
-        out = Path(arguments.out).expanduser()
-        check_output(out)
-        store.array(arguments.site)  # raises for a site that is not there
-    with query_errors():
-        relation = store.sql(arguments.sql)
-        if arguments.site is None and not arguments.json:
-            print(relation)
-            return 0
-        table = relation.to_arrow_table()
-    if arguments.site is not None:
-        shape = fetch(store, table, arguments.site, out)
-        print(f"wrote {out}: {arguments.site} of {shape[0]:,} rows, {shape[1]} wide")
-    else:
-        for line in table.to_pylist():
-            print(json.dumps(line, default=str))
-    return 0
+    return run_query(_open(arguments.store), arguments)
 
 
 def _report(arguments: argparse.Namespace) -> int:

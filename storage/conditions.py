@@ -8,15 +8,17 @@ refused for that reason.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import duckdb
 import numpy as np
 
 from storage.arrays import Array
+from storage.bounded import Bounds
 from storage.errors import StorageError
 from storage.query import rows_table
+from storage.sandbox import open_sandbox
 from storage.store import Store
 
 _KEYWORDS = {"current_timestamp", "current_time", "localtime", "localtimestamp"}
@@ -48,13 +50,13 @@ class Conditions:
         self.store, self.conditions = store, tuple(conditions)
         for condition in self.conditions:
             check_condition(condition)
-        self._database = duckdb.connect()  # one for all ranges of rows, as opening one takes longer than asking it
-        self._database.execute("set enable_progress_bar = false")
-        self._database.execute("set python_enable_replacements = false")
-        self._database.execute("set threads = 1")  # there is a task on every core already
+        self._bounds = Bounds()
+        # One for all ranges of rows, as opening one takes longer than asking it. There is a task on every core already.
+        self._database = open_sandbox(memory_bytes=self._bounds.memory_bytes, threads=1)
         self.rows(0, 1)
         for condition in self.conditions:
-            (kind,) = self._database.sql(f"SELECT ({condition}\n) FROM {_JOINED}").types
+            query = f"SELECT ({condition}\n) FROM {_JOINED}"
+            (kind,) = self._bounds.run(partial(self._types, query), self._database.interrupt)
             if str(kind) != "BOOLEAN":
                 raise StorageError(f"{condition!r} is no condition: it gives {kind}, not true or false")
 
@@ -66,9 +68,16 @@ class Conditions:
         self._database.register("documents", self.store.documents_between(int(document.min()), int(document.max())))
         return [np.sort(self._asked(condition)) for condition in self.conditions]
 
+    def _types(self, query: str) -> Sequence[Any]:
+        return self._database.sql(query).types
+
     def _asked(self, condition: str) -> Array:
+        query = f"SELECT rows.row FROM {_JOINED} WHERE ({condition}\n)"
         try:
-            columns = self._database.execute(f"SELECT rows.row FROM {_JOINED} WHERE ({condition}\n)").fetchnumpy()
+            columns = self._bounds.run(lambda: self._database.execute(query).fetchnumpy(), self._database.interrupt)
+        except StorageError as error:  # time or memory, for which a condition has no options
+            what = str(error).partition(":")[0]
+            raise StorageError(f"{condition!r} cannot be asked of the rows: {what}. Write a simpler one") from None
         except duckdb.Error as error:
             (reason, *_) = re.split(r"\n(?:Candidate|LINE|Did you mean)", str(error))
             names = ", ".join(line[0] for line in self._database.sql(f"DESCRIBE SELECT * FROM {_JOINED}").fetchall())
@@ -97,7 +106,7 @@ def _parsed(query: str) -> dict[str, Any]:
 @cache
 def _parser() -> duckdb.DuckDBPyConnection:
     """A database with nothing in it."""
-    return duckdb.connect()
+    return open_sandbox(memory_bytes=Bounds.memory_bytes, threads=1)
 
 
 def _without_places(value: Any) -> Any:

@@ -2,59 +2,66 @@
 
 Tables: `documents`, `rows` (row, token, position, document, context, and role where the corpus is chat), `tokens`
 (token, piece), `units` (one line a unit and harvest) and `sites`. A table is loaded when the query names it: `rows`
-takes 24 bytes a row of memory.
+takes 24 bytes a row of memory. A query reads these tables and nothing else, and changes nothing (storage.sandbox); it
+ends within bounds of time and memory (storage.bounded).
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.answer import Answer, Session
 from storage.arrays import Array
+from storage.bounded import Bounds
 from storage.commits import committed_units, read_commit
 from storage.errors import StorageError
 from storage.files import write_file
+from storage.harvests import read_harvests
+from storage.sandbox import check_statement, open_sandbox
 from storage.store import Store, as_float32
 
-QUERIES = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
-"""Statements that give a table and change nothing. DESCRIBE and SHOW are kinds of SELECT; MULTI is what PIVOT is."""
 OUTPUT_FORMATS = (".npy", ".safetensors", ".parquet")
 
 
-@contextmanager
-def query_errors() -> Iterator[None]:
-    """Within the block DuckDB's errors become StorageErrors. A query that is valid may still fail when it is run."""
-    try:
-        yield
-    except duckdb.Error as error:
-        words = str(error)
-        if "Table with name" in words:  # DuckDB guesses among its own catalogue; ours is in the next line
-            words = re.sub(r"\nDid you mean .*", "", words)
-        raise StorageError(f"the query failed: {words}\nTables: {', '.join(_TABLES)}") from error
+def sql(
+    store: Store,
+    query: str,
+    *,
+    timeout_s: float = Bounds.timeout_s,
+    memory_bytes: int = Bounds.memory_bytes,
+    allow_files: bool = False,
+) -> Answer:
+    """Prepare one query, which runs when its result is asked for. Raises StorageError when it is not valid.
 
-
-def sql(store: Store, query: str) -> duckdb.DuckDBPyRelation:
-    """Prepare one query, which runs when its result is asked for. Raises StorageError when it is not valid."""
-    connection = duckdb.connect()
-    connection.execute("set enable_progress_bar = false")
-    connection.execute("set python_enable_replacements = false")  # a table is never a Python variable of ours
+    It reads the store's tables and nothing else, and ends within `timeout_s` and `memory_bytes`. `allow_files`: it may
+    read local files, too (`'labels.parquet'`, `read_csv('x.csv')`); it never writes one.
+    """
+    session = Session(
+        open_sandbox(memory_bytes=memory_bytes, allow_files=allow_files), Bounds(timeout_s, memory_bytes), in_words
+    )
     for name, load in _TABLES.items():
         if re.search(rf"\b{name}\b", query, re.IGNORECASE):
-            connection.register(name, load(store))
-    with query_errors():
-        kinds = [statement.type for statement in connection.extract_statements(query)]
-        if len(kinds) != 1 or kinds[0] not in QUERIES:
-            raise StorageError("a store is read-only: ask it with one SELECT")
-        relation = connection.sql(query)
-    assert relation is not None
-    return relation
+            session.connection.register(name, load(store))
+    return session.prepare(query, lambda: check_statement(session.connection, query, allow_files=allow_files))
+
+
+def in_words(said: str) -> str:
+    """DuckDB's message as ours, with what to do where it speaks of its own settings."""
+    if "Table with name" in said:  # DuckDB guesses among its own catalogue; ours is in the next line
+        said = re.sub(r"\nDid you mean .*", "", said)
+    if "disabled by configuration" in said or "disabled through configuration" in said:
+        return (
+            f"a query reads the store alone: {said.splitlines()[0]}. Local files may be read with --allow-files "
+            "(in Python allow_files=True); write files from the result, as from `to_arrow_table()`"
+        )
+    said = said.partition(", due to the following Python exception")[0]
+    return f"the query failed: {said}\nTables: {', '.join(_TABLES)}"
 
 
 def fetch(store: Store, table: pa.Table, site: str, out: Path) -> tuple[int, ...]:
@@ -132,7 +139,7 @@ def _tokens(store: Store) -> pa.Table:
 
 def _units(store: Store) -> pa.Table:
     lines = []
-    for harvest in store.harvests:
+    for harvest in read_harvests(store.root):  # as of now
         committed = committed_units(store.root, harvest.digest, store.info.units)
         for unit in range(store.info.num_units):
             start, stop = store.info.unit_rows(unit)
@@ -156,7 +163,7 @@ def _units(store: Store) -> pa.Table:
 
 def _sites(store: Store) -> pa.Table:
     lines = []
-    for harvest in store.harvests:
+    for harvest in read_harvests(store.root):  # as of now
         done = len(committed_units(store.root, harvest.digest, store.info.units))
         for site, layout in harvest.sites.items():
             line = {"site": site, "model": harvest.model, "harvest": harvest.digest}

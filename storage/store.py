@@ -23,7 +23,7 @@ from storage.table import StoredTable
 from storage.unitsets import UnitSet, shown
 
 if TYPE_CHECKING:
-    import duckdb
+    from storage.answer import Answer
 
 RowIndex = slice | Sequence[int] | Array
 
@@ -44,6 +44,7 @@ class Store(StoredTable):
         """`model`: the model whose sites bare names mean, for a store that holds several (see `for_model`)."""
         super().__init__(root, info)
         self.model = model
+        self._harvests: list[Harvest] | None = None
         self._found: dict[str, tuple[Harvest, str]] = {}
         self._committed: dict[str, UnitSet] = {}  # by harvest, as of when it was last asked for
         self._expected: dict[Place, dict[int, int]] = {}  # of an array's chunks, the crc32c that a commit says
@@ -57,8 +58,15 @@ class Store(StoredTable):
 
     @property
     def harvests(self) -> list[Harvest]:
-        """Every harvest that was begun on this store, oldest first."""
-        return read_harvests(self.root)
+        """Every harvest that was begun on this store, oldest first: read once, and again by `refresh`."""
+        if self._harvests is None:
+            self._harvests = read_harvests(self.root)
+        return list(self._harvests)
+
+    def refresh(self) -> "Store":
+        """Forget which harvests there are, so that those begun since show in `harvests` and `sites`; return self."""
+        self._harvests = None
+        return self
 
     @property
     def sites(self) -> list[str]:
@@ -73,7 +81,7 @@ class Store(StoredTable):
             return self._found[site]
         model, _, name = site.rpartition("/")
         model = model or self.model or ""
-        found = [h for h in self.harvests if name in h.sites and model in ("", h.model)]
+        found = self._holding(model, name) or self.refresh()._holding(model, name)
         if not found:
             raise StorageError(f"{site} is not in the store; it has {', '.join(self.sites) or 'no activations yet'}")
         if len({h.model for h in found}) > 1:
@@ -81,6 +89,9 @@ class Store(StoredTable):
             raise StorageError(f"{site} is stored for several models; name one of {choices}")
         self._found[site] = found[0], name
         return self._found[site]
+
+    def _holding(self, model: str, name: str) -> list[Harvest]:
+        return [h for h in self.harvests if name in h.sites and model in ("", h.model)]
 
     def committed(self, site: str) -> UnitSet:
         """The units of `site` that may be read, as of now."""
@@ -223,14 +234,18 @@ class Store(StoredTable):
             norm_site=norm_site,
         )
 
-    def sql(self, query: str) -> "duckdb.DuckDBPyRelation":
-        """Run SQL over the tables documents, rows, units and sites; see storage.query."""
+    def sql(self, query: str, **bounds: Any) -> "Answer":
+        """Run SQL over the tables documents, rows, tokens, units and sites: a DuckDB relation; see storage.query.
+
+        A query only reads, ends within 30 s (`timeout_s`), and takes 1 GiB at most (`memory_bytes`), which all threads
+        of the process share while it works. `allow_files=True` lets it read local files.
+        """
         from storage.query import sql
 
-        return sql(self, query)
+        return sql(self, query, **bounds)
 
     def __repr__(self) -> str:
-        return f"Store({self.url!r}, rows={self.num_rows}, sites={self.sites})"
+        return f"Store({self.url!r}, rows={self.num_rows})"  # what is known without asking the place
 
 
 def as_float32(values: Array) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ class StoredTable:
         self.root = root
         self.info = info
         self._arrays: dict[Place, RowArray] = {}
+        self._compared_files: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -48,7 +50,11 @@ class StoredTable:
         return self.documents_between(0, self.info.num_documents - 1)
 
     def documents_between(self, first: int, last: int) -> pa.Table:
-        """The documents numbered first ... last, both included, reading no more than the row groups they are in."""
+        """The documents numbered first ... last, both included.
+
+        A file of documents is read whole the first time, and compared with the root record; after that no more than
+        the row groups that are asked for, whose pages have checksums. Raises StorageError.
+        """
         tables = []
         for part in range(first // DOCUMENTS_PER_FILE, last // DOCUMENTS_PER_FILE + 1):
             low, high = (
@@ -57,7 +63,7 @@ class StoredTable:
             )
             path = self.table / "documents" / f"part-{part:05d}.parquet"
             try:
-                with self.as_opened((OSError,)), closing(path.open()) as opened:
+                with self.as_opened((OSError,)), closing(self._open_documents(part)) as opened:
                     file = pq.ParquetFile(opened, page_checksum_verification=True)
                     after = min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups)
                     tables.append(file.read_row_groups(list(range(low // DOCUMENTS_PER_GROUP, after))))
@@ -65,6 +71,14 @@ class StoredTable:
                 raise StorageError(f"the documents in {path} cannot be read: {error}") from None
         table = pa.concat_tables(tables)
         return table.slice(first - table.column("document")[0].as_py(), last - first + 1)
+
+    def _open_documents(self, part: int) -> Any:
+        name = f"documents/part-{part:05d}.parquet"
+        if name in self._compared_files:
+            return (self.table / name).open()
+        content = self.corpus_file(name)
+        self._compared_files.add(name)
+        return pa.BufferReader(content)
 
     @property
     def table(self) -> Place:
@@ -81,7 +95,10 @@ class StoredTable:
         with self.as_opened((FileNotFoundError,)):
             content = path.read()
         if hashlib.sha256(content).hexdigest() != self.info.files.get(name):
-            raise StorageError(f"{path} is not the file that the store was made with: its sha256 is another")
+            raise StorageError(
+                f"{path} is not the file that the store was made with: its sha256 is another. Restore it from a copy; "
+                "`granary verify STORE` finds all that is damaged"
+            )
         return content
 
     def columns(self, start: int, stop: int, names: Sequence[str] | None = None) -> dict[str, Array]:

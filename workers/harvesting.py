@@ -131,13 +131,13 @@ def layout_of(d_model: int, stored: str, rows_per_unit: int) -> Record:
 
 def name_in_store(store: Store, info: ModelInfo) -> str:
     """The name of a model under activations/: the one it was first harvested under, wherever it has moved since."""
-    known = (h.model for h in store.harvests if h.identity["model"]["fingerprint"] == info.fingerprint)
+    known = (h.model for h in store.refresh().harvests if h.identity["model"]["fingerprint"] == info.fingerprint)
     return next(known, info.name)
 
 
 def require_harvested(store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings) -> None:
     """Raise StorageError unless the store holds the spec's sites, of its model and harvested as it says."""
-    known = {harvest.digest for harvest in store.harvests}
+    known = {harvest.digest for harvest in store.refresh().harvests}
     for job in prepare_harvests(store, model, info, settings):
         if job.harvest.digest not in known:
             raise StorageError(
@@ -149,6 +149,7 @@ def require_harvested(store: Store, model: ModelSettings, info: ModelInfo, setti
 def declare(store: Store, job: HarvestJob) -> None:
     """Write the harvest's record and array metadata, create-only."""
     declare_harvest(store.root, store.num_rows, job.harvest)
+    store.refresh()
 
 
 def run_harvest(
