@@ -2,6 +2,8 @@
 # PYTHON=python3.12 takes that Python; without, the first that will do of python3.11, 3.12, 3.13 (infra/environment.sh).
 PYTHON ?=
 BIN := .venv/bin
+# A process a core, up to four; a file's tests in one of them, as they share what they make, in the order of the folders.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-rest test-all check faults format bench environment clean
 
@@ -9,13 +11,13 @@ demo: environment           ## the whole pipeline, on a tiny Llama and Python's 
 	$(BIN)/granary demo
 
 test: environment           ## every part of the product once
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-rest: environment      ## the tests that `make test` leaves out
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: environment       ## every test that needs no GPU
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: environment          ## what CI runs before the tests: lint, format, types, layering
 	$(BIN)/ruff check .

@@ -91,12 +91,13 @@ def activations(
 
 @needs_compiler
 def test_compiled_layers_equal_eager_ones() -> None:
-    sites = [Site(1, kind) for kind in KINDS]
-    eager, compiled = (activations(2, sites, torch.float32, compiled) for compiled in (False, True))
+    sites = [Site(0, kind) for kind in KINDS]
+    eager, compiled = (activations(1, sites, torch.float32, compiled) for compiled in (False, True))
     for site in sites:
         torch.testing.assert_close(compiled[site], eager[site], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 8])
 def test_compiled_bfloat16_layers_attend_in_blocks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +115,7 @@ def test_compiled_bfloat16_layers_attend_in_blocks(window: int | None, monkeypat
     assert all(torch.equal(again[site], compiled[site]) for site in sites)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_more_layers_than_the_compiler_takes_by_default_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tapped layer is other code to the compiler, which would leave the ninth and later ones eager."""

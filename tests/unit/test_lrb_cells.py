@@ -20,6 +20,7 @@ REDUCED = Size(Bench(120, 96, 10_000, 0.95, 0.25), 480, 300, 512, 5e-3, 6, 20)
 """Six features are active on average, of 120 in 96 dimensions."""
 QUICK = replace(REDUCED, bench=replace(REDUCED.bench, samples=2000), steps=20, batch_rows=128)
 SEEDS = (0, 1, 2)
+slow = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def trained(method: str, arm: str, seed: int, *changes: tuple[str, Any]) -> dict
 # ---- what a cell is
 
 
-@pytest.mark.parametrize("method", methods(QUICK))
+@pytest.mark.parametrize("method", ["topk", *(pytest.param(m, marks=slow) for m in methods(QUICK) if m != "topk")])
 def test_every_method_and_arm_gives_the_same_figures_again(method: str) -> None:
     records = {}
     for arm in ARMS:
@@ -238,8 +239,10 @@ def test_every_method_of_every_size_can_be_trained(size: str) -> None:
 # ---- recovery: the reduced bench
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    ("arm", "seed"),
+    [pytest.param(arm, seed, marks=[slow] * bool(seed)) for seed in SEEDS for arm in ARMS],
+)
 def test_topk_recovers_the_features(arm: str, seed: int) -> None:
     """With the right k, in every arm: anchoring has nothing to give, and takes nothing. Encoder rows are others."""
     record = trained("topk", arm, seed)
@@ -248,6 +251,7 @@ def test_topk_recovers_the_features(arm: str, seed: int) -> None:
     assert record["encoder"]["m_ip"] < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
@@ -279,6 +283,7 @@ def test_anchored_latents_lie_at_their_features() -> None:
     assert cosines["random"].abs().max() < 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_with_a_loose_k_and_many_anchors(seed: int) -> None:
     """k is 48 for 6 active features: what latents have in common is not told apart. With 90 of the 120 features given,
@@ -309,6 +314,7 @@ def test_the_arm_of_the_truth_begins_at_all_features_and_is_held_by_none(method:
     assert replace(trainer.config.objective, anchoring=0.1) == how.objective
 
 
+@pytest.mark.slow
 def test_a_minimum_that_misses_features_is_above_that_of_the_truth() -> None:
     """With k = 48 for 6 active features runs from random weights recover few of them; from the truth, they stay."""
     plain, truth = (trained("topk", arm, 0, ("k", 48)) for arm in ("plain", TRUTH))
@@ -317,6 +323,7 @@ def test_a_minimum_that_misses_features_is_above_that_of_the_truth() -> None:
     assert truth["fvu_at_truth"] > 5 * truth["fvu"]  # where features interfere that configuration is no minimum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_anchors_and_prefixes_reduce_absorption(seed: int) -> None:
     """12 parents with 4 children each. Plain training absorbs a third; anchors reduce it for the 6 parents that are
