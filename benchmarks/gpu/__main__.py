@@ -53,14 +53,15 @@ def run(plan: list[Measurement], worker: Worker, results: Results, ends: float, 
         outcome = run_tests(results.folder / "tests.txt", min(TESTS_S, ends - time.monotonic()))
         results.add(TESTS, None, outcome)
         say(TESTS, outcome)
-    failed = worker.start()
+    left = ends - time.monotonic()
+    failed = worker.start(left) if left > 0 else None
     results.about["machine"] = worker.machine
     for measurement in plan:
         left = ends - time.monotonic()
-        if failed is not None:  # not even the process could be started
-            outcome = failed
-        elif left < measurement.least_s:
+        if left < measurement.least_s:
             outcome = Outcome("not run", {}, NO_TIME)
+        elif failed is not None:  # not even the process could be started
+            outcome = failed
         else:
             outcome = worker.measure(measurement.case, min(left, measurement.most_s))
             if outcome.status == "failed" and not outcome.details and time.monotonic() >= ends:

@@ -23,7 +23,8 @@ def run_tests(log: Path, seconds: float) -> Outcome:
     """Run tests/gpu for at most so many seconds; what pytest says goes to `log`."""
     if find_spec("pytest") is None:
         return Outcome("not run", {}, "pytest is not installed here")
-    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": paths}
     ended: int | None = None
     with log.open("w") as output, suppress(subprocess.TimeoutExpired):
         ended = subprocess.run(

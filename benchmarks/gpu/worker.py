@@ -46,25 +46,26 @@ class Worker:
         self._connection: Any = None
         self.machine: dict[str, Any] = {}
 
-    def start(self) -> Outcome | None:
-        """Start the process, and learn what it runs on. Returns an outcome if it does not start."""
+    def start(self, seconds: float = START_S) -> Outcome | None:
+        """Start the process, and learn what it runs on. Returns an outcome if it does not answer in time."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, *self._settings))
         self._process.start()
         theirs.close()
-        answer = self._answer(START_S)
+        answer = self._answer(min(seconds, START_S))
         if isinstance(answer, Outcome):
             return answer
         self.machine = answer
         return None
 
     def measure(self, case: Case, seconds: float) -> Outcome:
-        """Measure within so many seconds, or give up."""
-        if self._process is None and (failed := self.start()) is not None:
+        """Measure within so many seconds, the start of a process among them, or give up."""
+        ends = time.monotonic() + seconds
+        if self._process is None and (failed := self.start(seconds)) is not None:
             return failed
         self._connection.send(case)
-        outcome = self._answer(seconds)
+        outcome = self._answer(max(0.0, ends - time.monotonic()))
         assert isinstance(outcome, Outcome)
         if outcome.status == "failed":
             self.close()  # what it left on the card, or of the card, is not to be trusted

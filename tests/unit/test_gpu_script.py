@@ -94,6 +94,7 @@ def test_what_no_longer_fits_is_named(tmp_path: Path) -> None:
     assert "no time left" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_costs_one_measurement() -> None:
     worker = Worker(1, 0.001)
     pageable, step = small_plan()[1].case, next(m.case for m in small_plan() if m.case.name.startswith("step"))
