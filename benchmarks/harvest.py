@@ -1,11 +1,11 @@
 """Rows per second of a harvest against the bare forward pass: python -m benchmarks.harvest
 
-A Llama with hidden size 512 and 8 layers, random weights in bfloat16, contexts of 256, three sites of the last layer
-stored (so that no layer can be left out). Loading and compiling are left out on all sides (steady state); how long they
-took is printed. In turn, several times in one run:
+A Llama with hidden size 512 and 8 layers, random weights in the faster type of the machine, contexts of 256, three
+sites of the last layer stored (so that no layer can be left out). Loading and compiling are left out on all sides
+(steady state); how long they took is printed. In turn, several times in one run:
 
 - the plain eager forward pass of the same model on full batches of the harvest's size and of the size at which it is
-  fastest, and its matrix products alone (no forward pass in bfloat16 is faster); the compiled forward pass of the
+  fastest, and its matrix products alone (no forward pass in that type is faster); the compiled forward pass of the
   harvester on full batches (what a harvest could at best be);
 - units through a real harvester actor, two in flight, committed to disk; and through as many actors of one thread as it
   has threads, which hold the model once each;
@@ -40,6 +40,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jobs.demo.corpus import standard_library_documents
 from pipeline.models import describe_model
+from pipeline.precision import TYPES, faster_type
 from workers.cluster import connected
 from workers.harvester import Harvester, HarvesterSetup, UnitResult
 from workers.harvesting import declare, prepare_harvests
@@ -204,7 +205,7 @@ class EagerForward:
 
     def __init__(self, folder: Path, threads: int):
         torch.set_num_threads(threads)
-        self.model = AutoModel.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
+        self.model = AutoModel.from_pretrained(folder / "model", dtype=TYPES[faster_type()]).eval()
         self.best = max(EAGER_SIZES, key=lambda size: self.rate(size)[0])
 
     def rate(self, batch_tokens: int) -> Rate:
@@ -234,7 +235,9 @@ def forward_rate(forward: Callable[[torch.Tensor], Any], vocabulary: int, batch_
 def matrix_products(model: nn.Module) -> Callable[[torch.Tensor], None]:
     """The products of a batch with every matrix of the layers, and nothing else."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    inputs = {width: torch.randn(BATCH_TOKENS, width).bfloat16() for width in {m.in_features for m in linears}}
+    inputs = {
+        width: torch.randn(BATCH_TOKENS, width).to(TYPES[faster_type()]) for width in {m.in_features for m in linears}
+    }
 
     def products(tokens: torch.Tensor) -> None:
         for linear in linears:
@@ -284,7 +287,7 @@ def make_corpus(path: Path) -> None:
 
 
 def prepare(folder: Path, units: int, threads: int, compiled: bool) -> HarvesterSetup:
-    model = ModelSettings(id=str(folder / "model"), dtype="bfloat16")
+    model = ModelSettings(id=str(folder / "model"), dtype=faster_type())
     corpus = CorpusSettings(
         path=(str(folder / "corpus.parquet"),), labels=("kind",), context=CONTEXT, rows=units * ROWS_PER_UNIT,
         rows_per_unit=ROWS_PER_UNIT,

@@ -5,9 +5,9 @@ CacheActivationsRunner storing one site (the output of the last layer) with as m
 harvesters storing three of that layer, one of one thread for each core, through real actors, committed and flushed to
 disk. Loading, compiling and tokenising are left out on both sides.
 
-SAELens gets what suits it: the model in bfloat16, full batches of as many tokens as ours, contexts tokenised
-beforehand that follow one another without padding (BOS and 255 tokens, documents run together; every position counts
-as a row, BOS too), no shuffling, one shard, no hub. By default it runs models as transformer_lens' HookedTransformer
+SAELens gets what suits it: the model in the faster type of the machine, full batches of as many tokens as ours,
+contexts tokenised beforehand that follow one another without padding (BOS and 255 tokens, documents run together; every
+position counts as a row, BOS too), no shuffling, one shard, no hub. By default it runs models as transformer_lens' HookedTransformer
 and stores float32; the model as transformers has it (AutoModelForCausalLM), and float16, are faster. It does not flush
 to disk, and its hooks on every module rule out compiling.
 
@@ -45,12 +45,13 @@ from benchmarks.harvest import (
     ratio_of,
     start,
 )
+from pipeline.precision import faster_type
 from storage.store import open_store
 from workers.cluster import connected
 from workers.machine import machine
 
 SAELENS_ROWS = 4 * ROWS_PER_UNIT
-OURS = "ours, 3 sites, bfloat16"
+OURS = f"ours, 3 sites, {faster_type()}"
 THEIRS = {
     "SAELens, 1 site, its defaults (HookedTransformer, float32)": ("HookedTransformer", "float32"),
     "SAELens, 1 site, HookedTransformer, float16": ("HookedTransformer", "float16"),
@@ -126,6 +127,7 @@ def saelens(python: Path, folder: Path, threads: int, kind: str, dtype: str) -> 
         "batch": BATCH_TOKENS // CONTEXT,
         "rows": SAELENS_ROWS,
         "dtype": dtype,
+        "model_dtype": faster_type(),
         "bytes": np.dtype(dtype).itemsize,
         "compile": False,
         "threads": threads,

@@ -31,7 +31,7 @@ def main() -> None:
             dataset_path="given below",
             model_name=settings["model"],
             model_class_name=settings["class"],
-            model_from_pretrained_kwargs={"dtype": "bfloat16"},
+            model_from_pretrained_kwargs={"dtype": settings["model_dtype"]},
             hook_name=settings["hook"],
             d_in=settings["d_model"],
             context_size=settings["context"],

@@ -2,8 +2,10 @@
 
 A TopK autoencoder, batch 4096, d = 512, F = 16384, k = 32, float32 parameters, two threads. In one run, in turn: our
 step (`DictionaryTrainer.step`), one pass of the training loop of sparsify, dictionary_learning and SAELens, each as it
-comes and with the options that suit it here, and the encoder's product alone in bfloat16, with both factors bfloat16
-already. Then our variants: BatchTopK, a transcoder, a crosscoder of three sites, each per unit of encoder and decoder
+comes and with the options that suit it here, and the encoder's product alone in the faster type of the machine, with
+both factors in it already.
+
+Then our variants: BatchTopK, a transcoder, a crosscoder of three sites, each per unit of encoder and decoder
 arithmetic (d_in + d_out, in units of the autoencoder's). Peers run in processes of their own that wait while others
 are timed. Figures are medians over rounds of a round's median; ratios are medians of the rounds' ratios.
 
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.environments import DICTIONARIES, PeerProcess, environment_python, peer_process
 from benchmarks.synthetic_rows import sparse_rows
+from pipeline.precision import TYPES, faster_type
 from pipeline.sdl.activations import BatchTopK, Products, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary
@@ -41,7 +44,7 @@ from workers.machine import machine
 BATCHES = 4
 """Batches that are given again and again."""
 OURS = "ours"
-PRODUCT = "encoder's product alone, bfloat16"
+PRODUCT = f"encoder's product alone, {faster_type()}"
 CASTS = "the same, with casting both factors"
 VARIANTS = {
     "ours, BatchTopK": 1.0,
@@ -97,7 +100,17 @@ def main() -> None:
         size = Size(1024, 256, 8192, 32) if arguments.small else Size()
         peers = {} if arguments.no_peers else PEERS
         result = compare_times(size, peers, arguments.rounds, arguments.steps, arguments.threads)
-    print(json.dumps({"machine": machine(), "packages": DICTIONARIES, "threads": arguments.threads, **result}))
+    print(
+        json.dumps(
+            {
+                "machine": machine(),
+                "faster_type": faster_type(),
+                "packages": DICTIONARIES,
+                "threads": arguments.threads,
+                **result,
+            }
+        )
+    )
 
 
 def compare_times(size: Size, peers: dict[str, Any], rounds: int, steps: int, threads: int) -> dict[str, Any]:
@@ -216,15 +229,15 @@ def variant_steps(name: str, size: Size, x: Tensor) -> Steps:
 
 
 def product_steps(batches: Tensor, W_enc: Tensor, cast: bool) -> Steps:
-    x, W = batches[0], W_enc
+    x, W, faster = batches[0], W_enc, TYPES[faster_type()]
     if not cast:
-        x, W = x.bfloat16(), W.bfloat16()
+        x, W = x.to(faster), W.to(faster)
 
     def take(steps: int) -> list[float]:
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
-            x.bfloat16() @ W.bfloat16().T
+            x.to(faster) @ W.to(faster).T
             seconds.append(time.perf_counter() - started)
         return seconds
 
@@ -243,10 +256,10 @@ def pieces_of(trainer: DictionaryTrainer, batches: Tensor) -> dict[str, float]:
         return found
 
     W_enc, b_enc, W_dec = dictionary.W_enc, dictionary.b_enc, dictionary.W_dec
-    activation = dictionary.config.activation
+    activation, faster = dictionary.config.activation, TYPES[faster_type()]
     assert isinstance(activation, TopK)
     for x in batches:
-        timed("select", lambda: select_top_k(x, W_enc, b_enc, activation.k, torch.bfloat16))  # noqa: B023
+        timed("select", lambda: select_top_k(x, W_enc, b_enc, activation.k, faster))  # noqa: B023
         (code,) = dictionary.codes(x, Products())
         places, values = code.places, code.values
         assert places is not None

@@ -17,7 +17,7 @@ from pipeline.sdl.activations import Products
 
 SIZE = Size(batch_rows=1024, d=128, latents=4096, k=32)
 WAYS = {
-    "sparse, selected in bfloat16": Products(),
+    "sparse, selected in bfloat16": Products(selection="bfloat16"),
     "sparse, selected in float32": Products(selection="float32"),
     "dense, float32": Products(sparse=False),
 }

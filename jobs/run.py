@@ -86,6 +86,12 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def note(text: str | None) -> None:
+    """Say what a person should know before the work, if there is anything."""
+    if text is not None:
+        say(f"note: {text}")
+
+
 def _open_harvested(spec: Spec) -> Store:
     """Open the store of a spec whose harvest is done already. Raises StoreMismatch if it is not the spec's."""
     from workers.harvesting import require_harvested
@@ -100,7 +106,7 @@ def _open_harvested(spec: Spec) -> Store:
 def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     from workers import stages
     from workers.harvester import UnitResult
-    from workers.harvesting import check_gpus, check_harvest, prepare_harvests
+    from workers.harvesting import check_gpus, check_harvest, emulation_notice, prepare_harvests
     from workers.planning import ensure_store
 
     info = describe_model(spec.model.id, spec.model.revision)
@@ -108,6 +114,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
 
     def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
         check_room(open_place(spec.store), bytes_of_rows(spec, info, num_rows))
+        note(emulation_notice(info, spec.model, spec.harvest))
         if spec.harvest.gpus_per_worker:
             cluster.connect()
             check_gpus(spec.model, spec.harvest)
@@ -128,6 +135,8 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         return store, made
     per_unit = store.info.rows_per_unit
     check_room(store.root, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
+    if not made:
+        note(emulation_notice(info, spec.model, spec.harvest))
     cluster.connect()
     if spec.harvest.gpus_per_worker and not made:
         check_gpus(spec.model, spec.harvest)
@@ -191,7 +200,7 @@ def _anchors(spec: Spec, settings: AnchorSettings, store: Store, cluster: Cluste
 def _train(spec: Spec, store: Store, cluster: Cluster) -> bool:
     from workers import stages
     from workers.trainer import Progress
-    from workers.training_plan import plan_training, unfinished
+    from workers.training_plan import emulated_products, plan_training, unfinished
 
     assert spec.train is not None
     plan = plan_training(store, spec.train)
@@ -199,6 +208,7 @@ def _train(spec: Spec, store: Store, cluster: Cluster) -> bool:
     if not unfinished(store, plan).dictionaries:
         say(f"train: {', '.join(names)} {'is' if len(names) == 1 else 'are'} trained")
         return False
+    note(emulated_products(spec.train))
     cluster.connect()
     with ProgressLine("training", "steps", plan.steps) as line:
 

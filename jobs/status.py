@@ -17,14 +17,15 @@ def status_record(store: Store) -> Record:
     harvests = [_harvest_record(store, harvest) for harvest in store.harvests]
     runs = []
     for run in list_runs(store):
-        curve, evaluation = run.curve(), run.evaluation()
+        curve, evaluation, training = run.curve(), run.evaluation(), run.record()["identity"]["training"]
         keys = ("fvu", "l0", "dead_share", "loss")
         runs.append(
             {
                 "run": run.name,
                 "finished": run.is_finished,
                 "step": curve[-1]["step"] + 1 if curve else 0,
-                "steps": run.record()["identity"]["training"]["steps"],
+                "steps": training["steps"],
+                "products": training.get("products"),
                 "evaluation": None if evaluation is None else {k: evaluation[k] for k in keys},
             }
         )
@@ -59,6 +60,7 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
         "sites": list(layouts),
         "dtype": ", ".join(dict.fromkeys(layout["dtype"] for layout in layouts.values())),
         "d_model": store.array(f"{harvest.model}/{next(iter(layouts))}").shape[1],  # raises if it is damaged
+        "computed": {"dtype": harvest.identity["model"].get("dtype"), **harvest.identity.get("harvest", {})},
         "bytes": info.num_rows * sum(row_bytes(layout) for layout in layouts.values()),
         "units": info.num_units,
         "units_committed": len(progress.committed),
@@ -106,8 +108,28 @@ def status_text(record: Record) -> str:
             e = run["evaluation"]
             recovered = 100 * e["loss"]["recovered_against_zero"]
             state += f"; FVU {e['fvu']:.3f}, L0 {e['l0']:.1f}, {recovered:.1f} % of the loss recovered"
-        lines.append(f"run       {run['run']}: {state}")
+        lines.append(f"run       {run['run']}: {state}{_products(run['products'])}")
     return "\n".join(lines)
+
+
+def _products(products: Record | None) -> str:
+    """What a dictionary's products are computed in, as far as its run says."""
+    if products is None:
+        return ""
+    if not products["sparse"]:
+        return "; exact"
+    dense = "" if products["dense"] == "float32" else f", dense products in {products['dense']}"
+    return f"; latents selected in {products['selection']}{dense}"
+
+
+def _computed(how: Record) -> str:
+    """How the model ran, as far as the harvest says."""
+    if "device" not in how:
+        return ""
+    threads = "" if how["threads_per_worker"] is None else f", {counted(how['threads_per_worker'], 'thread')}"
+    blocks = "" if how.get("attention_in_blocks", True) else ", attention not in blocks"
+    compiled = f", compiled{blocks}" if how["compile"] else ""
+    return f"computed in {how['dtype']} on {how['device']}{threads}{compiled}"
 
 
 def _harvest_lines(h: Record) -> list[str]:
@@ -117,6 +139,8 @@ def _harvest_lines(h: Record) -> list[str]:
     wasted += "" if h["idle_share"] is None else f"; GPUs idle {100 * h['idle_share']:.1f} % of the time"
     what = f"{', '.join(h['sites'])} of {h['model']}, {h['dtype']} x {h['d_model']}"
     lines = [f"harvest   {what}, {size(h['bytes'])}: {done}{wasted}"]
+    if computed := _computed(h["computed"]):
+        lines.append(_indented(computed))
     if not complete:
         lines.append(_indented(_work(h)))
     lines += [

@@ -1,7 +1,8 @@
 """Causal attention on CPU in bfloat16, as matrix products over blocks of queries.
 
 torch's own kernel for CPUs (`sdpa`) does its small products without the matrix library where there is no AMX: it took
-29 % of a forward pass of which it has 8 % of the operations. Here each block of queries meets the keys up to its end
+29 % of a forward pass of which it has 8 % of the operations. Where the processor emulates bfloat16 its kernel is the
+better one (`pipeline.precision`). Here each block of queries meets the keys up to its end
 in one batched product of that library, and a compiler fuses everything between the two products. In float32 there is
 nothing to gain, and in float16 that library is four to five times slower than `sdpa`
 (docs/decisions/0008-forward-pass-on-cpu.md has the measurements).

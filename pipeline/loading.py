@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from pipeline.capture import decoder_layers
 from pipeline.errors import InputError
 from pipeline.families import TEXT_PART_WEIGHTS, TEXT_PARTS
 from pipeline.models import ModelInfo, describe_model, first_line, read_config
@@ -56,6 +57,14 @@ def check_weights(info: ModelInfo, layers: int) -> None:
             **_renamed(config),
         )
     _check_none_missing(info, loaded["missing_keys"])
+
+
+def linear_shapes(info: ModelInfo) -> list[tuple[int, int]]:
+    """The linear maps of a decoder layer, (in, out) each, from the config alone."""
+    config = _first_layers(read_config(info.id, info.revision), 1)
+    with _silence(), torch.device("meta"):
+        (layer,) = decoder_layers(transformers.AutoModel.from_config(config))
+    return [(m.in_features, m.out_features) for m in layer.modules() if isinstance(m, nn.Linear)]
 
 
 def load_causal_model(

@@ -66,10 +66,12 @@ class UnitRunner:
         context: int,
         device: str,
         compile_layers: bool = False,
+        blocks: bool = True,
     ):
         """`sites`: the sites to take, with what each is stored as. `context`: most tokens of a context.
         `compile_layers`: compile the layers for full batches. Only for those, as each shape costs the compiler some
-        seconds for each layer with sites; what is left at the end of a unit runs eagerly."""
+        seconds for each layer with sites; what is left at the end of a unit runs eagerly. `blocks`: let compiled layers
+        attend in blocks where that is of use (`pipeline.attention`)."""
         self.model = model
         self.sites = dict(sites)
         self.d_model = d_model
@@ -83,7 +85,7 @@ class UnitRunner:
         self._clock = ForwardClock(self.device)
         self._compiled_shapes: set[tuple[int, int]] | None = None
         if compile_layers:
-            if self.device.type == "cpu":
+            if self.device.type == "cpu" and blocks:
                 attend_in_blocks(model)
             full = full_shapes(batch_tokens, context)
             # Flash attention gets several contexts in a line as one line (see model_inputs).

@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -108,12 +108,13 @@ def read_harvest(store: Place, name: str) -> tuple[float, Harvest]:
 
 
 def match_harvests(
-    store: Place, identity: Record, model: str, sites: Mapping[str, str]
+    store: Place, identity: Record, model: str, sites: Mapping[str, str], by_machine: Collection[str] = ()
 ) -> tuple[list[Harvest], list[str]]:
     """Find which of `sites` (with the types to store them as) the store has, or is getting: return their harvests, and
     the sites no harvest holds.
 
-    `identity` is a harvest's without its sites. Raises StoreMismatch, showing both values, when a site of the same
+    `identity` is a harvest's without its sites; `by_machine` are the keys of its section `harvest` that were chosen for
+    this machine, of which the stored ones stand. Raises StoreMismatch, showing both values, when a site of the same
     model is stored under another identity, or as another type.
     """
     matching: list[Harvest] = []
@@ -122,7 +123,8 @@ def match_harvests(
         shared = [s for s in sites if s in harvest.sites]
         if harvest.model != model or not shared:
             continue
-        otherwise = differences({k: v for k, v in harvest.identity.items() if k != "sites"}, identity)
+        stored, wanted = (_comparable(of, by_machine) for of in (harvest.identity, identity))
+        otherwise = differences(stored, wanted)
         types = {site: (harvest.sites[site]["dtype"], sites[site]) for site in shared}
         if other_types := dict.fromkeys((a, b) for a, b in types.values() if a != b):
             otherwise += [f"harvest.dtype: {a!r} in the store, {b!r} in the spec" for a, b in other_types]
@@ -136,6 +138,14 @@ def match_harvests(
         matching.append(harvest)
         missing = [s for s in missing if s not in shared]
     return matching, missing
+
+
+def _comparable(identity: Record, by_machine: Collection[str]) -> Record:
+    """An identity without its sites and what was chosen for a machine."""
+    compared = {k: v for k, v in identity.items() if k != "sites"}
+    if "harvest" in compared:
+        compared["harvest"] = {k: v for k, v in compared["harvest"].items() if k not in by_machine}
+    return compared
 
 
 def declare_harvest(store: Place, num_rows: int, harvest: Harvest) -> None:

@@ -33,6 +33,10 @@ class Run:
         return self.folder.name
 
     @property
+    def was_begun(self) -> bool:
+        return (self.folder / RUN).exists()
+
+    @property
     def is_finished(self) -> bool:
         return (self.folder / DICTIONARY).exists()
 
@@ -45,7 +49,7 @@ class Run:
 
     def check(self, identity: Record) -> None:
         """Raise StoreMismatch if the run is there and of another identity."""
-        if not (self.folder / RUN).exists():
+        if not self.was_begun:
             return
         found = self.record()["identity"]
         if found != identity:
@@ -124,4 +128,4 @@ def open_run(store: Store, name: str) -> Run:
 def list_runs(store: Store) -> list[Run]:
     """Every run that was begun, by name."""
     runs = [open_run(store, name) for name in (store.root / "runs").names()]
-    return [run for run in runs if (run.folder / RUN).exists()]
+    return [run for run in runs if run.was_begun]

@@ -46,6 +46,12 @@ def read_cell(folder: Path, cell: Cell) -> Record | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def recorded_products(folder: Path, cells: Sequence[Cell]) -> Record | None:
+    """What the cells of a table that were run are computed in; None if none was."""
+    records = (read_cell(folder, cell) for cell in cells)
+    return next((record["products"] for record in records if record is not None and "products" in record), None)
+
+
 def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tuple[Cell, Record]]:
     """Run the cells that have no record yet, as many at once as the cluster has room for; yield each as it is done.
 
@@ -53,7 +59,8 @@ def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tup
     """
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     remote = ray.remote(num_cpus=threads, max_retries=3)(_run)
-    waiting = {remote.remote(cell, threads): cell for cell in cells if read_cell(folder, cell) is None}
+    products = recorded_products(folder, cells)
+    waiting = {remote.remote(cell, threads, products): cell for cell in cells if read_cell(folder, cell) is None}
     raised: Exception | None = None
     while waiting:
         (done,), _ = ray.wait(list(waiting), num_returns=1)
@@ -81,7 +88,7 @@ def _of_cell(error: Exception, cell: Cell) -> Exception:
     return error
 
 
-def _run(cell: Cell, threads: int) -> dict[str, Any]:
+def _run(cell: Cell, threads: int, products: Record | None) -> dict[str, Any]:
     torch.set_num_threads(threads)
     about = machine()
-    return {**train_cell(cell), "machine": {"cpu": about["cpu"], "cores": about["cores"], "threads": threads}}
+    return {**train_cell(cell, products), "machine": {"cpu": about["cpu"], "cores": about["cores"], "threads": threads}}

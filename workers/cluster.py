@@ -28,6 +28,8 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
     if address == "local" and "RAY_ADDRESS" not in os.environ:
         # RAY_ENABLE_UV_RUN_RUNTIME_ENV etc. stay as they are; the dashboard costs seconds and is not used here.
         options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "address": "local"}
+        # Ray's workers are at niceness 15, where anything else on the machine starves them; this run is waited for.
+        options["_system_config"] = {"worker_niceness": 0}
     else:
         options["address"] = "auto" if address == "local" else address
     if ":" in str(options["address"]):  # Ray itself would try for minutes, and print warnings of its own meanwhile

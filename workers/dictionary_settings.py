@@ -186,8 +186,10 @@ class DictionarySettings(Settings):
     initialisation: InitialisationSettings = InitialisationSettings()
     dead_after_rows: Count | None = None
     """A latent silent for so many rows counts as dead; 10 M, or 2 % of a shorter run, if not given."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What dense products are computed in; weights, selected entries and optimiser are float32 in any case."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What products are computed in: float32; bfloat16, the dense ones too; or auto, which compares preactivations in
+    the faster type of the machine and makes dense products in float32. Weights, selected entries and optimiser are
+    float32 in any case, and what a run began with it keeps."""
     exact: bool = False
     """Dense float32 products throughout, and Adam unfused: the plain formula, several times slower."""
 
@@ -226,7 +228,7 @@ class DictionarySettings(Settings):
         found = self.loss.without_effect() + ([] if self.anchors is None else self.anchors.without_effect())
         if reason := self._unordered():
             found.append(reason)
-        if self.exact and self.precision != "float32":
+        if self.exact and self.precision == "bfloat16":
             found.append(f"exact means float32 throughout, and precision is {self.precision}: leave out one of them")
         return found
 
@@ -244,9 +246,13 @@ class DictionarySettings(Settings):
             f"their own and all later outputs; not {', '.join(self.input)} and {', '.join(self.outputs)}"
         )
 
+    def products(self) -> Products:
+        if self.exact:
+            return Products(sparse=False, selection="float32")
+        return Products() if self.precision == "auto" else Products(selection=self.precision, dense=self.precision)
+
     def training(self, steps: int, batch_rows: int, seed: int) -> TrainingConfig:
         """How it is trained, in so many steps."""
-        selection = "float32" if self.exact else "bfloat16"
         return TrainingConfig(
             steps=steps,
             batch_rows=batch_rows,
@@ -261,7 +267,7 @@ class DictionarySettings(Settings):
             resampling=None if self.resampling is None else Resampling(**self.resampling.model_dump()),
             initialisation=Initialisation(**self.initialisation.model_dump()),
             anchors_first=self.anchors is None or self.anchors.first,
-            products=Products(sparse=not self.exact, selection=selection, dense=self.precision),
+            products=self.products(),
             fused=not self.exact,
             seed=seed,
         )

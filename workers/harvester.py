@@ -50,6 +50,8 @@ class HarvesterSetup:
     batch_tokens: int
     threads: int
     placement: Placement
+    blocks: bool = True
+    """Whether compiled layers may attend in blocks; see `UnitRunner`."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class Harvester:
             device=setup.placement.input_device,
             context=self.store.info.context,
             compile_layers=setup.compile,
+            blocks=setup.blocks,
         )
 
     def _summarise(self, document: Array, computed: Activations) -> UnitBlock:

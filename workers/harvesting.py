@@ -8,9 +8,10 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from pipeline.batches import COMPOSITION
 from pipeline.loading import DTYPES as TORCH_DTYPES
-from pipeline.loading import check_weights
+from pipeline.loading import check_weights, linear_shapes
 from pipeline.models import ModelInfo
 from pipeline.placement import check_dtype
+from pipeline.precision import FASTER, faster_type, slowdown
 from pipeline.sites import layers_up_to, parse_site
 from storage.arrays import DTYPES
 from storage.commits import committed_units
@@ -31,6 +32,9 @@ from workers.supervisor import RunResult, Supervisor
 from workers.versions import versions
 
 GPU_TRIAL_S = 60
+BLOCKS = "attention_in_blocks"
+"""Key of a harvest's identity: false where layers were compiled for a processor that emulates bfloat16, on which they
+do not attend in blocks (`pipeline.attention`); not there otherwise."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def prepare_harvests(
     identity = _identity(store, model, info, settings)
     name = name_in_store(store, info)
     types = settings.stored_types()
-    matching, missing = match_harvests(store.root, identity, name, types)
+    matching, missing = match_harvests(store.root, identity, name, types, by_machine=(BLOCKS,))
     if missing:
         layouts = {site: layout_of(info.d_model, types[site], store.info.rows_per_unit) for site in missing}
         made_with = {"model": info.id, "revision": info.revision, **versions()}
@@ -94,6 +98,19 @@ def check_gpus(model: ModelSettings, settings: HarvestSettings) -> None:
         ray.cancel(trial)
     except RayTaskError as error:
         raise error.cause from None
+
+
+def emulation_notice(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> str | None:
+    """One sentence where this machine's processor is to compute in a type that it only emulates; else None."""
+    if settings.gpus_per_worker or model.dtype == "float32" or model.dtype == faster_type():
+        return None
+    slower = slowdown(linear_shapes(info), model.dtype)
+    if slower < FASTER:
+        return None
+    return (
+        f"model.dtype: this processor has no instructions for {model.dtype} and takes {slower:.1f} times as long for a "
+        f"layer of {info.id} as in float32; write model.dtype: float32, unless these very roundings are wanted"
+    )
 
 
 def layout_of(d_model: int, stored: str, rows_per_unit: int) -> Record:
@@ -148,6 +165,8 @@ def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: Har
     """Everything but the sites that determines the bytes of a harvest. Of the table it is what the store was made with,
     as a store that has grown keeps what it has."""
     layers, first = info.num_layers, store.info.first_table
+    compiled = compile_layers(settings, info, first["num_rows"], layers)
+    attends_in_blocks = compiled and not settings.gpus_per_worker and model.dtype == "bfloat16"
     return {
         "corpus_digest": first["corpus_digest"],
         "tokenizer_digest": store.info.tokenizer_digest,
@@ -157,11 +176,18 @@ def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: Har
             "batches": COMPOSITION,
             "batch_tokens": settings.batch_tokens,
             "attention": settings.attention,
-            "compile": compile_layers(settings, info, first["num_rows"], layers),
+            "compile": compiled,
             "device": "cuda" if settings.gpus_per_worker else "cpu",
             "threads_per_worker": None if settings.gpus_per_worker else settings.threads_per_worker,
+            **({BLOCKS: False} if attends_in_blocks and faster_type() == "float32" else {}),
         },
     }
+
+
+def blocks_of(harvest: Harvest) -> bool:
+    """Whether the compiled layers of a harvest may attend in blocks."""
+    blocks: bool = harvest.identity["harvest"].get(BLOCKS, True)
+    return blocks
 
 
 def _job(
@@ -179,5 +205,6 @@ def _job(
         batch_tokens=settings.batch_tokens,
         threads=settings.threads_per_worker,
         placement=settings.placement,
+        blocks=blocks_of(harvest),
     )
     return HarvestJob(harvest, setup, store.info.units, committed.complement())

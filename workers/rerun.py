@@ -27,6 +27,7 @@ from storage.scaled import SiteRows, unscaled
 from storage.store import Store
 from storage.units import UnitBlock, rewrite_unit
 from workers.harvester import Harvester, HarvesterSetup, unit_block
+from workers.harvesting import blocks_of
 from workers.tensors import to_torch
 from workers.versions import versions
 
@@ -93,6 +94,7 @@ class Rerunner:
             batch_tokens=how["batch_tokens"],
             threads=how["threads_per_worker"] or os.cpu_count() or 1,
             placement=placement,
+            blocks=blocks_of(harvest),
         )
         try:
             self.harvester = Harvester(setup)

@@ -66,7 +66,7 @@ class Trainer:
         sites = sorted({site for d in plan.dictionaries for site in (*d.config.input, *d.config.output)})
         kept = None if plan.max_norm is None else norm_filter(self.store, plan.norm_site, plan.max_norm, READ_ROWS)
         norms = normalisations(self.store, sites, plan, kept)
-        members = [_Member.begin(self.store, d, device, norms) for d in plan.dictionaries]
+        members = [_Member.begin(self.store, d.on(device), device, norms) for d in plan.dictionaries]
         start = min(m.trainer.step_number for m in members)
         stream = self.store.stream(
             sites,

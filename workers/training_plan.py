@@ -1,10 +1,11 @@
 """What a training run is: the train section of a spec resolved against the store, each dictionary with its identity."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.precision import faster_type
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.training_config import TrainingConfig, check_training
@@ -30,6 +31,12 @@ class DictionaryPlan:
     training: TrainingConfig
     anchors: AnchoringSettings | None
     identity: Record
+
+    def on(self, device: str) -> "DictionaryPlan":
+        """The plan as it is trained on a device: with products in the faster type of it where the plan says auto."""
+        training = replace(self.training, products=self.training.products.on(device))
+        identity = {**self.identity, "training": as_json(asdict(training))}
+        return replace(self, training=training, identity=identity)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,17 @@ def plan_training(store: Store, settings: TrainSettings) -> TrainPlan:
     )
 
 
+def emulated_products(settings: TrainSettings) -> str | None:
+    """One sentence where dictionaries are to be computed in bfloat16 on a processor that emulates it; else None."""
+    names = [d.name for d in settings.dictionaries if d.precision == "bfloat16"]
+    if not names or settings.gpus or faster_type() == "bfloat16":
+        return None
+    return (
+        f"precision: this processor has no instructions for bfloat16, so that {', '.join(names)} will train many times "
+        "slower than in float32; leave precision out, and the faster type is taken"
+    )
+
+
 def calibration_range(store: Store) -> range:
     """The last held-out rows, or the last training rows where none are held out.
 
@@ -113,6 +131,9 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
         for site in config.input:
             store.require_committed(site, range(first, store.info.num_units))
     training = wanted.training(steps, settings.batch_rows, settings.seed)
+    run = open_run(store, wanted.name)
+    if run.was_begun:
+        training = replace(training, products=training.products.as_in(_products_of(run)))
     check_training(config, training, None)
     anchors = None if wanted.anchors is None else _checked_anchors(store, wanted.anchors, config)
     identity = {
@@ -125,6 +146,11 @@ def _plan_dictionary(store: Store, settings: TrainSettings, steps: int, wanted: 
     if settings.max_norm is not None:
         identity["left_out"] = {"max_norm": settings.max_norm, "site": settings.norm_site}
     return DictionaryPlan(wanted.name, config, training, wanted.anchors, identity)
+
+
+def _products_of(run: Run) -> Record:
+    products: Record = run.record()["identity"].get("training", {}).get("products", {})
+    return products
 
 
 def _checked_anchors(store: Store, wanted: AnchoringSettings, config: DictionaryConfig) -> Record:

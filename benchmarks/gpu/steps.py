@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.gpu.harvesting import begin_memory, peak_gib
 from benchmarks.gpu.plan import StepCase
 from benchmarks.gpu.rounds import in_turn, ratio, repeated
+from pipeline.precision import TYPES
 from pipeline.sdl.activations import TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary
@@ -61,7 +62,7 @@ def measure_step(case: StepCase, device: torch.device, round_s: float) -> dict[s
         "step_on_card_of_product": ratio(seconds["ours, rows on the card"], seconds["product"]),
         "rows_per_s": case.batch_rows / medians["ours"],
         "product_tflops": flops / medians["product"] / 1e12,
-        "products": vars(trainer.config.products),
+        "products": vars(trainer.products),
         "pieces": pieces_of(trainer, on_card, device),
         "rounds": len(seconds["ours"]),
         "peak_gib": peak_gib(device),
@@ -88,7 +89,7 @@ def stepping(trainer: DictionaryTrainer, batches: list[Tensor]) -> Callable[[], 
 
 def encoder_product(trainer: DictionaryTrainer, rows: Tensor) -> Callable[[], object]:
     """Return the product of a batch and the encoder, both in the type that latents are selected with."""
-    dtype = trainer.config.products.selection_dtype
+    dtype = TYPES[trainer.products.selection]
     x, W_enc = rows.to(dtype), trainer.dictionary.W_enc.detach().to(dtype)
     out = torch.empty(len(x), len(W_enc), dtype=dtype, device=x.device)
     return lambda: torch.mm(x, W_enc.T, out=out)
@@ -96,7 +97,7 @@ def encoder_product(trainer: DictionaryTrainer, rows: Tensor) -> Callable[[], ob
 
 def pieces_of(trainer: DictionaryTrainer, batches: list[Tensor], device: torch.device) -> dict[str, float]:
     """Return median seconds of the parts of a step, each waited for: together they take longer than a step."""
-    dictionary, products = trainer.dictionary, trainer.config.products
+    dictionary, dtype = trainer.dictionary, TYPES[trainer.products.selection]
     activation, d = dictionary.config.activation, float(dictionary.config.d_out)
     assert isinstance(activation, TopK)
     k, taken = activation.k, dict[str, list[float]]()
@@ -109,11 +110,11 @@ def pieces_of(trainer: DictionaryTrainer, batches: list[Tensor], device: torch.d
     W_enc, b_enc, W_dec = dictionary.W_enc, dictionary.b_enc, dictionary.W_dec
     for _, rows in zip(range(PIECES), cycle(batches), strict=False):
         x = trainer.x_norm(rows)
-        places = timed("select", lambda: select_top_k(x, W_enc, b_enc, k, products.selection_dtype))  # noqa: B023
+        places = timed("select", lambda: select_top_k(x, W_enc, b_enc, k, dtype))  # noqa: B023
         with torch.no_grad():
             values = timed("encode", lambda: places.encode(x, W_enc, b_enc))  # noqa: B023
             timed("decode", lambda: places.decode(values, W_dec))  # noqa: B023
-        codes = dictionary.codes(x, products)
+        codes = dictionary.codes(x, trainer.products)
         (y,) = dictionary.reconstructions(codes, x)
         timed("backward", reconstruction_loss(x - y, d).backward)
         timed("update", trainer._update)

@@ -71,7 +71,7 @@ def run_lrb(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     say(f"{len(cells)} cells, {len(cells) - len(missing)} of them done, in {folder}")
     if missing:
         with connected(arguments.address, cpus=arguments.threads):
-            for number, (cell, record) in enumerate(run_cells(missing, folder, arguments.threads), start=1):
+            for number, (cell, record) in enumerate(run_cells(cells, folder, arguments.threads), start=1):
                 say(f"{number} of {len(missing)}: {_line(cell, record)}")
                 write_table(folder, cells)
     write_table(folder, cells)

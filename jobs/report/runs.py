@@ -124,8 +124,8 @@ def control_line(run: RunView, names: Sequence[str]) -> str:
         line["tied"] = True
     if not training["products"]["sparse"]:
         line["exact"] = True
-    elif training["products"]["dense"] != "float32":
-        line["precision"] = training["products"]["dense"]
+    elif (precision := training["products"]["dense"]) == training["products"]["selection"]:
+        line["precision"] = precision
     return "- " + yaml.safe_dump(line, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 

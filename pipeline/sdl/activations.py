@@ -8,14 +8,15 @@ The kinds without a k have dense codes to begin with and sparse ones soon: as lo
 them are computed, and where few are, those alone.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.precision import AUTO, TYPES, faster_type
 from pipeline.sdl.codes import Code
 from pipeline.sdl.ranges import not_negative, positive, refuse, whole
 from pipeline.sdl.selection import dense_batch_top_k, dense_top_k, select_above, select_batch_top_k, select_top_k
@@ -28,19 +29,29 @@ class Products:
 
     sparse: bool = True
     """False: dense codes and dense float32 products, the plain formula."""
-    selection: str = "bfloat16"
-    """The type of the preactivations that are compared; what is kept is float32 in any case."""
-
+    selection: str = AUTO
+    """The type of the preactivations that are compared: float32, bfloat16, or auto, the faster one of the device. What
+    is kept is float32 in any case."""
     dense: str = "float32"
-    """The type of dense products: bfloat16 is several times as fast where the machine has instructions for it."""
+    """The type of dense products, likewise."""
 
     def __post_init__(self) -> None:
-        if wrong := {self.selection, self.dense} - {"float32", "bfloat16"}:
-            raise InputError(f"products are computed in float32 or bfloat16, not {', '.join(sorted(wrong))}")
+        if wrong := {self.selection, self.dense} - {AUTO, *TYPES}:
+            raise InputError(f"products are computed in {AUTO}, {' or '.join(TYPES)}, not {', '.join(sorted(wrong))}")
 
-    @property
-    def selection_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.selection == "bfloat16" else torch.float32
+    def on(self, device: str) -> "Products":
+        """The same with the faster type of a device in place of each auto."""
+        return self if AUTO not in (self.selection, self.dense) else self.as_in(_all(faster_type(device)))
+
+    def as_in(self, record: Mapping[str, Any]) -> "Products":
+        """The same with what a run has recorded in place of each auto, so that it goes on as it began."""
+        chosen = {name: record[name] for name in _all(AUTO) if name in record and getattr(self, name) == AUTO}
+        return replace(self, **chosen)
+
+
+def _all(name: str) -> dict[str, str]:
+    """One type for all kinds of products."""
+    return {"selection": name, "dense": name}
 
 
 class Encoder(Protocol):
@@ -97,7 +108,9 @@ class _Kind:
 
     def code(self, block: Encoder, x: Tensor, products: Products) -> Code:
         """The code of x [rows, d_in] in training, with gradients."""
-        places = self.places(block, x, products.selection_dtype) if products.sparse else None
+        places = None
+        if products.sparse:
+            places = self.places(block, x, TYPES[products.on(x.device.type).selection])
         spread: Spread = _same
         if places is None:
             preactivations = self.keep(block.preactivations(x), block)

@@ -5,7 +5,7 @@ All arms are scored on the features that the anchored one was not given.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import isnan
@@ -46,10 +46,15 @@ def data_of(bench: Bench, sources: int) -> Data:
     return Data(coefficients, tuple(make_rows(bench, coefficients, W, i) for i, W in enumerate(features)), features)
 
 
-def train_cell(cell: Cell) -> dict[str, Any]:
-    """Train and score a cell. Returns its record, as JSON values."""
+def train_cell(cell: Cell, products: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Train and score a cell. Returns its record, as JSON values.
+
+    `products`: that entry of another cell's record, whose types are used where the method leaves them to the machine,
+    so that all cells of a table are computed alike."""
     started, busy = time.perf_counter(), time.process_time()
     size, method = resolve(cell)
+    if products is not None:
+        method = replace(method, products=method.products.as_in(products))
     reads, writes = LAYOUTS[method.layout]
     data = data_of(size.bench, 1 + max(reads + writes))
     trainer = make_trainer(size, method, cell, data)
@@ -67,6 +72,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         "arm": cell.arm,
         "seed": cell.seed,
         "changes": dict(cell.changes),
+        "products": asdict(trainer.products),
         "encoder": asdict(recovery(result.W_enc, read, size.anchors)),
         "decoder": asdict(recovery(result.W_dec, written, size.anchors)),
         **_pattern(result, x, data, reads),

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 from pipeline.errors import InputError
+from pipeline.precision import AUTO
 from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
@@ -41,7 +42,7 @@ class Method:
     """Times the size's steps."""
     sides: str = "both"
     """Which rows anchors pull: both, encoder or decoder."""
-    products: Products = field(default=Products(dense="bfloat16"))
+    products: Products = field(default=Products(dense=AUTO))
 
 
 @dataclass(frozen=True)

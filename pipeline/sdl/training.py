@@ -59,6 +59,7 @@ class DictionaryTrainer:
         self.dictionary = dictionary
         self.config = config
         self.device = torch.device(device)
+        self.products = config.products.on(device)
         self.x_norm, self.y_norm = x_norm.to(device), y_norm.to(device)
         self.anchors = None if anchors is None else normalised_anchors(anchors, self.x_norm, self.y_norm)
         # On the CPU: the same weights on every device.
@@ -84,13 +85,13 @@ class DictionaryTrainer:
         inputs = target if y is x else self.x_norm(x.to(self.device, non_blocking=True))
         dead = self.dead()
         dead_share = dead.float().mean().item()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.products.dense == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.products.dense == "bfloat16"):
             found = evaluate(
                 config.objective,
                 model,
                 inputs,
                 target,
-                model.codes(inputs, config.products),
+                model.codes(inputs, self.products),
                 dead if dead_share else None,
                 self.anchors,
                 self.step_number / config.steps,

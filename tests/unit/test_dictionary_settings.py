@@ -186,7 +186,7 @@ def test_every_key_of_the_training_reaches_it() -> None:
         initialisation=Initialisation(decoder_norm=0.2),
         tied=True,
         anchors_first=False,
-        products=Products(dense="bfloat16"),
+        products=Products(selection="bfloat16", dense="bfloat16"),
         seed=30,
     )
 
@@ -208,8 +208,10 @@ def test_exact_is_the_plain_formula() -> None:
     assert [trained(parse(exact=exact)).fused for exact in (False, True)] == [True, False]
 
 
-def test_the_precision_of_dense_products() -> None:
-    assert trained(parse(precision="bfloat16")).products == Products(dense="bfloat16")
+def test_the_precision_of_products() -> None:
+    assert trained(parse()).products == trained(parse(precision="auto")).products == Products()
+    for kind in ("float32", "bfloat16"):
+        assert trained(parse(precision=kind)).products == Products(selection=kind, dense=kind)
     with pytest.raises(ValidationError, match="precision"):
         parse(precision="float16")
 

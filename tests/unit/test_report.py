@@ -441,7 +441,7 @@ def test_the_control_of_a_dictionary_with_every_option_has_them_too(store: Store
         "clip": 2.0,
         "resampling": Resampling((0.5,), 100, 0.3),
         "initialisation": Initialisation("independent", 0.5, 0.1),
-        "products": Products(dense="bfloat16"),
+        "products": Products(selection="bfloat16", dense="bfloat16"),
     }
     add_run(store, "anchored", identity({}, config, objective, **options), anchors="languages")
     (run,) = read_runs(store)
