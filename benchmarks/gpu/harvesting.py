@@ -21,6 +21,7 @@ from benchmarks.gpu.rounds import Timed, in_turn, ratio, repeated
 from pipeline.batches import batches_of
 from pipeline.capture import model_inputs
 from pipeline.computing import UnitComputer
+from pipeline.precision import faster_type
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
 from pipeline.unit import Activations, UnitRunner, group_moments, summarise
@@ -119,6 +120,7 @@ def runner_of(case: HarvestCase, model: nn.Module, device: torch.device, sites: 
         context=case.context,
         device=device.type,
         compile_layers=case.compiled,
+        blocks=faster_type(device.type) == "bfloat16",  # as a harvest decides it
     )
 
 
