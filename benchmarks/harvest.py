@@ -68,7 +68,7 @@ class MeasuredHarvester(Harvester):
         return time.process_time()
 
     def forward_rate(self) -> Rate:
-        return self._compute.submit(forward_rate, self._forward, self.setup.model.vocabulary).result()
+        return self._computer.in_compute_thread(forward_rate, self._forward, self.setup.model.vocabulary)
 
     def _forward(self, tokens: torch.Tensor) -> None:
         self._runner._forward({"input_ids": tokens})
@@ -78,7 +78,7 @@ class MeasuredHarvester(Harvester):
         gc.collect()
         tokens = torch.zeros(BATCH_TOKENS // CONTEXT, CONTEXT, dtype=torch.int64)
         self.resident_bytes(reset_peak=True)
-        self._compute.submit(torch.inference_mode()(self._forward), tokens).result()
+        self._computer.in_compute_thread(torch.inference_mode()(self._forward), tokens)
         return self.resident_bytes(reset_peak=True)[1]
 
     def resident_bytes(self, reset_peak: bool = False) -> tuple[int, int]:

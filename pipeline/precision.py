@@ -43,12 +43,19 @@ def _known_of_processor() -> bool | None:
     # oneDNN's own answer, so that a limit on it (ONEDNN_MAX_CPU_ISA) counts.
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if _has("avx512_bf16") or _has("amx_tile"):
         return True
     # AVX-512 alone computes bfloat16 through float32. Other instructions (Arm's, AVX10, AVX-NE-CONVERT) are of use
     # only where torch was built for them.
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return False if x86 and not torch.cpu.get_capabilities().get("avx_ne_convert") else None
+    return False if x86 and not _has("avx_ne_convert") else None
+
+
+def _has(instructions: str) -> bool:
+    """Whether torch finds these instructions; no where it is too old to look for them (torch 2.11 and before)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    asked = getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
+    return bool(capabilities.get(instructions, False) or asked())
 
 
 def _measured_ratio(device: str) -> float:

@@ -18,6 +18,7 @@ from pipeline.batches import Batch, batches_of, full_shapes
 from pipeline.capture import capture, decoder_layers, model_inputs, run_base
 from pipeline.errors import InputError
 from pipeline.overlap import ForwardClock, RowCopies, upload
+from pipeline.precision import faster_type
 from pipeline.rounding import TORCH_TYPES, Rounded, is_exact, round_rows, square_error
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
@@ -66,12 +67,12 @@ class UnitRunner:
         context: int,
         device: str,
         compile_layers: bool = False,
-        blocks: bool = True,
+        blocks: bool | None = None,
     ):
         """`sites`: the sites to take, with what each is stored as. `context`: most tokens of a context.
         `compile_layers`: compile the layers for full batches. Only for those, as each shape costs the compiler some
-        seconds for each layer with sites; what is left at the end of a unit runs eagerly. `blocks`: let compiled layers
-        attend in blocks where that is of use (`pipeline.attention`)."""
+        seconds for each layer with sites; what is left at the end of a unit runs eagerly. `blocks`: let compiled bfloat16
+        layers attend in blocks (`pipeline.attention`); where that is faster, if not given."""
         self.model = model
         self.sites = dict(sites)
         self.d_model = d_model
@@ -85,7 +86,7 @@ class UnitRunner:
         self._clock = ForwardClock(self.device)
         self._compiled_shapes: set[tuple[int, int]] | None = None
         if compile_layers:
-            if self.device.type == "cpu" and blocks:
+            if self.device.type == "cpu" and (faster_type() == "bfloat16" if blocks is None else blocks):
                 attend_in_blocks(model)
             full = full_shapes(batch_tokens, context)
             # Flash attention gets several contexts in a line as one line (see model_inputs).

@@ -1,28 +1,27 @@
 """The harvester: it holds the model and computes, writes and commits one unit after another.
 
-Two units are in flight at once: while one is computed (by a single thread, whose torch settings are fixed), the
-one before is written by the thread of its own call. Each has one of two buffers, made once: the memory of a harvester
-is the model and two units, whatever the corpus.
+Two units are in flight at once: while one is computed, the one before is written by the thread of its own call
+(pipeline.computing). The memory of a harvester is the model and two units, whatever the corpus.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from queue import SimpleQueue
 
 import torch
 
 from pipeline.compilers import check_compiler
+from pipeline.computing import UnitComputer
 from pipeline.loading import load_base_model
 from pipeline.models import ModelInfo
 from pipeline.placement import Placement
 from pipeline.rounding import Rounded
 from pipeline.rows import ContextRows, contexts_of_rows
 from pipeline.sites import parse_site
-from pipeline.unit import Activations, Buffers, UnitRunner, group_moments, summarise
+from pipeline.unit import Activations, UnitRunner, group_moments, summarise
 from storage.arrays import Array
 from storage.harvests import Harvest, writer_id
 from storage.moments import MomentKey, Moments
@@ -95,17 +94,13 @@ class Harvester:
         self.on_step = on_step
         self.store = open_store(open_place(setup.store, waiting=waiting))
         self.writer = writer_id()
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        # A GPU runs the next unit meanwhile. On CPU that would be two computations on the same cores, each slower.
-        self._summaries: ThreadPoolExecutor | None = None
-        if setup.placement.device != "cpu":
-            self._summaries = ThreadPoolExecutor(
-                1, thread_name_prefix="summaries", initializer=torch.set_num_threads, initargs=(setup.threads,)
-            )
-        self._runner = self._compute.submit(self._load).result()
-        self._free: SimpleQueue[Buffers] = SimpleQueue()
-        for _ in range(UNITS_IN_FLIGHT):
-            self._free.put(self._runner.buffers(min(self.store.info.rows_per_unit, self.store.num_rows)))
+        self._computer = UnitComputer(
+            self._load,
+            rows=min(self.store.info.rows_per_unit, self.store.num_rows),
+            units=UNITS_IN_FLIGHT,
+            threads=setup.threads,
+        )
+        self._runner = self._computer.runner
 
     def harvest_unit(self, unit: int) -> UnitResult:
         """Compute, write and commit one unit. May be called from two threads at once; they take turns to compute."""
@@ -134,9 +129,10 @@ class Harvester:
     def computing(self, unit: int) -> Iterator["ComputedUnit"]:
         """Compute one unit. Its arrays are buffers that belong to the caller within the block only."""
         started = time.time()
-        buffers = self._free.get()
-        try:
-            activations, block = self._compute_unit(unit, buffers)
+        start, stop = self.store.info.unit_rows(unit)
+        contexts, document = read_contexts(self.store, start, stop)
+        summarise = partial(self._summarise, document)
+        with self._computer.computing(contexts, stop - start, summarise) as (activations, block):
             about = {
                 "positions_run": activations.positions_run,
                 "padding": activations.padding,
@@ -147,8 +143,6 @@ class Harvester:
                 "idle_share": activations.idle_share,
             }
             yield ComputedUnit(activations, block, about)
-        finally:
-            self._free.put(buffers)
 
     @property
     def device_name(self) -> str:
@@ -160,7 +154,6 @@ class Harvester:
         setup = self.setup
         if setup.compile:
             check_compiler(setup.placement.device)
-        torch.set_num_threads(setup.threads)  # of this thread's computations: OpenMP counts threads per caller
         model = load_base_model(
             setup.model,
             layers=setup.layers,
@@ -180,23 +173,6 @@ class Harvester:
             compile_layers=setup.compile,
             blocks=setup.blocks,
         )
-
-    def _compute_unit(self, unit: int, buffers: Buffers) -> tuple[Activations, UnitBlock]:
-        start, stop = self.store.info.unit_rows(unit)
-        contexts, document = read_contexts(self.store, start, stop)
-
-        def run() -> Activations:
-            return self._runner.run(contexts, stop - start, into=buffers)
-
-        if self._summaries is not None:
-            computed = self._compute.submit(run).result()
-            return computed, self._summaries.submit(self._summarise, document, computed).result()
-
-        def run_and_summarise() -> tuple[Activations, UnitBlock]:
-            computed = run()
-            return computed, self._summarise(document, computed)
-
-        return self._compute.submit(run_and_summarise).result()
 
     def _summarise(self, document: Array, computed: Activations) -> UnitBlock:
         sites = {str(site): acts for site, acts in computed.sites.items()}

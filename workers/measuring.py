@@ -15,7 +15,6 @@ from pipeline.errors import InputError
 from pipeline.layout import Documents
 from pipeline.loading import load_base_model
 from pipeline.models import ModelInfo
-from pipeline.precision import faster_type
 from pipeline.rounding import round_rows, square_error
 from pipeline.rows import ContextRows
 from pipeline.sites import STORED_TYPES, Site, layers_up_to, parse_site
@@ -89,7 +88,6 @@ def measure(
         context=context,
         device=settings.placement.input_device,
         compile_layers=compile_layers,
-        blocks=faster_type() == "bfloat16",
     )
     rows = sum(c.num_rows for c in contexts)
     computed = runner.run(contexts, rows)

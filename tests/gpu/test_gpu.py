@@ -1,4 +1,4 @@
-"""What must also hold on a GPU. Needs torch and transformers alone: `python -m pytest --noconftest tests/gpu`."""
+"""What must also hold on a GPU. Needs torch and transformers alone: `python -m pytest tests/gpu` (pytest.ini)."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
 """Rows that leave the GPU beside the next forward pass are the rows. Needs torch and transformers alone:
-`python -m pytest --noconftest tests/gpu`."""
+`python -m pytest tests/gpu` (pytest.ini)."""
 
 import time
 from pathlib import Path
