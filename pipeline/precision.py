@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -53,7 +53,7 @@ def _known_of_processor() -> bool | None:
 
 def _has(instructions: str) -> bool:
     """Whether torch finds these instructions; no where it is too old to look for them (torch 2.11 and before)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     asked = getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
     return bool(capabilities.get(instructions, False) or asked())
 

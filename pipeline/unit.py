@@ -71,8 +71,8 @@ class UnitRunner:
     ):
         """`sites`: the sites to take, with what each is stored as. `context`: most tokens of a context.
         `compile_layers`: compile the layers for full batches. Only for those, as each shape costs the compiler some
-        seconds for each layer with sites; what is left at the end of a unit runs eagerly. `blocks`: let compiled bfloat16
-        layers attend in blocks (`pipeline.attention`); where that is faster, if not given."""
+        seconds for each layer with sites; what is left at the end of a unit runs eagerly. `blocks`: let compiled
+        bfloat16 layers attend in blocks (`pipeline.attention`); where that is faster, if not given."""
         self.model = model
         self.sites = dict(sites)
         self.d_model = d_model
@@ -92,6 +92,9 @@ class UnitRunner:
             # Flash attention gets several contexts in a line as one line (see model_inputs).
             self._compiled_shapes = full | {(1, lines * length) for lines, length in full}
             layers = decoder_layers(model)
+            # The compiler keeps what it made on disk under a key that does not name the processor: code for a larger
+            # one (a disk that machines share, ATEN_CPU_CAPABILITY) would crash, or give nonsense.
+            torch.compiler.config.cache_key_tag = f"{torch.backends.cpu.get_cpu_capability()} {faster_type()}"
             # Layers with other taps are other code to the compiler, which by default gives up, and runs the rest
             # eagerly, after eight. So are other shapes, and a mask beside none.
             variants = 2 * len(self._compiled_shapes) * (1 + len({site.layer for site in self.sites}))
