@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jobs.progress import ProgressLine, duration, left_out, size
+from jobs.progress import ProgressLine, duration, left_out, loss_recovered, size
 from jobs.spec import Spec, SpecError
 from pipeline.models import ModelInfo, describe_model
 from storage.errors import StorageError
@@ -232,19 +232,12 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
     cluster.connect()
     for plan in plans:
         record = stages.evaluate(plan)
-        loss = record["loss"]
-        recovered = (
-            f", {100 * loss['recovered_against_zero']:.1f} % of the loss recovered "
-            f"({100 * loss['recovered_against_mean']:.1f} % against the mean)"
-            if loss is not None
-            else ""
-        )
         fvu = f"FVU {record['fvu']:.3f}"
         if len(record["site_fvu"]) > 1:
             fvu += f" ({', '.join(f'{site} {found:.3f}' for site, found in record['site_fvu'].items())})"
         say(
             f"evaluated {plan.run} on {record['rows']:,} held-out rows: {fvu}, L0 {record['l0']:.1f}, "
-            f"{100 * record['dead_share']:.1f} % dead{recovered}"
+            f"{100 * record['dead_share']:.1f} % dead, {loss_recovered(record['loss'])}"
         )
     return True
 
