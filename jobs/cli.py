@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.ending import INTERRUPTED, REFUSED, TERMINATED, Terminated, refusal, terminable
+from jobs.ending import REFUSED, refusal, status_of, terminable
 
 GROW = "append to the store what it lacks of the spec's rows (more rows, or more entries of corpus.path)"
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verb(arguments)
     except KeyboardInterrupt as interrupt:
         print("\ninterrupted; what is committed stays, and the same command goes on from there", file=sys.stderr)
-        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+        return status_of(interrupt)
     except BrokenPipeError:
         return REFUSED  # the reader of our output went away, as `head` does
     except Exception as error:  # told apart here; what is not a refusal is raised again

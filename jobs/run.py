@@ -206,7 +206,7 @@ def _train(spec: Spec, store: Store, cluster: Cluster) -> bool:
             notes = [f"{name} FVU {m.fvu:.3f}" for name, m in progress.latest.items()]
             line.update(progress.step, note="  ".join(notes))
 
-        trained = stages.train(store, spec.train, show)
+        trained = stages.train(store, spec.train, spec.cluster, show)
     for name in trained:
         point = _last_point(store, name)
         say(f"trained {name}: {plan.steps:,} steps, last FVU {point['fvu']:.3f} at L0 {point['l0']:.1f}")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from jobs.ending import status_of
 from storage.records import Record
 from workers.versions import versions
 
@@ -40,7 +41,6 @@ JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 STOP_WAIT_S = 15
 """Ray gives a job 3 s (RAY_JOB_STOP_WAIT_TIME_S) between SIGTERM and SIGKILL; then its status has to arrive."""
 POLL_S = 0.25
-INTERRUPTED = 130
 
 
 class ClusterError(ValueError):
@@ -83,9 +83,9 @@ def follow(job_id: str, address: str | None) -> int:
         _details(client, url, job_id)
         try:
             asyncio.run(_print_log(client, job_id))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             print(f"\n{job_id} goes on without this terminal; end it with: granary stop {job_id}", file=sys.stderr)
-            return INTERRUPTED
+            return status_of(interrupt)
         except (RuntimeError, ClientError):
             pass  # the connection broke; whether that means anything for the job, the next request tells
         details = _details(client, url, job_id)
