@@ -16,6 +16,7 @@ from storage.records import Record
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.anchor_settings import AnchorSettings
+from workers.settings import TrainSettings
 
 STAGES = ("harvest", "anchors", "train", "evaluate")
 
@@ -26,18 +27,45 @@ class Cluster:
 
     spec: Spec
     stack: ExitStack
+    stages: tuple[str, ...] = ()
+    """The stages that are left to run, the one that connects first among them."""
 
     def connect(self) -> None:
-        from workers.cluster import connected
+        """Bring up Ray. Raises InputError when it lacks GPUs that a stage which is left will ask for: of hours of
+        harvesting, the training that cannot follow is better known before than after."""
+        from workers.cluster import connected, require_gpus
 
         harvest, train = self.spec.harvest, self.spec.train
         workers = harvest.workers if isinstance(harvest.workers, int) else harvest.worker_range.minimum
         cpus = max(workers * harvest.threads_per_worker, train.threads if train else 1)
         self.stack.enter_context(connected(self.spec.cluster.address, cpus=cpus))
+        for key, gpus in self.gpus_to_come().items():
+            require_gpus(gpus, key)
+
+    def gpus_to_come(self) -> dict[str, int]:
+        """Key of the spec -> GPUs of a worker, of the stages that are left."""
+        train = self.spec.train
+        left = [stage for stage in self.stages if train is not None or stage not in ("train", "evaluate")]
+        found = {}
+        if {"harvest", "evaluate"} & set(left):
+            found["harvest.gpus_per_worker"] = self.spec.harvest.gpus_per_worker
+        if train is not None and train.gpus and "train" in left and not _are_trained(self.spec.store, train):
+            found["train.gpus"] = int(train.gpus)
+        return found
+
+
+def _are_trained(url: str, train: TrainSettings) -> bool:
+    from storage.runs import open_run
+
+    if not (open_place(url) / "zarr.json").exists():
+        return False
+    store = open_store(url)
+    return all(open_run(store, dictionary.name).is_finished for dictionary in train.dictionaries)
 
 
 @contextmanager
 def cluster_for(spec: Spec) -> Iterator[Cluster]:
+    """Give a cluster that is left again at the end of the block."""
     with ExitStack() as stack:
         yield Cluster(spec, stack)
 
@@ -63,6 +91,7 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
 
     did = False
     with cluster_for(spec) as cluster:
+        cluster.stages = stages
         if "harvest" in stages:
             store, did = _harvest(spec, cluster, grow)
         else:
@@ -72,11 +101,13 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
             from workers.evaluator import first_held_out_row
 
             first_held_out_row(store)  # raises now what would otherwise come after hours of training
+        cluster.stages = tuple(stage for stage in stages if stage != "harvest")
         if "anchors" in stages:
             for anchors in spec.anchors:
                 did |= _anchors(spec, anchors, store, cluster)
         if "train" in stages and spec.train is not None:
             did |= _train(spec, store, cluster)
+        cluster.stages = tuple(stage for stage in stages if stage == "evaluate")
         if "evaluate" in stages and spec.train is not None:
             did |= _evaluate(spec, store, cluster)
     return did
@@ -108,8 +139,9 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
 
     def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
         check_room(open_place(spec.store), bytes_of_rows(spec, info, num_rows))
-        if spec.harvest.gpus_per_worker:
+        if any(cluster.gpus_to_come().values()):
             cluster.connect()
+        if spec.harvest.gpus_per_worker:
             check_gpus(spec.model, spec.harvest)
 
     with ProgressLine("planning", "rows") as line:
