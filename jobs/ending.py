@@ -64,7 +64,7 @@ def refusal(error: BaseException) -> str | None:
         ("pipeline.errors", "InputError"),
         ("workers.giving_up", "HarvestFailed"),
         ("workers.stopping", "Stopped"),
-        ("jobs.submit", "ClusterError"),
+        ("jobs.addresses", "ClusterError"),
     ]
     classes = tuple(getattr(sys.modules[m], name) for m, name in known if m in sys.modules)
     return str(error) if isinstance(error, classes) else None

@@ -21,7 +21,7 @@ from pipeline.sdl.lrb_cells import train_cell
 from pipeline.sdl.lrb_recipes import Cell, resolve
 from storage.records import Record, digest
 from workers.machine import machine
-from workers.stopping import POLL_S, stop_requests
+from workers.stopping import POLL_S, check_stop, stop_requests
 
 CELLS = "cells"
 
@@ -83,7 +83,7 @@ def _first_of(waiting: Iterable[Any]) -> Any:
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
             if done:
                 return done[0]
-            stop.check("running cells of the bench")
+            check_stop(stop, "running cells of the bench", list(waiting))
 
 
 def _of_cell(error: Exception, cell: Cell) -> Exception:

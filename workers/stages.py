@@ -208,9 +208,5 @@ def evaluate(plan: EvaluationPlan) -> Record:
     require_gpus(plan.gpus, "harvest.gpus_per_worker")
     cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
     asked = evaluate_remotely.options(num_cpus=cpus, num_gpus=plan.gpus).remote(plan)
-    try:
-        (record,) = results([asked], f"evaluating {plan.run}")
-    except Stopped:
-        ray.cancel(asked, force=True)
-        raise
-    return dict(record)
+    record: Record = results([asked], f"evaluating {plan.run}")[0]
+    return record

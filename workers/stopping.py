@@ -74,26 +74,36 @@ def stop_requests(first: str = "") -> Iterator[StopRequest]:
 
 
 def results(references: Sequence[Any], doing: str) -> list[Any]:
-    """Wait for Ray's references and return their values. Raises what a task raised, and Stopped at a signal."""
+    """Wait for Ray's references and return their values. Raises what a task raised, and Stopped at a signal, which also
+    cancels the tasks."""
     with stop_requests() as stop:
         while True:
             try:
                 return list(ray.get(list(references), timeout=POLL_S))
             except GetTimeoutError:
-                stop.check(doing)
+                check_stop(stop, doing, references)
 
 
 def values_of(stream: Any, doing: str) -> Iterator[Any]:
-    """Yield the references that a streaming task gives, as they come. Raises Stopped at a signal."""
+    """Yield the references that a streaming task gives, as they come. Raises Stopped at a signal, which also cancels
+    the task."""
     while True:
         with stop_requests() as stop:
             while not ray.wait([stream], timeout=POLL_S)[0]:
-                stop.check(doing)
+                check_stop(stop, doing, [stream])
         try:
             reference = next(stream)
         except StopIteration:
             return
         yield reference
+
+
+def check_stop(stop: StopRequest, doing: str, tasks: Sequence[Any]) -> None:
+    """Cancel tasks and raise Stopped, if a stop was asked for: else they would go on until the driver ends."""
+    if stop.signum is not None:
+        for task in tasks:
+            ray.cancel(task, force=True)
+    stop.check(doing)
 
 
 def say(event: str) -> None:
