@@ -132,7 +132,7 @@ def test_what_is_no_address(written: str, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         dashboard_address(written)
     monkeypatch.setenv(CLUSTER_VARIABLE, written)
-    with pytest.raises(ClusterError, match="^RAY_ADDRESS: expected"):
+    with pytest.raises(ClusterError, match=r"^RAY_ADDRESS: expected"):
         dashboard_address(None)
 
 
