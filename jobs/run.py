@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jobs.progress import ProgressLine, duration, left_out, loss_recovered, size
+from jobs.progress import ProgressLine, duration, left_out, loss_recovered, no_held_out_rows, size
 from jobs.spec import Spec, SpecError
 from pipeline.models import ModelInfo, describe_model
 from storage.errors import StorageError
 from storage.harvests import row_bytes
+from storage.held_out import values_without_held_out_rows
 from storage.places import Place, open_place
 from storage.records import Record
 from storage.store import Store, open_store
@@ -152,6 +153,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         say(f"{appended}{summary_of_rows(store)} in {store.url}")
         for reason, entry in store.info.skipped.items():
             say(f"  {left_out(reason, entry)}")
+        _say_what_is_not_held_out(store, "  ")
     jobs = prepare_harvests(store, spec.model, info, spec.harvest)
     units = sum(len(job.units) for job in jobs)
     if units == 0:
@@ -261,6 +263,7 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
     if not plans:
         say("evaluate: every dictionary is evaluated")
         return False
+    _say_what_is_not_held_out(store)
     cluster.connect()
     for plan in plans:
         record = stages.evaluate(plan)
@@ -272,6 +275,15 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
             f"{100 * record['dead_share']:.1f} % dead, {loss_recovered(record['loss'])}"
         )
     return True
+
+
+def _say_what_is_not_held_out(store: Store, lead: str = "") -> None:
+    """Say which values of labels an evaluation will tell nothing of, if there are any."""
+    if lacking := values_without_held_out_rows(store):
+        say(
+            f"{lead}{no_held_out_rows(lacking)}: nothing is measured of them; hold out more (corpus.holdout), or name "
+            "a file that has them last in corpus.path"
+        )
 
 
 def summary_of_rows(store: Store) -> str:

@@ -42,7 +42,7 @@ class DemoDocument(NamedTuple):
 def write_corpus(path: Path) -> int:
     """Write the corpus as one Parquet file with the columns text, kind, package, source; return its documents."""
     documents = all_documents()
-    _write(path, documents)
+    write_documents(path, documents)
     return len(documents)
 
 
@@ -50,7 +50,7 @@ def write_split(training: Path, held_out: Path) -> tuple[int, int]:
     """Write the demo's part of the corpus as two Parquet files; return the documents of each."""
     parts = split_documents(all_documents())
     for path, documents in zip((training, held_out), parts, strict=True):
-        _write(path, documents)
+        write_documents(path, documents)
     return len(parts[0]), len(parts[1])
 
 
@@ -59,7 +59,8 @@ def all_documents() -> list[DemoDocument]:
     return sorted(set(standard_library_documents()), key=lambda d: (d.source, d.kind, d.text))
 
 
-def _write(path: Path, documents: Sequence[DemoDocument]) -> None:
+def write_documents(path: Path, documents: Sequence[DemoDocument]) -> None:
+    """Write documents as one Parquet file with a column for each of their fields."""
     columns = {field: [getattr(d, field) for d in documents] for field in DemoDocument._fields}
     pq.write_table(pa.table(columns), path)
 
