@@ -12,6 +12,7 @@ from conftest import sentence, write_corpus
 from jobs.demo import demo
 from jobs.demo.corpus import LABELS, DemoDocument, split_documents, write_documents
 from jobs.progress import no_held_out_rows
+from jobs.report.store import _held_out
 from storage.held_out import values_without_held_out_rows
 from storage.store import Store
 from workers.planning import ensure_store
