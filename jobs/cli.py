@@ -7,13 +7,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from jobs.ending import INTERRUPTED, REFUSED, TERMINATED, Terminated, refusal, terminable
+from jobs.ending import REFUSED, refusal, status_of, terminable
 from jobs.query import add_options as query_options
 
 GROW = "append to the store what it lacks of the spec's rows (more rows, or more entries of corpus.path)"
+
+ADDRESS = "the cluster, as head:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then this machine)"
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verb(arguments)
     except KeyboardInterrupt as interrupt:
         print("\ninterrupted; what is committed stays, and the same command goes on from there", file=sys.stderr)
-        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+        return status_of(interrupt)
     except BrokenPipeError:
         return REFUSED  # the reader of our output went away, as `head` does
     except Exception as error:  # told apart here; what is not a refusal is raised again
@@ -44,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Harvest the activations of Llama-family models into a store, query them, train dictionaries.",
         epilog="start with: granary demo",
     )
-    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.set_defaults(verb=lambda arguments: _help(parser))  # without a command
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(name: str, verb: Verb, text: str, example: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(
@@ -141,8 +144,13 @@ def build_parser() -> argparse.ArgumentParser:
     stop = add("stop", _stop, "stop a job; what it committed stays", "granary stop granary-acts-20260101-120000")
     stop.add_argument("job", help="the job's id")
     for parser_of_job in (submit, listed, logs, stop):
-        parser_of_job.add_argument("--address", help="the dashboard, e.g. http://head:8265 (or RAY_API_SERVER_ADDRESS)")
+        parser_of_job.add_argument("--address", help=ADDRESS)
     return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 0
 
 
 def _stage(name: str) -> Verb:
@@ -161,8 +169,9 @@ def _stage(name: str) -> Verb:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from jobs.demo.demo import run_demo
+    from storage.places import home_expanded
 
-    return run_demo(Path(arguments.folder).expanduser().absolute())
+    return run_demo(home_expanded(arguments.folder).absolute())
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -242,6 +251,16 @@ def _stop(arguments: argparse.Namespace) -> int:
 
     print(stop(arguments.job, arguments.address))
     return 0
+
+
+class _Version(argparse.Action):
+    """`--version`, which reads the version only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> None:
+        from workers.versions import versions
+
+        print(f"granary {versions()['granary-activations']}")
+        parser.exit()
 
 
 def _count(text: str) -> int:

@@ -19,19 +19,31 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated, until a harvest or Ray take it into their own hands."""
+    """Within the block SIGTERM raises Terminated, except where a stage waits for Ray (`workers.stopping`)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    has_come = False
 
     def terminate(signum: int, frame: object) -> None:
+        nonlocal has_come
+        has_come = True
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        if has_come and not isinstance(interrupt, Terminated):  # within a call of Ray's, which raises its own
+            raise Terminated from interrupt
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit status that a shell would give the signal."""
+    return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
 
 
 def refusal(error: BaseException) -> str | None:
@@ -51,8 +63,8 @@ def refusal(error: BaseException) -> str | None:
         ("jobs.spec", "SpecError"),
         ("pipeline.errors", "InputError"),
         ("workers.giving_up", "HarvestFailed"),
-        ("workers.stopping", "HarvestStopped"),
-        ("jobs.submit", "ClusterError"),
+        ("workers.stopping", "Stopped"),
+        ("jobs.addresses", "ClusterError"),
     ]
     classes = tuple(getattr(sys.modules[m], name) for m, name in known if m in sys.modules)
     return str(error) if isinstance(error, classes) else None

@@ -26,6 +26,7 @@ from pipeline.sites import layers_up_to
 from storage.arrays import RowArray
 from storage.commits import UNITS_PER_BLOCK, committed_units
 from storage.create import refuse_if_taken
+from storage.errors import StorageError
 from storage.harvests import Harvest
 from storage.history import read_history
 from storage.objects import PART_BYTES
@@ -33,7 +34,7 @@ from storage.places import open_place
 from storage.records import Record
 from storage.store import Store, open_store
 from storage.unitsets import UnitRanges
-from workers.harvesting import HarvestJob, check_harvest, layout_of, prepare_harvests
+from workers.harvesting import HarvestJob, check_harvest, layout_of, name_in_store, prepare_harvests
 from workers.matching import growth_of
 from workers.measuring import Measured, measure, sample
 from workers.planning import Source, held_out_start, open_source, plan_rows
@@ -84,6 +85,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     per_unit = spec.corpus.unit_size(rows.rows) if store is None else store.info.rows_per_unit
     _check_room(spec, info, store, jobs, rows.rows)
     arrays = _arrays(spec, info, rows.rows, per_unit)
+    read, unknown = _read_in_training(spec, info, store, arrays, rows.rows)
     left = _left(store, jobs, UnitRanges(rows.rows, per_unit))
     rate, rate_from = _rate(options, measured, store, jobs)
     work = Work(
@@ -112,7 +114,8 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
         "units": -(-rows.rows // per_unit),
         "d_model": info.d_model,
         "sites": _sites_record(spec, arrays, measured),
-        **_economics(spec, arrays, work, rate_from, prices, -(-rows.rows // per_unit)),
+        "sites_to_harvest_first": unknown,
+        **_economics(spec, arrays, read, work, rate_from, prices, -(-rows.rows // per_unit)),
         "prices_from": "the table that comes with Granary" if options.prices is None else options.prices,
         "measured_rows": None if measured is None else measured.rows,
         "reference": storage_costs().measured,
@@ -220,15 +223,50 @@ def _sites_record(spec: Spec, arrays: dict[str, list[RowArray]], measured: Measu
     }
 
 
+def _read_in_training(
+    spec: Spec, info: ModelInfo, store: Store | None, arrays: dict[str, list[RowArray]], num_rows: int
+) -> tuple[list[RowArray], list[str]]:
+    """Return the arrays that one pass of training reads, and the sites among them that nobody has harvested yet.
+
+    A dictionary over two models names its sites `<model>/<site>`. Those of the spec's own model are the spec's; another
+    model's are taken from the store. Where the store lacks them they count as if they were stored as the spec's are.
+    """
+    sites = (
+        dict.fromkeys(site for d in spec.train.dictionaries for site in (*d.input, *d.outputs)) if spec.train else {}
+    )
+    own = info.name if store is None else name_in_store(store, info)
+    read: list[RowArray] = []
+    unknown: list[str] = []
+    for site in sites or arrays:
+        model, _, name = site.rpartition("/")
+        if model in ("", own) and name in arrays:
+            of_site = arrays[name]
+        else:
+            try:
+                if store is None:
+                    raise StorageError(f"{site} is in no store yet")
+                harvest, name = store.find(site)
+                of_site = list(harvest.arrays(store.root, num_rows, name).values())
+            except StorageError:
+                unknown.append(site)
+                of_site = next(iter(arrays.values()))
+        read += [of_site[0], *of_site[2:]]  # the second are the norms, which training does not read
+    return read, unknown
+
+
 def _economics(
-    spec: Spec, arrays: dict[str, list[RowArray]], work: Work, rate_from: str, prices: Prices, units: int
+    spec: Spec,
+    arrays: dict[str, list[RowArray]],
+    read: list[RowArray],
+    work: Work,
+    rate_from: str,
+    prices: Prices,
+    units: int,
 ) -> Record:
-    """Bytes, objects, requests, hours, money and break-even."""
+    """Return bytes, objects, requests, hours, money and break-even. `read`: the arrays that training reads."""
     every = [array for of_site in arrays.values() for array in of_site]
     is_local = open_place(spec.store).backend.is_local
-    read_sites, passes = _training(spec, work.training_rows)
-    # Norms are not read in training: they are the second array of a site.
-    read = [array for site in read_sites for array in (arrays[site][0], *arrays[site][2:])]
+    passes = _passes(spec, work.training_rows)
     requests = harvest_requests(every, units, PART_BYTES, UNITS_PER_BLOCK)
     reading = training_pass(read, work.training_rows, unit_rows(every))
     num_bytes = sum(map(stored_bytes, every))
@@ -254,9 +292,6 @@ def _economics(
     }
 
 
-def _training(spec: Spec, training_rows: int) -> tuple[list[str], float]:
-    """The sites that training reads, and how often it goes through the rows; all, and once, without such a section."""
-    if spec.train is None:
-        return list(spec.harvest.sites), 1.0
-    sites = dict.fromkeys(site for d in spec.train.dictionaries for site in (*d.input, *d.outputs))
-    return list(sites), (spec.train.rows or training_rows) / training_rows
+def _passes(spec: Spec, training_rows: int) -> float:
+    """Return how often training goes through the rows; once without such a section."""
+    return 1.0 if spec.train is None else (spec.train.rows or training_rows) / training_rows

@@ -17,6 +17,7 @@ def plan_text(record: Record) -> str:
         f"rows       {record['rows']:,} in {record['contexts']:,} contexts, {record['units']:,} units",
         *_appended(record["rows_to_append"]),
         *_site_lines(record),
+        *_to_harvest_first(record["sites_to_harvest_first"]),
         f"in all     {size(record['bytes'])} in {record['objects']:,} {'files' if record['is_local'] else 'objects'}",
         *_request_lines(record),
         *_time_lines(record),
@@ -44,6 +45,14 @@ def _site_lines(record: Record) -> list[str]:
         lead = "sites" if not lines else ""
         lines.append(f"{lead:<10} {site}: {about['dtype']} x {record['d_model']}, {size(about['bytes'])}")
     return lines
+
+
+def _to_harvest_first(sites: list[str]) -> list[str]:
+    """What training needs besides, which another model's spec has to harvest first."""
+    if not sites:
+        return []
+    there = "is not in the store: harvest it" if len(sites) == 1 else "are not in the store: harvest them"
+    return [f"           training also reads {', '.join(sites)}, which {there} first with the other model's spec"]
 
 
 def _request_lines(record: Record) -> list[str]:

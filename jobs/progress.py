@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 MIN_INTERVAL_S = 0.2
@@ -68,6 +68,25 @@ def counted(number: int, noun: str) -> str:
 def left_out(reason: str, entry: Mapping[str, Any]) -> str:
     """'2 documents left out: empty (first: a.jsonl:3, a.jsonl:9)'."""
     return f"{counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})"
+
+
+def loss_recovered(loss: Mapping[str, Any] | None) -> str:
+    """'98.1 % of the loss recovered (97.0 % against the mean)'. A dictionary over two models has no such loss, as no
+    one model runs it."""
+    if loss is None:
+        return "no loss to recover (it is over several models)"
+    zero, mean = loss["recovered_against_zero"], loss["recovered_against_mean"]
+    return f"{100 * zero:.1f} % of the loss recovered ({100 * mean:.1f} % against the mean)"
+
+
+def no_held_out_rows(lacking: Mapping[str, Sequence[str]], most: int = 5) -> str:
+    """ "no held-out rows of kind docs; of package re, html": labels and their values that no held-out row has. Of more
+    values than `most` the first ones."""
+    parts = []
+    for label, values in lacking.items():
+        more = f" and {len(values) - most:,} more" if len(values) > most else ""
+        parts.append(f"of {label} {', '.join(values[:most])}{more}")
+    return f"no held-out rows {'; '.join(parts)}"
 
 
 def size(num_bytes: float) -> str:

@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jobs.progress import ProgressLine, duration, left_out, size
+from jobs.progress import ProgressLine, duration, left_out, loss_recovered, no_held_out_rows, size
 from jobs.spec import Spec, SpecError
 from pipeline.models import ModelInfo, describe_model
 from storage.errors import StorageError
 from storage.harvests import row_bytes
+from storage.held_out import values_without_held_out_rows
 from storage.places import Place, open_place
 from storage.records import Record
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.anchor_settings import AnchorSettings
+from workers.settings import TrainSettings
 
 STAGES = ("harvest", "anchors", "train", "evaluate")
 
@@ -26,18 +28,45 @@ class Cluster:
 
     spec: Spec
     stack: ExitStack
+    stages: tuple[str, ...] = ()
+    """The stages that are left to run, the one that connects first among them."""
 
     def connect(self) -> None:
-        from workers.cluster import connected
+        """Bring up Ray. Raises InputError when it lacks GPUs that a stage which is left will ask for: of hours of
+        harvesting, the training that cannot follow is better known before than after."""
+        from workers.cluster import connected, require_gpus
 
         harvest, train = self.spec.harvest, self.spec.train
         workers = harvest.workers if isinstance(harvest.workers, int) else harvest.worker_range.minimum
         cpus = max(workers * harvest.threads_per_worker, train.threads if train else 1)
         self.stack.enter_context(connected(self.spec.cluster.address, cpus=cpus))
+        for key, gpus in self.gpus_to_come().items():
+            require_gpus(gpus, key)
+
+    def gpus_to_come(self) -> dict[str, int]:
+        """Key of the spec -> GPUs of a worker, of the stages that are left."""
+        train = self.spec.train
+        left = [stage for stage in self.stages if train is not None or stage not in ("train", "evaluate")]
+        found = {}
+        if {"harvest", "evaluate"} & set(left):
+            found["harvest.gpus_per_worker"] = self.spec.harvest.gpus_per_worker
+        if train is not None and train.gpus and "train" in left and not _are_trained(self.spec.store, train):
+            found["train.gpus"] = int(train.gpus)
+        return found
+
+
+def _are_trained(url: str, train: TrainSettings) -> bool:
+    from storage.runs import open_run
+
+    if not (open_place(url) / "zarr.json").exists():
+        return False
+    store = open_store(url)
+    return all(open_run(store, dictionary.name).is_finished for dictionary in train.dictionaries)
 
 
 @contextmanager
 def cluster_for(spec: Spec) -> Iterator[Cluster]:
+    """Give a cluster that is left again at the end of the block."""
     with ExitStack() as stack:
         yield Cluster(spec, stack)
 
@@ -63,6 +92,7 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
 
     did = False
     with cluster_for(spec) as cluster:
+        cluster.stages = stages
         if "harvest" in stages:
             store, did = _harvest(spec, cluster, grow)
         else:
@@ -72,11 +102,13 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
             from workers.evaluator import first_held_out_row
 
             first_held_out_row(store)  # raises now what would otherwise come after hours of training
+        cluster.stages = tuple(stage for stage in stages if stage != "harvest")
         if "anchors" in stages:
             for anchors in spec.anchors:
                 did |= _anchors(spec, anchors, store, cluster)
         if "train" in stages and spec.train is not None:
             did |= _train(spec, store, cluster)
+        cluster.stages = tuple(stage for stage in stages if stage == "evaluate")
         if "evaluate" in stages and spec.train is not None:
             did |= _evaluate(spec, store, cluster)
     return did
@@ -120,8 +152,9 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         compiles = is_new and compile_layers(spec.harvest, info, num_rows, info.num_layers)
         check_compiling(compiles, spec.harvest, spec.cluster)
         note(emulation_notice(info, spec.model, spec.harvest))
-        if spec.harvest.gpus_per_worker:
+        if any(cluster.gpus_to_come().values()):
             cluster.connect()
+        if spec.harvest.gpus_per_worker:
             check_gpus(spec.model, spec.harvest)
 
     with ProgressLine("planning", "rows") as line:
@@ -132,6 +165,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         say(f"{appended}{summary_of_rows(store)} in {store.url}")
         for reason, entry in store.info.skipped.items():
             say(f"  {left_out(reason, entry)}")
+        _say_what_is_not_held_out(store, "  ")
     jobs = prepare_harvests(store, spec.model, info, spec.harvest)
     units = sum(len(job.units) for job in jobs)
     if units == 0:
@@ -222,7 +256,7 @@ def _train(spec: Spec, store: Store, cluster: Cluster) -> bool:
             notes = [f"{name} FVU {m.fvu:.3f}" for name, m in progress.latest.items()]
             line.update(progress.step, note="  ".join(notes))
 
-        trained = stages.train(store, spec.train, show)
+        trained = stages.train(store, spec.train, spec.cluster, show)
     for name in trained:
         point = _last_point(store, name)
         say(f"trained {name}: {plan.steps:,} steps, last FVU {point['fvu']:.3f} at L0 {point['l0']:.1f}")
@@ -245,24 +279,27 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
     if not plans:
         say("evaluate: every dictionary is evaluated")
         return False
+    _say_what_is_not_held_out(store)
     cluster.connect()
     for plan in plans:
         record = stages.evaluate(plan)
-        loss = record["loss"]
-        recovered = (
-            f", {100 * loss['recovered_against_zero']:.1f} % of the loss recovered "
-            f"({100 * loss['recovered_against_mean']:.1f} % against the mean)"
-            if loss is not None
-            else ""
-        )
         fvu = f"FVU {record['fvu']:.3f}"
         if len(record["site_fvu"]) > 1:
             fvu += f" ({', '.join(f'{site} {found:.3f}' for site, found in record['site_fvu'].items())})"
         say(
             f"evaluated {plan.run} on {record['rows']:,} held-out rows: {fvu}, L0 {record['l0']:.1f}, "
-            f"{100 * record['dead_share']:.1f} % dead{recovered}"
+            f"{100 * record['dead_share']:.1f} % dead, {loss_recovered(record['loss'])}"
         )
     return True
+
+
+def _say_what_is_not_held_out(store: Store, lead: str = "") -> None:
+    """Say which values of labels an evaluation will tell nothing of, if there are any."""
+    if lacking := values_without_held_out_rows(store):
+        say(
+            f"{lead}{no_held_out_rows(lacking)}: nothing is measured of them; hold out more (corpus.holdout), or name "
+            "a file that has them last in corpus.path"
+        )
 
 
 def summary_of_rows(store: Store) -> str:

@@ -9,8 +9,9 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from jobs.variables import expanded
 from storage.errors import StorageError
-from storage.places import check_url
+from storage.places import check_url, home_expanded
 from workers.anchor_settings import FILE_ENDINGS, AnchorSets, AnchorSettings
 from workers.section import NAME_PATTERN, Settings
 from workers.settings import (
@@ -109,7 +110,7 @@ class _Loader(yaml.SafeLoader):
 
 def load_spec(path: str | Path) -> Spec:
     """Read and check a spec file. Relative paths in it are taken from its own folder. Raises SpecError."""
-    file = Path(path).expanduser()
+    file = home_expanded(path)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -126,14 +127,22 @@ def load_spec(path: str | Path) -> Spec:
 
 
 def parse_spec(raw: dict[str, Any], folder: Path, name: str = "spec") -> Spec:
-    """Validate a spec's content; `folder` is what its relative paths are relative to. Raises SpecError."""
+    """Validate a spec's content; `folder` is what its relative paths are relative to. Raises SpecError.
+
+    Environment variables are replaced first: see `jobs.variables`."""
+    raw, unknown = expanded(raw)
+    if unknown:
+        raise SpecError(_listed(name, unknown))
     try:
         spec = Spec.model_validate(raw)
     except ValidationError as error:
         raise SpecError(_listed(name, _explain(error, raw))) from None
     if problems := spec.problems():
         raise SpecError(_listed(name, problems))
-    return _resolve_paths(spec, folder)
+    try:
+        return _resolve_paths(spec, folder)
+    except StorageError as error:
+        raise SpecError(_listed(name, [str(error)])) from None
 
 
 def _listed(name: str, lines: list[str]) -> str:
@@ -144,7 +153,7 @@ def _resolve_paths(spec: Spec, folder: Path) -> Spec:
     """Relative paths become absolute, as Ray's workers run elsewhere. A model id is a path if such a folder exists."""
 
     def resolve(value: str) -> str:
-        return value if "://" in value else str((folder / Path(value).expanduser()).absolute())
+        return value if "://" in value else str((folder / home_expanded(value)).absolute())
 
     model = spec.model
     changed = {

@@ -1,6 +1,6 @@
 """`granary status`: what a store holds and how far its harvests are, from the store alone."""
 
-from jobs.progress import counted, duration, left_out, size
+from jobs.progress import counted, duration, left_out, loss_recovered, size
 from jobs.tables import storage_costs
 from storage.anchors import anchor_names, read_anchors
 from storage.harvests import Harvest, row_bytes
@@ -106,8 +106,7 @@ def status_text(record: Record) -> str:
         state = "trained" if run["finished"] else f"step {run['step']:,} of {run['steps']:,}"
         if run["evaluation"]:
             e = run["evaluation"]
-            recovered = 100 * e["loss"]["recovered_against_zero"]
-            state += f"; FVU {e['fvu']:.3f}, L0 {e['l0']:.1f}, {recovered:.1f} % of the loss recovered"
+            state += f"; FVU {e['fvu']:.3f}, L0 {e['l0']:.1f}, {loss_recovered(e['loss'])}"
         lines.append(f"run       {run['run']}: {state}{_products(run['products'])}")
     return "\n".join(lines)
 

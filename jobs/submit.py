@@ -1,6 +1,7 @@
 """Jobs on a running Ray cluster: submit a spec, follow it, list, read and stop jobs.
 
-A job carries the code that submitted it, as its working directory, and the spec with its paths made absolute; so the
+A job carries the code that submitted it, as its working directory, and the spec with its paths made absolute and its
+variables replaced; so the
 cluster needs Granary's dependencies but not Granary, and runs the very version that submitted. Nothing of this
 machine's environment goes along: credentials are the cluster's own. A job dies with its cluster and knows nothing of
 its progress, which is in the store: the same spec submitted again goes on from there.
@@ -25,6 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from jobs.addresses import ADDRESS_VARIABLE, ClusterError, dashboard_address
+from jobs.ending import status_of
+from jobs.variables import escaped
 from storage.records import Record
 from workers.versions import versions
 
@@ -33,18 +37,11 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "storage", "workers", "jobs")
-ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """Ray puts ids into URLs and file names."""
 STOP_WAIT_S = 15
 """Ray gives a job 3 s (RAY_JOB_STOP_WAIT_TIME_S) between SIGTERM and SIGKILL; then its status has to arrive."""
 POLL_S = 0.25
-INTERRUPTED = 130
-
-
-class ClusterError(ValueError):
-    """The cluster cannot be reached, or does not have or allow what was asked of it."""
 
 
 def submit(spec: "Spec", *, stage: str, job_id: str | None, address: str | None, grow: bool = False) -> str:
@@ -83,9 +80,9 @@ def follow(job_id: str, address: str | None) -> int:
         _details(client, url, job_id)
         try:
             asyncio.run(_print_log(client, job_id))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             print(f"\n{job_id} goes on without this terminal; end it with: granary stop {job_id}", file=sys.stderr)
-            return INTERRUPTED
+            return status_of(interrupt)
         except (RuntimeError, ClientError):
             pass  # the connection broke; whether that means anything for the job, the next request tells
         details = _details(client, url, job_id)
@@ -165,7 +162,8 @@ def _write_working_dir(folder: Path, spec: "Spec") -> None:
     shutil.copy(SOURCE / "granary.py", folder)
     # In a job `auto` is the cluster that runs it. The spec's own address is meant for the machine that it was read on.
     resolved = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"address": "auto"})})
-    text = yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # The job reads the spec again, in another environment: what is in it now is text.
+    text = yaml.safe_dump(escaped(resolved.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
     (folder / "spec.yaml").write_text(text, encoding="utf-8")
 
 
@@ -202,9 +200,7 @@ def _job_server(address: str | None) -> Iterator[tuple[Any, str]]:
     from ray.job_submission import JobSubmissionClient
     from requests import RequestException
 
-    url = address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
-    if not url.startswith(("http://", "https://")):
-        raise ClusterError(f"expected the address of a cluster's dashboard, such as http://head:8265, not {url!r}")
+    url = dashboard_address(address)
     try:
         with _variable(ADDRESS_VARIABLE, url):  # Ray prefers this one, and RAY_ADDRESS, to the address it is given
             client = JobSubmissionClient(url)

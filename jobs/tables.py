@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import InputError
+from storage.places import home_expanded
 
 PRICES = Path(__file__).with_name("prices.yaml")
 STORAGE_TYPES = Path(__file__).with_name("storage_types.yaml")
@@ -59,7 +60,7 @@ class StorageCosts(BaseModel):
 
 def load_prices(path: str | Path | None = None) -> Prices:
     """Read a price table; the one that comes with Granary, if not given. Raises InputError."""
-    file = PRICES if path is None else Path(path).expanduser()
+    file = PRICES if path is None else home_expanded(path)
     try:
         raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -169,6 +169,15 @@ def check_url(url: str) -> None:
         )
 
 
+def home_expanded(path: str | Path) -> Path:
+    """Replace a leading `~` by the user's folder. Raises StorageError for a user that this machine does not know."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # pathlib's word for it
+        user = Path(path).parts[0]
+        raise StorageError(f"no folder of a user {user} on this machine: {path}") from None
+
+
 def open_place(url: str | Path | Place, *, waiting: Waiting | None = None) -> Place:
     """The place a path or URL names. Nothing is read. Raises StorageError for a URL that cannot be used.
 
@@ -183,7 +192,7 @@ def open_place(url: str | Path | Place, *, waiting: Waiting | None = None) -> Pl
         from storage.files import LocalFiles
 
         path = Path(parts.path) if parts.scheme == "file" else Path(text)
-        return Place(LocalFiles(path.expanduser().absolute()))
+        return Place(LocalFiles(home_expanded(path).absolute()))
     check_url(text)
     if parts.scheme in OBJECT_STORES:
         from storage.objects import ObjectStore

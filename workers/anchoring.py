@@ -151,7 +151,7 @@ def tasks_for(store: Store, plan: AnchorPlan, connect: Callable[[], None] | None
     if connect is None or num_bytes < SMALL_BYTES:
         return Here()
     connect()
-    return OnRay()
+    return OnRay("making anchors")
 
 
 def make_anchors(

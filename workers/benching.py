@@ -6,7 +6,7 @@ cells it was at, and nothing else.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline.sdl.lrb_cells import train_cell
 from pipeline.sdl.lrb_recipes import Cell, resolve
 from storage.records import Record, digest
 from workers.machine import machine
+from workers.stopping import POLL_S, check_stop, stop_requests
 
 CELLS = "cells"
 
@@ -55,15 +56,17 @@ def recorded_products(folder: Path, cells: Sequence[Cell]) -> Record | None:
 def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tuple[Cell, Record]]:
     """Run the cells that have no record yet, as many at once as the cluster has room for; yield each as it is done.
 
-    Ray must be up. Where cells raise, the others are run all the same; then what the first of them raised is.
+    Ray must be up. Where cells raise, the others are run all the same; then what the first of them raised is. Raises
+    Stopped at a signal.
     """
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    remote = ray.remote(num_cpus=threads, max_retries=3)(_run)
+    cpus = min(threads, ray.cluster_resources().get("CPU", 1))  # of more than there are, Ray would wait for ever
+    remote = ray.remote(num_cpus=cpus, max_retries=3)(_run)
     products = recorded_products(folder, cells)
     waiting = {remote.remote(cell, threads, products): cell for cell in cells if read_cell(folder, cell) is None}
     raised: Exception | None = None
     while waiting:
-        (done,), _ = ray.wait(list(waiting), num_returns=1)
+        done = _first_of(waiting)
         cell = waiting.pop(done)
         try:
             found = ray.get(done)
@@ -78,6 +81,16 @@ def run_cells(cells: Sequence[Cell], folder: Path, threads: int) -> Iterator[tup
         yield cell, record
     if raised is not None:
         raise raised
+
+
+def _first_of(waiting: Iterable[Any]) -> Any:
+    """Wait for the first of the cells that are being run. Raises Stopped at a signal."""
+    with stop_requests() as stop:
+        while True:
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
+            if done:
+                return done[0]
+            check_stop(stop, "running cells of the bench", list(waiting))
 
 
 def _of_cell(error: Exception, cell: Cell) -> Exception:

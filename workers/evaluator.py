@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.language import loss_recovered
-from pipeline.loading import ON_CPU, load_causal_model
+from pipeline.loading import DTYPES, ON_CPU, load_causal_model
 from pipeline.models import ModelInfo
-from pipeline.placement import Placement
+from pipeline.placement import Placement, check_dtype
 from pipeline.sdl.diagnostics import antipodal_pairs, optimality
 from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.files import load_dictionary
@@ -98,8 +98,10 @@ def evaluate_remotely(plan: EvaluationPlan) -> Record:
 
 
 def evaluate(plan: EvaluationPlan) -> Record:
-    """Measure a finished run and write its evaluation.json. Raises StorageError when nothing is held out."""
+    """Measure a finished run and write its evaluation.json. Raises StorageError when nothing is held out and
+    InputError for a GPU that is not there."""
     torch.set_num_threads(plan.threads)
+    check_dtype(DTYPES[plan.model_dtype], plan.device)
     store = open_store(plan.store)
     store = store.for_model(name_in_store(store, plan.model))
     run = open_run(store, plan.run)

@@ -159,7 +159,7 @@ def run_harvest(
     on_unit: Callable[[UnitResult], None],
     on_elsewhere: Callable[[UnitSet], None],
 ) -> RunResult:
-    """Harvest what is left. Ray must be up. Raises HarvestFailed, HarvestStopped, StorageError or InputError."""
+    """Harvest what is left. Ray must be up. Raises HarvestFailed, Stopped, StorageError or InputError."""
     require_gpus(settings.gpus_per_worker, "harvest.gpus_per_worker")
     supervisor = Supervisor(
         job.setup,

@@ -86,7 +86,7 @@ class Source:
         if connect is None or self.is_small:
             return Here()
         connect()
-        return OnRay()
+        return OnRay("planning")
 
 
 def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int) -> Source:

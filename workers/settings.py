@@ -235,8 +235,8 @@ class ClusterSettings(Settings):
     load_s: Seconds = 1800.0
     """The same for a step while the model is loaded and compiled: 140 GB of weights at 100 MB/s."""
     grace_s: Annotated[float, Field(ge=0)] = 20.0
-    """After SIGTERM or Ctrl-C, units in flight have so long to finish. `ray job stop` itself waits 3 s unless the
-    cluster has RAY_JOB_STOP_WAIT_TIME_S."""
+    """After SIGTERM or Ctrl-C, units in flight have so long to finish, and a trainer to write a checkpoint. `ray job
+    stop` itself waits 3 s unless the cluster has RAY_JOB_STOP_WAIT_TIME_S."""
     wait_s: Seconds = 1800.0
     """A run ends when the cluster has had no room for the least number of workers for so long."""
 

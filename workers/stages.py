@@ -4,9 +4,11 @@ Every stage may be run again at any time; what is finished is found in the store
 file, the messages and the terminal; Ray must be up for the stages that use actors.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
@@ -35,10 +37,11 @@ from workers.settings import (
     ModelSettings,
     TrainSettings,
 )
+from workers.stopping import GOES_ON, POLL_S, Stopped, StopRequest, results, stop_requests
 from workers.trainer import Progress, TrainerActor
 from workers.training_plan import TrainPlan, plan_training, unfinished
 
-POLL_S = 0.5
+NO_CHECKPOINT = ": training is cut off in the middle of a step; the same command goes on from the last checkpoint"
 TRAINER_STARTS = 3
 """Times a trainer is started before its deaths are taken for a pattern."""
 
@@ -99,33 +102,70 @@ def anchors(
     return AnchorResult(make_anchors(store, plan, tasks=tasks_for(store, plan, connect)), made=True)
 
 
-def train(store: Store, settings: TrainSettings, on_progress: Callable[[Progress], None]) -> list[str]:
-    """Train the dictionaries that are not finished, in one pass; return their names."""
+def train(
+    store: Store,
+    settings: TrainSettings,
+    cluster: ClusterSettings,
+    on_progress: Callable[[Progress], None],
+) -> list[str]:
+    """Train the dictionaries that are not finished, in one pass; return their names.
+
+    Raises Stopped at a signal, once a checkpoint is written or `cluster.grace_s` is over; HarvestFailed when the
+    trainer keeps dying; InputError for GPUs that are not there.
+    """
     plan = unfinished(store, plan_training(store, settings))
     if not plan.dictionaries:
         return []
-    for start in range(TRAINER_STARTS):
-        try:
-            _train_once(plan, on_progress)
-            break
-        except RayActorError as error:
-            if start + 1 == TRAINER_STARTS:
-                raise HarvestFailed(f"the trainer died {TRAINER_STARTS} times; the last: {error}") from error
+    require_gpus(plan.gpus, "train.gpus")
+    words = f"training ends with a checkpoint of the step it is at, within {cluster.grace_s:g} s (once more: at once)"
+    with stop_requests(words) as stop:
+        for start in range(TRAINER_STARTS):
+            try:
+                _train_once(plan, on_progress, stop, cluster.grace_s)
+                break
+            except RayActorError as error:
+                if stop.signum is not None:
+                    raise Stopped(stop.signum, NO_CHECKPOINT) from error
+                if start + 1 == TRAINER_STARTS:
+                    raise HarvestFailed(f"the trainer died {TRAINER_STARTS} times; the last: {error}") from error
     return [d.name for d in plan.dictionaries]
 
 
-def _train_once(plan: TrainPlan, on_progress: Callable[[Progress], None]) -> None:
-    require_gpus(plan.gpus, "train.gpus")
+def _train_once(plan: TrainPlan, on_progress: Callable[[Progress], None], stop: StopRequest, grace_s: float) -> None:
+    """Run one trainer to the end. Raises RayActorError if it dies, and Stopped."""
     cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
     actor = TrainerActor.options(num_cpus=cpus, num_gpus=plan.gpus).remote(plan)
     try:
-        running = actor.train.remote()
-        while not ray.wait([running], timeout=POLL_S)[0]:
-            on_progress(ray.get(actor.progress.remote()))
+        running, asked = actor.train.remote(), actor.progress.remote()
+        has_begun = False
+        while not (is_over := bool(ray.wait([running], timeout=POLL_S)[0])) and stop.signum is None:
+            if ray.wait([asked], timeout=0)[0]:
+                on_progress(ray.get(asked))
+                has_begun, asked = True, actor.progress.remote()
+        if stop.signum is not None:
+            if has_begun and not is_over:  # else it is not placed yet, and has nothing to save
+                actor.stop.remote()
+                is_over = _is_over_within(running, stop, grace_s)
+            raise Stopped(stop.signum, _where_training_is(plan, ray.get(running)) if is_over else NO_CHECKPOINT)
         ray.get(running)
         on_progress(ray.get(actor.progress.remote()))
     finally:
         ray.kill(actor)
+
+
+def _is_over_within(running: Any, stop: StopRequest, grace_s: float) -> bool:
+    """Wait for a trainer that was asked to stop; return whether it has, in time and without a second signal."""
+    deadline = time.monotonic() + grace_s
+    while not (is_over := bool(ray.wait([running], timeout=POLL_S)[0])):
+        if stop.at_once or time.monotonic() > deadline:
+            break
+    return is_over
+
+
+def _where_training_is(plan: TrainPlan, steps_done: int) -> str:
+    if steps_done == plan.steps:
+        return f": training is finished; {GOES_ON}"
+    return f": training has a checkpoint of step {steps_done:,} of {plan.steps:,}, and the same command goes on from it"
 
 
 def plan_evaluations(
@@ -162,7 +202,11 @@ def plan_evaluations(
 
 
 def evaluate(plan: EvaluationPlan) -> Record:
-    """Evaluate one dictionary in a worker of its own and return the record that is now in its run."""
+    """Evaluate one dictionary in a worker of its own and return the record that is now in its run.
+
+    Raises Stopped at a signal, which leaves no record, and InputError for GPUs that are not there."""
+    require_gpus(plan.gpus, "harvest.gpus_per_worker")
     cpus = min(plan.threads, ray.cluster_resources().get("CPU", 1))
-    record: Record = ray.get(evaluate_remotely.options(num_cpus=cpus, num_gpus=plan.gpus).remote(plan))
+    asked = evaluate_remotely.options(num_cpus=cpus, num_gpus=plan.gpus).remote(plan)
+    record: Record = results([asked], f"evaluating {plan.run}")[0]
     return record

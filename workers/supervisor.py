@@ -6,7 +6,6 @@ others at once, and nothing that it may have half written, or may yet write, doe
 stderr. docs/decisions/0007-commits-and-supervision.md goes through what happens between any two steps.
 """
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from workers.presence import News, Presence
 from workers.pulses import HangLimits
 from workers.schedule import FAILURES_IN_A_ROW, UNITS_IN_FLIGHT, Schedule
 from workers.settings import ClusterSettings, WorkerRange
-from workers.stopping import HarvestStopped, StopRequest, say, stop_requests
+from workers.stopping import GOES_ON, Stopped, StopRequest, say, stop_requests
 from workers.todo import ToDo
 from workers.versions import versions
 
@@ -88,13 +87,15 @@ class Supervisor:
 
     def run(self, on_unit: Callable[[UnitResult], None], on_elsewhere: Callable[[UnitSet], None]) -> RunResult:
         """Call `on_unit` for each unit as it is done, `on_elsewhere` for units that another driver has done. Returns
-        when every unit is committed or set aside. Raises HarvestFailed, HarvestStopped, StorageError or InputError."""
+        when every unit is committed or set aside. Raises HarvestFailed, Stopped, StorageError or InputError."""
         for unit in [u for u in self.failed_before if u in self.committed]:
             clear_failure(self.store, self.harvest, self.ranges.name(unit))
         driver = Driver(self.id)
+        grace_s = self.cluster.grace_s
+        in_flight = f"no more units are handed out; those in flight have {grace_s:g} s (once more: at once)"
         try:
             with (
-                stop_requests(self.cluster.grace_s) as stop,
+                stop_requests(in_flight) as stop,
                 Presence(self.store, self.harvest, driver, self.ranges, self.committed) as presence,
             ):
                 while not self.schedule.is_done and stop.signum is None:
@@ -284,14 +285,13 @@ class Supervisor:
                 on_elsewhere(done)
 
     def _stop(self, stop: StopRequest, on_unit: Callable[[UnitResult], None]) -> None:
-        """Let units in flight finish within the grace period; then raise HarvestStopped."""
+        """Let units in flight finish within the grace period; then raise Stopped."""
         assert stop.signum is not None
         deadline = time.monotonic() + self.cluster.grace_s
         while self.schedule.in_flight and not stop.at_once and time.monotonic() < deadline:
             self._step(on_unit)
         left = sum(len(units) for units in self.schedule.in_flight.values())
-        raise HarvestStopped(
+        raise Stopped(
             stop.signum,
-            f"stopped by {signal.Signals(stop.signum).name}: {self.units} units were finished in this run, {left} in "
-            "flight are abandoned; what is committed stays, and the same command goes on from there",
+            f": {self.units} units were finished in this run, {left} in flight are abandoned; {GOES_ON}",
         )

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import ray
 
+from workers.stopping import results, values_of
+
 Handle = Any
 
 
@@ -51,7 +53,12 @@ class Here:
 
 
 class OnRay:
-    """As Ray tasks, each with one CPU. Values are in Ray's object store, which spills to disk what does not fit."""
+    """As Ray tasks, each with one CPU. Values are in Ray's object store, which spills to disk what does not fit.
+
+    A signal ends the waiting for them with `workers.stopping.Stopped`. `doing`: what it then says was cut off."""
+
+    def __init__(self, doing: str):
+        self.doing = doing
 
     def share(self, value: Any) -> Handle:
         return ray.put(value)
@@ -63,10 +70,10 @@ class OnRay:
 
     def stream(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Handle]:
         remote = ray.remote(num_cpus=1, num_returns="streaming")(_single_threaded_stream)
-        return iter(remote.remote(function, *arguments))
+        return values_of(remote.remote(function, *arguments), self.doing)
 
     def get(self, handles: Sequence[Handle]) -> list[Any]:
-        return list(ray.get(list(handles)))
+        return results(handles, self.doing)
 
 
 def _single_threaded(function: Callable[..., Any], *arguments: Any) -> Any:

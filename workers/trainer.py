@@ -1,7 +1,8 @@
 """The trainer: an actor of its own that streams rows from the store into dictionaries, and nothing else.
 
 One pass over the stream trains every dictionary that is not finished. Checkpoints hold the step; the stream can be
-asked for by step; so a run that was killed goes on and ends with the same weights, bit for bit, on the same machine.
+asked for by step; so a run that was killed or stopped goes on and ends with the same weights, bit for bit, on the same
+machine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import ray
 import torch
 from safetensors.torch import load, save
 
+from pipeline.placement import check_dtype
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
 from pipeline.sdl.calibration import calibrate
@@ -54,15 +56,25 @@ class Trainer:
         store = open_store(plan.store)
         self.store = store if plan.model is None else store.for_model(plan.model)
         self._progress = Progress(0, plan.steps, {})
+        self._is_stopping = False
 
     def progress(self) -> Progress:
         return self._progress
 
-    def train(self) -> None:
-        """Train all dictionaries of the plan to the end, from their checkpoints if there are any."""
+    def stop(self) -> None:
+        """Let `train` end after the step it is at, with a checkpoint."""
+        self._is_stopping = True
+
+    def train(self) -> int:
+        """Train all dictionaries of the plan, from their checkpoints if there are any, to the end or until `stop`.
+
+        Return the steps that are done: all of the plan's when the dictionaries are finished. Raises InputError for a
+        GPU that is not there.
+        """
         plan = self.plan
         torch.set_num_threads(plan.threads)
         device = "cuda" if plan.gpus else "cpu"
+        check_dtype(torch.float32, device)
         sites = sorted({site for d in plan.dictionaries for site in (*d.config.input, *d.config.output)})
         kept = None if plan.max_norm is None else norm_filter(self.store, plan.norm_site, plan.max_norm, READ_ROWS)
         norms = normalisations(self.store, sites, plan, kept)
@@ -84,11 +96,15 @@ class Trainer:
                     member.step(tensors, every=max(1, plan.steps // CURVE_POINTS))
             self._progress = Progress(step + 1, plan.steps, {m.run.name: m.latest for m in members if m.latest})
             # At the end too: what is left, a threshold on held-out rows, may fail, and this need not be trained again.
-            if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
+            is_last, is_stopping = step + 1 == plan.steps, self._is_stopping
+            if (step + 1) % plan.checkpoint_every == 0 or is_last or is_stopping:
                 for member in members:
                     member.checkpoint()
+            if is_stopping and not is_last:
+                return step + 1
         for member in members:
             member.finish(kept)
+        return plan.steps
 
 
 # Two threads: one trains, the other answers how far it is.

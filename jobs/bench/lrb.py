@@ -13,6 +13,7 @@ from typing import Any
 from jobs.bench.lrb_page import page
 from pipeline.errors import InputError
 from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell, methods, resolve
+from storage.places import home_expanded
 from storage.records import Record
 
 IN_TABLE = ("relu", "jumprelu", "topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")
@@ -62,7 +63,7 @@ def _change(text: str) -> tuple[str, Any]:
 def run_lrb(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Run the cells that are missing and write the table."""
     cells = cells_of(arguments.size, arguments.method, arguments.arm, arguments.seeds, arguments.set)
-    folder = Path(arguments.out or f"granary-lrb-{arguments.size}").expanduser().absolute()
+    folder = home_expanded(arguments.out or f"granary-lrb-{arguments.size}").absolute()
 
     from workers.benching import read_cell, run_cells
     from workers.cluster import connected

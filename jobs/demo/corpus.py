@@ -9,7 +9,9 @@ import ast
 import io
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,15 @@ import pyarrow.parquet as pq
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 MIN_CHARACTERS = 200
 """Shorter texts say little about their label and become contexts of a few tokens."""
+LABELS = ("kind", "package")
+DEMO_CHARACTERS = 2_600_000
+"""Text of the demo: some 760,000 tokens of its model."""
+HELD_OUT_SHARE = 0.08
+"""Share of the text in the second file. Less than the spec's corpus.holdout, so that all of it is held out."""
+LEAST_DOCUMENTS = 4
+"""Documents of a label's value that the demo takes, if there are so many, however rare the value is."""
+LONG_CHARACTERS = 16_000
+"""Longer texts are not held out, unless a value has no others: a few of them would be all that is."""
 
 
 class DemoDocument(NamedTuple):
@@ -30,10 +41,75 @@ class DemoDocument(NamedTuple):
 
 def write_corpus(path: Path) -> int:
     """Write the corpus as one Parquet file with the columns text, kind, package, source; return its documents."""
-    documents = sorted(set(standard_library_documents()), key=lambda d: (d.source, d.kind, d.text))
+    documents = all_documents()
+    write_documents(path, documents)
+    return len(documents)
+
+
+def write_split(training: Path, held_out: Path) -> tuple[int, int]:
+    """Write the demo's part of the corpus as two Parquet files; return the documents of each."""
+    parts = split_documents(all_documents())
+    for path, documents in zip((training, held_out), parts, strict=True):
+        write_documents(path, documents)
+    return len(parts[0]), len(parts[1])
+
+
+def all_documents() -> list[DemoDocument]:
+    """Return every text of the standard library once, in the order of its files."""
+    return sorted(set(standard_library_documents()), key=lambda d: (d.source, d.kind, d.text))
+
+
+def write_documents(path: Path, documents: Sequence[DemoDocument]) -> None:
+    """Write documents as one Parquet file with a column for each of their fields."""
     columns = {field: [getattr(d, field) for d in documents] for field in DemoDocument._fields}
     pq.write_table(pa.table(columns), path)
-    return len(documents)
+
+
+def split_documents(
+    documents: Sequence[DemoDocument], characters: int = DEMO_CHARACTERS, share: float = HELD_OUT_SHARE
+) -> tuple[list[DemoDocument], list[DemoDocument]]:
+    """Choose texts of so many characters, and hold some out: return those to train on, and those that are held out.
+
+    Drawn at random, a value of few documents would be on one side only, or in neither. So each value of a label first
+    gives some documents, of which one is held out; the others follow in an order that their texts decide.
+    """
+    order = sorted(documents, key=lambda d: zlib.crc32(d.text.encode()))
+    first = _some_of_each(sorted(order, key=lambda d: len(d.text) > LONG_CHARACTERS), LEAST_DOCUMENTS)
+    others = _within([d for d in order if d not in set(first)], characters - _characters(first))
+    of_several = Counter(value for d in first for value in _values(d))
+    held_out = _some_of_each([d for d in first if min(of_several[value] for value in _values(d)) > 1], 1)
+    short = [d for d in others if len(d.text) <= LONG_CHARACTERS]
+    held_out += _within(short, int(share * characters) - _characters(held_out))
+    return [d for d in (*first, *others) if d not in set(held_out)], held_out
+
+
+def _values(document: DemoDocument) -> list[tuple[str, str]]:
+    return [(label, getattr(document, label)) for label in LABELS]
+
+
+def _some_of_each(documents: Sequence[DemoDocument], number: int) -> list[DemoDocument]:
+    """Return the first documents of each value of each label. One may stand for a value of every label."""
+    chosen: list[DemoDocument] = []
+    have: Counter[tuple[str, str]] = Counter()
+    for document in documents:
+        if any(have[value] < number for value in _values(document)):
+            chosen.append(document)
+            have.update(_values(document))
+    return chosen
+
+
+def _within(documents: Sequence[DemoDocument], characters: int) -> list[DemoDocument]:
+    """Return documents in order, leaving out those that would go beyond so many characters."""
+    chosen, total = [], 0
+    for document in documents:
+        if total + len(document.text) <= characters:
+            chosen.append(document)
+            total += len(document.text)
+    return chosen
+
+
+def _characters(documents: Sequence[DemoDocument]) -> int:
+    return sum(len(document.text) for document in documents)
 
 
 def standard_library_documents() -> Iterator[DemoDocument]:

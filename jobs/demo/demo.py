@@ -4,7 +4,7 @@ import shutil
 import time
 from pathlib import Path
 
-from jobs.demo.corpus import write_corpus
+from jobs.demo.corpus import write_split
 from jobs.progress import duration
 from jobs.spec import load_spec
 
@@ -19,15 +19,19 @@ def run_demo(folder: Path) -> int:
 
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    corpus = folder / "corpus.parquet"
-    if not corpus.exists():
-        unfinished = folder / ".corpus.parquet"
-        documents = write_corpus(unfinished)
-        unfinished.replace(corpus)
-        print(f"wrote {corpus}: {documents:,} texts of this Python's standard library, labelled kind and package")
+    spec_file = folder / "demo.yaml"
+    corpus, held_out = folder / "corpus.parquet", folder / "held-out.parquet"
+    if not corpus.exists() or not (held_out.exists() or spec_file.exists()):  # an older demo has one file
+        parts = folder / ".corpus.parquet", folder / ".held-out.parquet"
+        documents = write_split(*parts)
+        parts[1].replace(held_out)
+        parts[0].replace(corpus)
+        print(
+            f"wrote {corpus} and {held_out}: {documents[0]:,} and {documents[1]:,} texts of this Python's standard "
+            "library, labelled kind and package"
+        )
     if not (folder / "model").exists():
         shutil.copytree(HERE / "model", folder / "model")
-    spec_file = folder / "demo.yaml"
     if not spec_file.exists():
         shutil.copyfile(HERE / "demo.yaml", spec_file)
     spec = load_spec(spec_file)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jobs.progress import size
+from jobs.progress import no_held_out_rows, size
 from jobs.report.html import count, figure, listed, missing, percent, plural, section, table, text
 from jobs.report.plots import heat_legend, heat_map
 from jobs.report.runs import RunView
 from storage.anchors import AnchorSet, anchor_names, read_anchors
+from storage.held_out import values_without_held_out_rows
 from storage.records import Record
 from storage.store import Store
 
@@ -36,7 +37,7 @@ def harvested_section(store: Store, status: Record) -> str:
             f"{plural(info.num_units, 'unit')} of {count(info.rows_per_unit)} rows, each computed and committed "
             "as a whole",
         ),
-        ("Held out", _held_out(status["held_out_rows"], info.num_rows)),
+        ("Held out", _held_out(store, status["held_out_rows"])),
         ("Labels", text(listed(info.labels)) if info.labels else "none"),
         ("Left out", _left_out(status["left_out"])),
     ]
@@ -60,13 +61,15 @@ def _dropped(skip_first: int) -> str:
     return f"the first {which} run but not kept"
 
 
-def _held_out(rows: int, of: int) -> str:
+def _held_out(store: Store, rows: int) -> str:
     if not rows:
         return (
             "none, so dictionaries of this store cannot be evaluated; <code>corpus.holdout</code> of the spec is the "
             "share to hold out, and is fixed when a store is made"
         )
-    return f"{count(rows)} rows ({percent(rows / of)})"
+    lacking = values_without_held_out_rows(store)
+    note = f"; {text(no_held_out_rows(lacking))}, of which nothing can be measured" if lacking else ""
+    return f"{count(rows)} rows ({percent(rows / store.num_rows)}){note}"
 
 
 def _left_out(reasons: Record) -> str:

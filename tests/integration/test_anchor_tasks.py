@@ -40,7 +40,7 @@ def test_tasks_write_the_same_bytes(store: Store, tmp_path: Path, ray: None) -> 
         {"name": "contexts", "top": {**top, "contexts": 11}},
     ]
     written = []
-    for tasks, calls in ((None, 1), (OnRay(), 3)):
+    for tasks, calls in ((None, 1), (OnRay("making anchors"), 3)):
         for one in sets:
             make_anchors(store, AnchorSettings.model_validate(one), SITES, tasks, calls)
         written.append(snapshot(store.path / "anchors"))

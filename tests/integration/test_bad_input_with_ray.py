@@ -72,6 +72,14 @@ def test_gpus_that_are_not_there_are_found_before_anything_is_written(
     assert snapshot(lab.folder) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_trainer_whose_gpu_torch_does_not_find(stored: Lab, granary: Callable[..., Any]) -> None:
+    status, _, err = granary("train", stored.spec({"train": {**TRAIN, "gpus": 1}}))
+    assert status == 1
+    check_message(err)
+    assert "this worker runs on a GPU and torch finds none" in err
+
+
 def test_documents_that_are_left_out_are_counted(lab: Lab, texts: list[str], granary: Callable[..., Any]) -> None:
     raw: list[bytes | None] = [text.encode() for text in texts]
     raw[3], raw[5], raw[6], raw[7] = "\u00fcber".encode("latin-1"), b"", b" \n", None

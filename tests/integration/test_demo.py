@@ -58,9 +58,8 @@ def test_anchored_latents_stay_at_their_anchors(demo: Path) -> None:
     groups = evaluation(demo, "anchored")["subpopulations"]
     assert {g["label"] for g in groups} == {"kind", "package"}
     assert min(g["anchor_cosine"] for g in groups) >= 0.9
-    scored = [g for g in groups if g["rows"]]
-    assert len(scored) > len(groups) / 2
-    assert all(0 <= g["anchored_auroc"] <= g["best_auroc"] <= 1 for g in scored)
+    assert all(g["rows"] for g in groups)  # each value has held-out rows
+    assert all(0 <= g["anchored_auroc"] <= g["best_auroc"] <= 1 for g in groups)
     control = evaluation(demo, "control")["subpopulations"]
     assert [(g["label"], g["value"], g["rows"]) for g in control] == [
         (g["label"], g["value"], g["rows"]) for g in groups

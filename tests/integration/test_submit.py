@@ -21,9 +21,10 @@ import pytest
 import yaml
 from conftest import write_corpus
 
+from jobs.addresses import ADDRESS_VARIABLE, CLUSTER_VARIABLE
 from jobs.cli import main
 from jobs.spec import load_spec
-from jobs.submit import ADDRESS_VARIABLE, jobs_text
+from jobs.submit import jobs_text
 from storage.store import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,8 @@ class ClusterOfOne:
     """A head node with two CPUs, and a process that may use it: Ray reads its environment once a process."""
 
     address: str
+    own_address: str
+    """Ray's, host:port, as RAY_ADDRESS is inside a job."""
     shell: subprocess.Popen[str]
 
     def granary(self, *command: str | Path) -> Result:
@@ -119,7 +122,7 @@ def cluster() -> Iterator[ClusterOfOne]:
             [sys.executable, "-c", SHELL], cwd=ROOT, env=allowed, stdin=pipe, stdout=pipe, text=True
         )
         with shell:
-            yield ClusterOfOne(address, shell)
+            yield ClusterOfOne(address, f"127.0.0.1:{gcs}", shell)
     finally:
         head.terminate()  # it ends all its children, which die with it in any case
         try:
@@ -229,6 +232,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     return err
 
 
+def test_a_cluster_may_be_named_in_several_ways(cluster: ClusterOfOne) -> None:
+    """The dashboard without http://, and Ray's own address, which tells where the dashboard is."""
+    expected = cluster.granary("jobs", "--json")
+    for written in (cluster.address.removeprefix("http://"), cluster.own_address):
+        assert cluster.granary("jobs", "--json", "--address", written) == expected
+    assert expected.status == 0
+
+
 def test_without_the_token_one_sentence_says_what_is_missing(
     cluster: ClusterOfOne, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,12 +250,15 @@ def test_an_address_with_nothing_behind_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, write_spec: Callable[[str], Path]
 ) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # Ray would prefer it to the address that is given
+    monkeypatch.setenv(CLUSTER_VARIABLE, "http://127.0.0.1:1")  # Ray would prefer it to the address that is given
     spec = str(write_spec("nowhere"))
     for command in (["submit", spec], ["jobs"], ["logs", "x"], ["logs", "x", "--follow"], ["stop", "x"]):
         assert f"no Ray cluster answers at {address}:" in refusal(capsys, *command, "--address", address)
     monkeypatch.setenv(ADDRESS_VARIABLE, address)
     assert f"no Ray cluster answers at {address}:" in refusal(capsys, "jobs")
     assert os.environ[ADDRESS_VARIABLE] == address
-    assert "not 'head:6379'" in refusal(capsys, "jobs", "--address", "head:6379")
+    monkeypatch.delenv(ADDRESS_VARIABLE)
+    monkeypatch.setenv(CLUSTER_VARIABLE, address.removeprefix("http://"))
+    assert f"no Ray cluster answers at {address}:" in refusal(capsys, "jobs")
+    assert "not 'head:port'" in refusal(capsys, "jobs", "--address", "head:port")
     assert "not 'a/b'" in refusal(capsys, "submit", spec, "--id", "a/b")

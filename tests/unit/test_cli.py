@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,23 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert "start with: granary demo" in out
 
 
-@pytest.mark.parametrize("command", [[], ["harvst", "spec.yaml"], ["harvest"], ["status", "a", "b"]])
+def test_without_a_command_it_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    alone = capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert alone == capsys.readouterr()
+    assert alone.err == ""
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"granary {version('granary-activations')}\n"
+
+
+@pytest.mark.parametrize("command", [["harvst", "spec.yaml"], ["harvest"], ["status", "a", "b"]])
 def test_a_command_that_is_not_one(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(command)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jobs.spec import Spec, SpecError, load_spec, parse_spec
+from jobs.variables import escaped, expanded
 from pipeline.sdl.activations import TopK
 from workers.planning import held_out_start
 from workers.settings import CorpusSettings
@@ -325,3 +326,58 @@ def test_at_least_the_share_is_held_out_in_whole_units(num_rows: int, rows_per_u
         assert num_rows - start >= share * num_rows - 1
         assert num_rows - start <= share * num_rows + 2 * rows_per_unit
     assert held_out_start(num_rows, rows_per_unit, 0.0) == num_rows
+
+
+# ---- environment variables and home folders
+
+
+def test_variables_are_replaced_in_every_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SCRATCH", "/scratch/ada"), ("ROWS", "1000"), ("WHO", "a${b}"), ("MODEL", "org/model")):
+        monkeypatch.setenv(name, value)
+    spec = parse(
+        store="${SCRATCH}/acts-${WHO}",
+        model={"id": "${MODEL}"},
+        corpus={"path": ["${SCRATCH}/a/*.parquet", "$x/$$y"], "rows": "${ROWS}", "labels": ["language"]},
+        anchors=[{"name": "words", "where": {"dollars": "language = '$${WHO} $1'"}}],
+    )
+    assert spec.store == "/scratch/ada/acts-a${b}"  # once: what a variable holds is text
+    assert spec.model.id == "org/model"
+    assert spec.corpus.path == ("/scratch/ada/a/*.parquet", "/specs/$x/$$y")
+    assert spec.corpus.rows == 1000
+    assert spec.anchors[0].where == {"dollars": "language = '${WHO} $1'"}
+
+
+def test_variables_that_cannot_be_replaced_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GONE", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    found = mistakes(store="${GONE}/acts", corpus={"path": ["here", "${EMPTY}x"]}, model={"id": "${A:-b}"})
+    assert found == [
+        "store: the environment variable GONE is not set: set it, or write $${GONE} for the text itself",
+        "model.id: ${A:-b} names no environment variable (letters, digits and _); write $${A:-b} for the text itself",
+        "corpus.path[1]: the environment variable EMPTY is empty: set it, or write $${EMPTY} for the text itself",
+    ]
+
+
+def test_credentials_in_a_variable_are_refused_in_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written out they are: no value of a variable reaches a store or a job that a spec's text may not."""
+    monkeypatch.setenv("SECRET", "key:secret")
+    (problem,) = mistakes(store="s3://${SECRET}@bucket/acts")
+    assert "carries credentials" in problem
+    assert "secret" not in problem.removeprefix("store: the URL s3://... carries credentials")[:20]
+
+
+@pytest.mark.parametrize("text", ["plain", "${A}", "$${A}", "$$${A} ${B:-c}", "$ {", "${", "a${b}c}"])
+def test_what_is_escaped_is_read_back_as_it_was(text: str) -> None:
+    value = {"key": [text, 5, {"inner": text}], "none": None}
+    assert expanded(escaped(value), {}) == (value, [])
+
+
+def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    spec = parse(store="~/acts", corpus={"path": "~/data/*.parquet"}, model={"id": "~/models/llama"})
+    assert spec.store == "/home/ada/acts"
+    assert spec.corpus.path == ("/home/ada/data/*.parquet",)
+    assert spec.model.id == "/home/ada/models/llama"
+    for section in ({"store": "~nobody-here/acts"}, {"corpus": {"path": "~nobody-here/x"}}):
+        (problem,) = mistakes(**section)
+        assert problem.startswith("no folder of a user ~nobody-here on this machine: ~nobody-here/")

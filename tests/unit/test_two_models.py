@@ -1,5 +1,6 @@
 """Two models with one tokenizer in one store: the columns a crosscoder or a model diff reads."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import harvest, start_harvest
+from lab import Lab
 from safetensors.torch import load_file, save_file
 
+from jobs.plan_text import plan_text
 from jobs.report import write_report
+from jobs.status import status_record, status_text
 from pipeline.models import describe_model
 from pipeline.sdl.files import load_dictionary
 from storage.anchors import read_anchors
@@ -235,3 +239,49 @@ def test_a_crosscoder_over_both_models(tmp_path: Path, both: Store, names: list[
     assert 0 < found["fvu"] < 0.9
     write_report(store)
     assert f"{sites[0]}, {sites[1]}" in (store.path / "report.html").read_text()
+    # What is None for such a dictionary is so for all that read it: the report above, and the status.
+    record = status_record(store)
+    assert record["runs"][0]["evaluation"]["loss"] is None
+    assert f"run       diff: trained; FVU {found['fvu']:.3f}" in status_text(record)
+    assert "no loss to recover (it is over several models)" in status_text(record)
+
+
+def diff_spec(lab: Lab, model: Path, sites: list[str]) -> Path:
+    """A spec of one of the models whose dictionary is over sites of both."""
+    diff = {"name": "diff", "input": sites, "latents": 64, "activation": {"k": 4}}
+    changes = {
+        "model.id": str(model),
+        "corpus.holdout": 0.2,
+        "harvest.sites": SITES,
+        "train": {"rows": 2048, "batch_rows": 512, "dictionaries": [diff]},
+    }
+    return lab.spec(changes)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_plan_of_a_model_diff(
+    lab: Lab, both: Store, names: list[str], llama: Path, tuned: Path, order: tuple[int, int]
+) -> None:
+    """Whichever of the two models' specs trains it. Its sites are counted as two of one model would be."""
+    shutil.copytree(both.path, lab.store)
+    sites = [f"{name}/{SITE}" for name in names]
+    record = json.loads(lab.run("plan", diff_spec(lab, (llama, tuned)[order[0]], sites), "--json"))
+    assert (record["units_left"], record["sites_to_harvest_first"]) == (0, [])
+    within = json.loads(lab.run("plan", diff_spec(lab, llama, SITES), "--json"))
+    assert record["requests_per_pass"] == within["requests_per_pass"]
+    assert record["bytes"] == within["bytes"]  # of the spec's own sites: the other model's are another harvest's
+
+
+def test_the_plan_of_a_model_diff_says_what_is_not_harvested(
+    lab: Lab, alone: dict[str, Store], names: list[str], llama: Path, tuned: Path
+) -> None:
+    """Before there is any store, and beside a store of the other model alone."""
+    sites = [f"{name}/{SITE}" for name in names]
+    for expected in (sites[1:], []):
+        record = json.loads(lab.run("plan", diff_spec(lab, llama, sites), "--json"))
+        assert record["sites_to_harvest_first"] == expected
+        text = plan_text(record)
+        assert (f"training also reads {sites[1]}, which is not in the store" in text) == bool(expected)
+        if not expected:
+            break
+        shutil.copytree(alone[tuned.name].path, lab.store)
