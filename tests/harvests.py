@@ -23,7 +23,7 @@ from storage.store import open_store
 from storage.unitsets import UnitRanges
 
 MODEL = Path(__file__).parents[1] / "jobs" / "demo" / "model"
-ROWS, ROWS_PER_UNIT = 80_000, 4096
+ROWS, ROWS_PER_UNIT = 40_000, 2048
 UNITS = -(-ROWS // ROWS_PER_UNIT)
 DEADLINE_S = 120
 

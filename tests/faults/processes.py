@@ -26,7 +26,7 @@ from storage.commits import committed_units
 from storage.store import open_store
 
 MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"
-ROWS, ROWS_PER_UNIT = 120_000, 4096
+ROWS, ROWS_PER_UNIT = 60_000, 2048
 UNITS = -(-ROWS // ROWS_PER_UNIT)
 DEADLINE_S = 180
 QUICK = {"hang_s": 4}
