@@ -20,6 +20,8 @@ from storage.store import Store
 from storage.verify import verify
 
 CASES = int(os.environ.get("GRANARY_CORRUPTIONS", "330"))
+FEW = 60
+"""Cases of `make test`, on as many objects."""
 
 
 def names_with_faults(store: Path) -> set[str]:
@@ -46,14 +48,15 @@ def test_a_sound_store_has_no_fault_and_nothing_unknown(whole: Store) -> None:
     assert list(verify(whole.root)) == []
 
 
-def test_any_damaged_byte_is_found_and_its_object_named(whole: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", [range(FEW), pytest.param(range(FEW, CASES), marks=pytest.mark.slow)])
+def test_any_damaged_byte_is_found_and_its_object_named(whole: Store, tmp_path: Path, cases: range) -> None:
     store = tmp_path / "store"
     shutil.copytree(whole.path, store)
     objects = sorted(path for path in store.rglob("*") if path.is_file())
     random.Random(0).shuffle(objects)
     tried: Counter[tuple[str, str]] = Counter()
     missed = []
-    for case in range(CASES):
+    for case in cases:
         path = objects[case % len(objects)]
         name, content = str(path.relative_to(store)), path.read_bytes()
         kind, bad = damaged(content, random.Random(case))
@@ -64,7 +67,7 @@ def test_any_damaged_byte_is_found_and_its_object_named(whole: Store, tmp_path: 
         tried[kind_of(name), kind] += 1
     for what, kind in sorted(tried):
         print(f"{what:12} {kind:15} {tried[what, kind]:5} cases")
-    print(f"{CASES} cases on {len(objects)} objects, {len(missed)} missed")
+    print(f"{len(cases)} cases on {len(objects)} objects, {len(missed)} missed")
     assert missed == []
     assert names_with_faults(store) == set()
 

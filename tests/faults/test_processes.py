@@ -17,6 +17,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path
     return spec.parent / "store"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "times"), [("harvester", 2), ("driver", 2), ("node", 1), ("hang", 1), ("disk", 2)])
 def test_the_same_bytes(kind: str, times: int, tmp_path: Path, library: Path, undisturbed: Path) -> None:
     spec = write_spec(tmp_path / kind, library, cluster=QUICK)
@@ -27,6 +28,7 @@ def test_the_same_bytes(kind: str, times: int, tmp_path: Path, library: Path, un
     check_same(spec.parent / "store", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_counts_what_was_done(
     tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from objects import check_same_objects, harvest, harvest_through_faults, objects_of
 from processes import DEADLINE_S, Run, until, write_spec
 from s3 import KEY_ID, SECRET, S3Server, running_proxy
@@ -14,6 +15,7 @@ from storage.store import open_store
 ROWS = 24_000
 
 
+@pytest.mark.slow
 def test_one_request_in_five_fails(tmp_path: Path, s3: S3Server, bucket: str) -> None:
     write_corpus(tmp_path / "corpus.parquet")
     undisturbed = harvest(tmp_path / "a", tmp_path / "corpus.parquet", f"{bucket}/undisturbed", s3, rows=ROWS)
@@ -26,6 +28,7 @@ def test_one_request_in_five_fails(tmp_path: Path, s3: S3Server, bucket: str) ->
     assert all(disturbed.counts[kind] for kind in ("slowdown", "error", "reset", "cut", "stall", "swallow"))
 
 
+@pytest.mark.slow
 def test_credentials_that_expire_in_mid_run(tmp_path: Path, s3: S3Server, bucket: str) -> None:
     """The run pauses, says so, and goes on when they are renewed; or ends in one sentence when they are not."""
     write_corpus(tmp_path / "corpus.parquet")

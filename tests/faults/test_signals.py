@@ -32,6 +32,7 @@ from workers.training_plan import plan_training
 ROOT = Path(__file__).parents[2]
 SITES = ["resid_post.1", "mlp_in.0"]
 DEADLINE_S = 120
+SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 STEPS = 10**6
 """More than any test has the time for."""
 DICTIONARY = {"name": "sae", "input": SITES[0], "latents": 64, "activation": {"kind": "batch_topk", "k": 4}}
@@ -194,7 +195,7 @@ def trained_to(step: int, train: dict[str, Any], store: Path, monkeypatch: pytes
 # ---- training
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_training_writes_a_checkpoint_at_its_step(
     spec: Path, made: Store, shell: Shell, signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_second_signal_does_not_wait_for_the_checkpoint(lab: Lab, made: Store,
     ]
 
 
+@pytest.mark.slow
 def test_the_process_itself(spec: Path) -> None:
     """With a Ray of its own, and Ctrl-C as a terminal sends it: to the whole group."""
     process = subprocess.Popen(
@@ -273,7 +275,7 @@ def stopped(shell: Shell, signum: signal.Signals, doing: str, *command: str | Pa
 
 
 @pytest.mark.parametrize("verb", ["harvest", "plan"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_planning(lab: Lab, shell: Shell, verb: str, signum: signal.Signals) -> None:
     spec = lab.spec()
     before = snapshot(lab.folder)
@@ -281,7 +283,7 @@ def test_planning(lab: Lab, shell: Shell, verb: str, signum: signal.Signals) -> 
     assert snapshot(lab.folder) == before
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_anchors(lab: Lab, made: Store, shell: Shell, signum: signal.Signals) -> None:
     shutil.copytree(made.path, lab.store)
     anchors = {"name": "few", "where": {"German": "language = 'de'"}, "min_rows": 10}
@@ -294,7 +296,7 @@ def test_anchors(lab: Lab, made: Store, shell: Shell, signum: signal.Signals) ->
     assert (status, out) == (0, "anchors: 1 means of conditions made (few)\n")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_evaluation(lab: Lab, made: Store, shell: Shell, signum: signal.Signals) -> None:
     shutil.copytree(made.path, lab.store)
     short = {**TRAIN, "rows": 2048, "dictionaries": [{**DICTIONARY, "name": "short"}]}

@@ -190,6 +190,7 @@ def test_the_python_that_is_asked_for_will_not_do(machine: Machine, script: str,
 # ---- the environment
 
 
+@pytest.mark.slow
 def test_interrupted_twice_then_made_by_two_at_once(machine: Machine) -> None:
     machine.interrupted_making_venv()
     assert (machine.venv / "bin" / "python").exists()
@@ -209,6 +210,7 @@ def test_interrupted_twice_then_made_by_two_at_once(machine: Machine) -> None:
     machine.check_sound()
 
 
+@pytest.mark.slow
 def test_changed_pins_are_installed_into_it_and_a_broken_one_is_made_anew(machine: Machine) -> None:
     machine.python("python3.11")
     machine.make()

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from harvests import (
     DEADLINE_S,
     ROWS,
@@ -19,6 +20,8 @@ from harvests import (
 )
 
 from storage.store import open_store
+
+pytestmark = pytest.mark.slow  # real harvests that are disturbed, half a minute each
 
 
 def test_three_workers(tmp_path: Path, library: Path, undisturbed: Path) -> None:

@@ -16,6 +16,7 @@ import yaml
 import granary
 
 DEADLINE_S = 400
+pytestmark = pytest.mark.slow
 
 
 def run(*command: str) -> str:

@@ -177,6 +177,7 @@ def commits(spec: Path) -> set[str]:
     return {path.name for path in Path(load_spec(spec).store).glob("commits/*/0*/0*.json")}
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_and_submitted_again_stores_what_a_local_harvest_does(
     cluster: ClusterOfOne, write_spec: Callable[[str], Path]
 ) -> None:

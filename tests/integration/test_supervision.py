@@ -25,6 +25,8 @@ from storage.commits import committed_units, read_bitmap
 from storage.failures import failed_units, read_failure
 from storage.store import open_store
 
+pytestmark = pytest.mark.slow  # real harvests that are disturbed, half a minute each
+
 SLOW_UNITS = 40
 
 
