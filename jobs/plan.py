@@ -34,7 +34,7 @@ from storage.places import open_place
 from storage.records import Record
 from storage.store import Store, open_store
 from storage.unitsets import UnitRanges
-from workers.harvesting import HarvestJob, check_harvest, layout_of, name_in_store, prepare_harvests
+from workers.harvesting import HarvestJob, check_harvest, emulation_notice, layout_of, name_in_store, prepare_harvests
 from workers.matching import growth_of
 from workers.measuring import Measured, measure, sample
 from workers.planning import Source, held_out_start, open_source, plan_rows
@@ -119,6 +119,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
         "prices_from": "the table that comes with Granary" if options.prices is None else options.prices,
         "measured_rows": None if measured is None else measured.rows,
         "reference": storage_costs().measured,
+        "notice": emulation_notice(info, spec.model, spec.harvest),
     }
 
 

@@ -16,6 +16,7 @@ def plan_text(record: Record) -> str:
         *(f"           {left_out(reason, entry)}" for reason, entry in record["left_out"].items()),
         f"rows       {record['rows']:,} in {record['contexts']:,} contexts, {record['units']:,} units",
         *_appended(record["rows_to_append"]),
+        *([f"note       {record['notice']}"] if record["notice"] else []),
         *_site_lines(record),
         *_to_harvest_first(record["sites_to_harvest_first"]),
         f"in all     {size(record['bytes'])} in {record['objects']:,} {'files' if record['is_local'] else 'objects'}",

@@ -272,6 +272,7 @@ def _last_point(store: Store, name: str) -> Record:
 def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
     from workers import stages
     from workers.evaluator import first_held_out_row
+    from workers.harvesting import emulation_notice
 
     assert spec.train is not None
     first_held_out_row(store)  # raises, before anything starts, when there is none
@@ -280,6 +281,7 @@ def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
         say("evaluate: every dictionary is evaluated")
         return False
     _say_what_is_not_held_out(store)
+    note(emulation_notice(plans[0].model, spec.model, spec.harvest))
     cluster.connect()
     for plan in plans:
         record = stages.evaluate(plan)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import start_harvest, write_store
+from lab import Lab
 from small_training import SETTINGS, batch, make_trainer
 
 import pipeline.precision as precision
@@ -288,6 +290,15 @@ def test_a_type_that_is_emulated_is_said_before_the_work(llama: Path, be: Any, m
     assert notice("float16") is None
 
 
+@pytest.mark.parametrize("kind", TWO)
+def test_a_plan_says_it_too(stored: Lab, be: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    be(kind)
+    monkeypatch.setattr("workers.harvesting.slowdown", lambda shapes, dtype: 5.04)
+    words = "model.dtype: this processor has no instructions for bfloat16 and takes 5.0 times as long"
+    plan = stored.run("plan", stored.spec({"model.dtype": "bfloat16", "store": str(stored.folder / "other")}))
+    assert (f"note       {words}" in plan) == (kind == "float32")
+
+
 def test_how_much_slower_is_timed() -> None:
     assert slowdown([(64, 64)], "float32") == pytest.approx(1)
     assert 0.01 < slowdown([(256, 512), (256, 4096)], "bfloat16") < 1000
@@ -353,3 +364,29 @@ def test_a_machine_with_avx2_alone_takes_float32_throughout(tmp_path: Path, llam
         "attention": "sdpa",
         "rows": 100,
     }
+
+
+SHARED_CACHE = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from pipeline.sites import Site
+from unit.test_attention import activations
+torch.save(activations(1, [Site(0, "mlp_in")], torch.float32, compiled=True)[Site(0, "mlp_in")], sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is of x86 processors")
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling on CPU needs g++, and it is not here")
+def test_what_was_compiled_for_a_larger_processor_is_not_run_on_a_smaller_one(tmp_path: Path) -> None:
+    """Layers compiled twice with one cache on disk: as the machine is, then as if it had AVX2 alone."""
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests / "faults")])
+    rows = []
+    for number, more in enumerate(({}, AVX2)):
+        command = [sys.executable, "-c", SHARED_CACHE, str(tests), str(tmp_path / f"{number}.pt")]
+        subprocess.run(command, env={**environment, **more}, check=True, timeout=200)
+        rows.append(torch.load(tmp_path / f"{number}.pt"))
+    torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
