@@ -6,6 +6,7 @@ answered is recorded where it can change the last bits: in a training run, in a 
 recorded decides when a run goes on. What a user sets (`model.dtype`, `precision`) is done as it is said.
 """
 
+import os
 import platform
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ AUTO = "auto"
 """In a setting: the faster type of the machine that computes."""
 FASTER = 1.2
 """Where a measurement decides, bfloat16 must be so many times as fast: less is within the noise of a busy machine."""
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Variables that keep the matrix library from instructions that the processor has."""
 _TRIAL = (128, 256, 512)
 """Rows, width and latents of a trial: a tenth of a second where bfloat16 is emulated at its slowest."""
 
@@ -40,9 +43,13 @@ def faster_type(device: str = "cpu") -> Literal["float32", "bfloat16"]:
 
 def _known_of_processor() -> bool | None:
     """Whether the processor is faster in bfloat16, from its instructions; None where they do not tell."""
-    # oneDNN's own answer, so that a limit on it (ONEDNN_MAX_CPU_ISA) counts.
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # the matrix library itself
+    if asked is None:
+        return None
+    if not asked():
         return False
+    if any(name in os.environ for name in _LIMITS):
+        return None
     if _has("avx512_bf16") or _has("amx_tile"):
         return True
     # AVX-512 alone computes bfloat16 through float32. Other instructions (Arm's, AVX10, AVX-NE-CONVERT) are of use

@@ -85,12 +85,17 @@ def test_what_instructions_tell(
     others: dict[str, bool],
     known: bool | None,
 ) -> None:
+    for name in AVX2:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: library)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: others, raising=False)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert precision._known_of_processor() is known
+    if library:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # which has AVX-512 and no bfloat16
+        assert precision._known_of_processor() is None
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1.19, "float32"), (1.21, "bfloat16"), (0.01, "float32")])
