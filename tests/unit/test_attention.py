@@ -83,7 +83,7 @@ def activations(
     model = MistralModel(config).eval().requires_grad_(False).to(dtype)
     runner = UnitRunner(
         model, dict.fromkeys(sites, "float32"), d_model=D_MODEL, batch_tokens=4 * CONTEXT, context=CONTEXT,
-        device="cpu", compile_layers=compiled,
+        device="cpu", compile_layers=compiled, blocks=True,
     )  # fmt: skip
     rows = sum(context.num_rows for context in contexts())
     return {site: acts.values.clone() for site, acts in runner.run(contexts(), rows).sites.items()}
