@@ -107,13 +107,15 @@ def test_batches_of_both_models_hold_the_same_rows(both: Store, names: list[str]
     np.testing.assert_array_equal(rows, np.concatenate(order))
 
 
-def test_only_what_is_missing_is_computed(both: Store, llama: Path, tuned: Path, corpus: Path) -> None:
+def test_only_what_is_missing_is_computed(both: Store, llama: Path, tuned: Path, corpus: Path, tmp_path: Path) -> None:
     """Another site of the second model: its first ones and the other model are left alone."""
-    again = start_harvest(both.path, tuned, corpus, SITES, holdout=0.2)
+    path = tmp_path / "store"
+    shutil.copytree(both.path, path)
+    again = start_harvest(path, tuned, corpus, SITES, holdout=0.2)
     assert [len(job.units) for job in again.jobs] == [0]
-    more = start_harvest(both.path, tuned, corpus, [*SITES, "resid_mid.1"], holdout=0.2)
+    more = start_harvest(path, tuned, corpus, [*SITES, "resid_mid.1"], holdout=0.2)
     assert [(list(job.harvest.sites), len(job.units)) for job in more.jobs[1:]] == [(["resid_mid.1"], 4)]
-    assert start_harvest(both.path, llama, corpus, SITES, holdout=0.2).jobs[0].units == set()
+    assert start_harvest(path, llama, corpus, SITES, holdout=0.2).jobs[0].units == set()
 
 
 def test_queries_name_the_models(both: Store, names: list[str]) -> None:
