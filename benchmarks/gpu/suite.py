@@ -24,7 +24,7 @@ def run_tests(log: Path, seconds: float) -> Outcome:
     if find_spec("pytest") is None:
         return Outcome("not run", {}, "pytest is not installed here")
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": paths}
+    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}  # which may name plugins
     ended: int | None = None
     with log.open("w") as output, suppress(subprocess.TimeoutExpired):
         ended = subprocess.run(

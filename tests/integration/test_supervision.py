@@ -3,6 +3,7 @@ processes, real signals; the oracle is the run that nothing disturbed."""
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -276,5 +277,6 @@ def test_too_few_workers_for_long_end_the_run(
     sections = {**slow, "cluster": {"address": cluster.address, "wait_s": 1}}
     spec = spec_with(tmp_path, library, sections, workers="2-4")
     out = ended(start("harvest", spec), 1)
-    assert "granary: for 1 s the cluster had room for 1 workers of " in out
+    # None, where the one worker was not up within that second.
+    assert re.search(r"granary: for 1 s the cluster had room for [01] workers of ", out)
     assert "harvest.workers asks for at least 2; what is committed stays" in out

@@ -117,13 +117,12 @@ def test_compiled_bfloat16_layers_attend_in_blocks(window: int | None, monkeypat
 
 @pytest.mark.slow
 @needs_compiler
-def test_more_layers_than_the_compiler_takes_by_default_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_layers_than_the_compiler_takes_by_default_are_compiled() -> None:
     """Each tapped layer is other code to the compiler, which would leave the ninth and later ones eager."""
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     layers = 9
-    activations(layers, [Site(layer, "mlp_in") for layer in range(layers)], torch.float32, compiled=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        activations(layers, [Site(layer, "mlp_in") for layer in range(layers)], torch.float32, compiled=True)
 
 
 def test_flash_attention_is_told_where_each_context_begins() -> None:
