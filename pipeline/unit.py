@@ -98,7 +98,9 @@ class UnitRunner:
             # Layers with other taps are other code to the compiler, which by default gives up, and runs the rest
             # eagerly, after eight. So are other shapes, and a mask beside none.
             variants = 2 * len(self._compiled_shapes) * (1 + len({site.layer for site in self.sites}))
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + variants)
+            # Added, as the layers of other runners in this process count too.
+            torch._dynamo.config.recompile_limit += variants
+            torch._dynamo.config.accumulated_recompile_limit += variants
             for layer in layers:
                 layer.compile(dynamic=False)
 

@@ -14,8 +14,8 @@ from benchmarks.gpu.worker import Outcome
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", "tests/gpu", "tests/gpu"]
 """With a configuration of their own: the project's asks for plugins, and tests/conftest.py for all of the product."""
-NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-"""Those of other packages, which import them: zarr's brings zarr and, through it, storage."""
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+"""Those of other packages, which import them: zarr's brings zarr and, through it, storage. Nor options for them."""
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 
 
@@ -24,7 +24,7 @@ def run_tests(log: Path, seconds: float) -> Outcome:
     if find_spec("pytest") is None:
         return Outcome("not run", {}, "pytest is not installed here")
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}  # which may name plugins
+    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": paths}
     ended: int | None = None
     with log.open("w") as output, suppress(subprocess.TimeoutExpired):
         ended = subprocess.run(
