@@ -5,7 +5,6 @@ import atexit
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from jobs.ending import REFUSED
@@ -35,12 +34,13 @@ def run_query(store: Any, arguments: argparse.Namespace) -> int:
     """Answer a query. Raises StorageError."""
     from storage.bounded import StepLeftBehind
     from storage.errors import StorageError
+    from storage.places import home_expanded
     from storage.query import check_output, fetch
 
     if (arguments.site is None) != (arguments.out is None):
         raise StorageError("--site and --out go together: the site whose activations to fetch, and the file for them")
     if arguments.site is not None:
-        out = Path(arguments.out).expanduser()
+        out = home_expanded(arguments.out)
         check_output(out)
         store.array(arguments.site)  # raises for a site that is not there
     try:

@@ -78,3 +78,8 @@ def test_activations_that_cannot_be_fetched(
 def test_a_site_without_a_file_or_a_file_without_a_site(stored: Lab, options: tuple[str, ...]) -> None:
     err = stored.refused("query", stored.store, "select row from rows", *options)
     assert "--site and --out go together: the site whose activations to fetch, and the file for them" in err
+
+
+def test_a_home_that_there_is_not(stored: Lab) -> None:
+    sql = "select row from rows limit 1"
+    assert "~nobody-here" in stored.refused("query", stored.store, sql, "--site", SITE, "--out", "~nobody-here/x.npy")
