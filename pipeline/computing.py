@@ -38,7 +38,7 @@ class UnitComputer:
     def computing(
         self, contexts: Sequence[ContextRows], rows: int, summarise: Callable[[Activations], T]
     ) -> Iterator[tuple[Activations, T]]:
-        """Compute a unit of so many rows and its summary. Within the block its rows belong to the caller."""
+        """Compute a unit of `rows` rows and its summary. Within the block its rows belong to the caller."""
         buffers = self._free.get()
         try:
             yield self._run(contexts, rows, summarise, buffers)

@@ -20,20 +20,24 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"
 """In a setting: the faster type of the machine that computes."""
 FASTER = 1.2
-"""Where a measurement decides, bfloat16 must be so many times as fast: less is within the noise of a busy machine."""
+"""Where a measurement decides, bfloat16 must be 1.2 times as fast: less is within the noise of a busy machine."""
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Variables that keep the matrix library from instructions that the processor has."""
 _TRIAL = (128, 256, 512)
 """Rows, width and latents of a trial: a tenth of a second where bfloat16 is emulated at its slowest."""
 
 
-@cache
 def faster_type(device: str = "cpu") -> Literal["float32", "bfloat16"]:
     """Return "float32" or "bfloat16", in whichever a `device` ("cpu", "cuda", ...) multiplies matrices faster.
 
     Decided from what the device is where that tells, else by a short measurement; the same throughout a process.
     """
-    kind = torch.device(device).type
+    return _faster_type(torch.device(device).type)
+
+
+@cache
+def _faster_type(kind: str) -> Literal["float32", "bfloat16"]:
+    """Decide for a kind of device, once: a second measurement might come out otherwise."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     known = _known_of_processor() if kind == "cpu" else None

@@ -13,7 +13,7 @@ from benchmarks.gpu.suite import run_tests
 from benchmarks.gpu.worker import Outcome, Worker
 
 SECONDS = 450.0
-"""Of the whole run: a card is lent for a few minutes, and some of them go by before and after."""
+"""The whole run must fit into the few minutes for which a card is lent, its start and end included."""
 TESTS_S = 110.0
 """Most of them for tests/gpu."""
 ROUND_S = 0.35

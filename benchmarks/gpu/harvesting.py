@@ -148,7 +148,7 @@ class Units:
         self.idle: list[float] = []
 
     def timed(self, units: int) -> float:
-        """Return the seconds from the end of a first unit to the end of so many after it."""
+        """Return the seconds from the end of a first unit to the end of the last one after it."""
         ended = sorted(self._callers.map(self._unit, range(units + 1)))
         return ended[-1] - ended[0]
 

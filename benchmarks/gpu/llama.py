@@ -37,7 +37,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def matrix_products(model: nn.Module, positions: int) -> Callable[[], None]:
-    """Return the products of so many positions with every matrix of the layers, and nothing else."""
+    """Return the products of a batch of positions with every matrix of the layers, and nothing else."""
     linears = [module for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
     inputs = {
         width: torch.randn(positions, width, dtype=weight.dtype, device=weight.device)

@@ -129,7 +129,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: whoever reads it finds the old one or the new one."""
+    """Replace a file in one step: a reader finds the old file or the new one, never a part."""
     new = path.with_suffix(path.suffix + ".new")
     new.write_text(text)
     new.replace(path)

@@ -11,7 +11,7 @@ MOST_S = 6.0
 """No round is begun after so long: a slow case must not use up the time of the cases after it."""
 
 Timed = Callable[[int], float]
-"""Does something so many times, and returns the seconds it took."""
+"""Repeats a piece of work a given number of times, and returns the seconds that took."""
 
 
 def synchronise(device: torch.device) -> None:

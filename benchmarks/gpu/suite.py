@@ -20,7 +20,7 @@ OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 
 
 def run_tests(log: Path, seconds: float) -> Outcome:
-    """Run tests/gpu for at most so many seconds; what pytest says goes to `log`."""
+    """Run tests/gpu for at most `seconds`; what pytest prints goes to `log`."""
     if find_spec("pytest") is None:
         return Outcome("not run", {}, "pytest is not installed here")
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -43,9 +43,9 @@ TWO = {"float32": "bfloat16", "bfloat16": "float32"}
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    faster_type.cache_clear()
+    precision._faster_type.cache_clear()
     yield
-    faster_type.cache_clear()
+    precision._faster_type.cache_clear()
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def be(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`be("float32")`: from here on the machine is one that is faster in that type."""
 
     def become(kind: str) -> None:
-        faster_type.cache_clear()
+        precision._faster_type.cache_clear()
         monkeypatch.setattr(precision, "_known_of_processor", lambda: kind == "bfloat16")
 
     return become
@@ -105,13 +105,13 @@ def test_where_they_do_not_tell_it_is_measured_once(
     asked: list[str] = []
     monkeypatch.setattr(precision, "_known_of_processor", lambda: None)
     monkeypatch.setattr(precision, "_measured_ratio", lambda device: asked.append(device) or ratio)
-    assert [faster_type(), faster_type("cpu"), faster_type("cpu")] == [expected] * 3
-    assert len(asked) <= 2  # "cpu" as the default and by name
+    assert [faster_type(), faster_type("cpu"), faster_type("cpu:0")] == [expected] * 3
+    assert asked == ["cpu"]
 
 
 def test_a_gpu_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (True, False):
-        faster_type.cache_clear()
+        precision._faster_type.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert faster_type("cuda") == ("bfloat16" if has else "float32")
 
