@@ -240,19 +240,24 @@ def _read_in_training(
     unknown: list[str] = []
     for site in sites or arrays:
         model, _, name = site.rpartition("/")
-        if model in ("", own) and name in arrays:
-            of_site = arrays[name]
-        else:
-            try:
-                if store is None:
-                    raise StorageError(f"{site} is in no store yet")
-                harvest, name = store.find(site)
-                of_site = list(harvest.arrays(store.root, num_rows, name).values())
-            except StorageError:
-                unknown.append(site)
-                of_site = next(iter(arrays.values()))
+        is_own = model in ("", own) and name in arrays
+        of_site = arrays[name] if is_own else _stored_arrays(store, site, num_rows)
+        if of_site is None:
+            unknown.append(site)
+            of_site = next(iter(arrays.values()))
         read += [of_site[0], *of_site[2:]]  # the second are the norms, which training does not read
     return read, unknown
+
+
+def _stored_arrays(store: Store | None, site: str, num_rows: int) -> list[RowArray] | None:
+    """Return the arrays that the store has of a site, as long as `num_rows`; None where it has none."""
+    if store is None:
+        return None
+    try:
+        harvest, name = store.find(site)
+    except StorageError:
+        return None
+    return list(harvest.arrays(store.root, num_rows, name).values())
 
 
 def _economics(
