@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from jobs.bench.lrb_page import ABSORPTION, SPURIOUS, defined, differences, shown, told_apart, verdict
-from pipeline.sdl.lrb_recipes import ARMS, SIZES, TRUTH, Cell, described, methods, resolve, small
+from pipeline.sdl.lrb_recipes import ARMS, SIZES, TRUTH, Cell, described, full, methods, resolve
 from storage.records import Record, digest
 from workers.benching import identity_of, run_cells
 from workers.cluster import connected
@@ -52,34 +52,34 @@ def sweep(size: str, method: str, name: str, values: Sequence[object], rest: Cha
 SECTIONS: dict[str, list[Row]] = {
     "half": [Row("half", TABLE)],
     "full": [Row("full", ("topk", "batch_topk", "relu"), ("plain", "anchored"))],
-    "loose k": sweep("small", "topk", "k", (6, 10, 16, 32, 64, 128), (("anchors", 100),)),
-    "anchors": sweep("small", "topk", "anchors", (10, 25, 50, 100, 150), (("k", 64),)),
-    "weight": sweep("small", "topk", "anchoring", (0.001, 0.01, 0.1, 1.0), (("k", 64), ("anchors", 100))),
-    "sides": sweep("small", "topk", "sides", ("both", "encoder", "decoder"), (("k", 64), ("anchors", 100))),
+    "loose k": sweep("quarter", "topk", "k", (6, 10, 16, 32, 64, 128), (("anchors", 100),)),
+    "anchors": sweep("quarter", "topk", "anchors", (10, 25, 50, 100, 150), (("k", 64),)),
+    "weight": sweep("quarter", "topk", "anchoring", (0.001, 0.01, 0.1, 1.0), (("k", 64), ("anchors", 100))),
+    "sides": sweep("quarter", "topk", "sides", ("both", "encoder", "decoder"), (("k", 64), ("anchors", 100))),
     "relu": [
-        *sweep("small", "relu", "l1", (0.1, 0.5, 1.0, 2.0, 5.0), arms=("plain",)),
-        *sweep("small", "relu", "encoder_scale", (1.0,), arms=("plain",)),
-        *sweep("small", "relu", "l1", (0.1, 2.0), rest=(("clip", None),), arms=("plain",)),
-        *sweep("small", "relu", "encoder_scale", (1.0,), rest=(("clip", None),), arms=("plain",)),
+        *sweep("quarter", "relu", "l1", (0.1, 0.5, 1.0, 2.0, 5.0), arms=("plain",)),
+        *sweep("quarter", "relu", "encoder_scale", (1.0,), arms=("plain",)),
+        *sweep("quarter", "relu", "l1", (0.1, 2.0), rest=(("clip", None),), arms=("plain",)),
+        *sweep("quarter", "relu", "encoder_scale", (1.0,), rest=(("clip", None),), arms=("plain",)),
     ],
     "jumprelu": [
         *(
-            Row("small", ("jumprelu",), ("plain",), changes=(("threshold", threshold), ("l0", l0)))
+            Row("quarter", ("jumprelu",), ("plain",), changes=(("threshold", threshold), ("l0", l0)))
             for threshold in (0.1, 1.0, 2.5)
             for l0 in (1e-3, 1e-2)
         ),
-        *sweep("small", "jumprelu", "threshold", (0.1, 1.0), rest=(("clip", None),), arms=("plain",)),
+        *sweep("quarter", "jumprelu", "threshold", (0.1, 1.0), rest=(("clip", None),), arms=("plain",)),
     ],
     "encoder": [
-        *sweep("small", "topk", "tied", (False, True), arms=("plain",)),
-        *sweep("small", "topk", "noise", (0.05, 0.2), arms=("plain",)),
+        *sweep("quarter", "topk", "tied", (False, True), arms=("plain",)),
+        *sweep("quarter", "topk", "noise", (0.05, 0.2), arms=("plain",)),
     ],
     "absorption": [
-        Row("small", TABLE, changes=(FAMILIES, ("k", 6), ("anchors", 10))),
+        Row("quarter", TABLE, changes=(FAMILIES, ("k", 6), ("anchors", 10))),
     ],
     "minima": [
-        Row("small", TABLE, ("plain", TRUTH)),
-        *sweep("small", "topk", "k", (64,), arms=("plain", TRUTH)),
+        Row("quarter", TABLE, ("plain", TRUTH)),
+        *sweep("quarter", "topk", "k", (64,), arms=("plain", TRUTH)),
     ],
 }
 
@@ -149,8 +149,8 @@ def write_section(name: str, content: str) -> None:
 
 def recipes() -> str:
     """What each method is, at each size, beside the library's defaults."""
-    lines = ["| method | small | half | full |", "|---|---|---|---|"]
-    for method in methods(small()):
+    lines = [f"| {' | '.join(['method', *SIZES])} |", f"|{'---|' * (1 + len(SIZES))}"]
+    for method in methods(full()):
         of = [described(resolve(Cell(size(), method, "plain", 0))[1]) for size in SIZES.values()]
         lines.append(f"| {' | '.join([method, *of])} |")
     return "\n".join(lines) + "\n"

@@ -207,7 +207,7 @@ def test_values_are_read_as_json_or_words() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": "huge"}, "no size 'huge'; there are small, half, full"),
+        ({"size": "huge"}, "no size 'huge'; there are small, quarter, half, full"),
         ({"names": ["topk", "sae"]}, "no method sae; there are relu"),
         ({"arms": ["anchor"]}, "no arm anchor; there are plain, anchored, random"),
         ({"changes": ["k"]}, "--set takes name=value, as k=10, not 'k'"),
