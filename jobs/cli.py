@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         "granary bench lrb --size small --method topk --method batch_topk",
     )
     bench.add_argument("name", choices=("lrb",), help="lrb: the Linear Representation Bench (arXiv 2512.05534)")
-    bench.add_argument("--size", default="small", help="small (about a minute a seed), quarter, half or full (the paper's)")
+    bench.add_argument("--size", default="small", help="small (a minute a seed), quarter, half or full (the paper's)")
     bench.add_argument("--method", action="append", metavar="NAME", help="a method; again for more (default: seven)")
     bench.add_argument("--arm", action="append", metavar="NAME", help="plain, anchored, random (default: these), truth")
     bench.add_argument("--seeds", type=_positive, default=3, metavar="N", help="seeds of each cell (default: 3)")
