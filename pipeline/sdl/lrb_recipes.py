@@ -74,7 +74,7 @@ class Cell:
 
 def small() -> Size:
     """An eighth of the paper's features: about a minute for each seed of the table on two cores."""
-    return Size(Bench(125, 96, 10_000, 0.92, 0.2), 500, 600, 512, 3e-3, 10, 12)
+    return Size(Bench(125, 96, 10_000, 0.92, 0.2), 500, 450, 512, 3e-3, 10, 12)
 
 
 def quarter() -> Size:
