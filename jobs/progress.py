@@ -89,6 +89,20 @@ def no_held_out_rows(lacking: Mapping[str, Sequence[str]], most: int = 5) -> str
     return f"no held-out rows {'; '.join(parts)}"
 
 
+def extreme_norms(found: Mapping[str, Any]) -> str:
+    """What `storage.sinks.ExtremeRows` found, and the keys that leave such rows out."""
+
+    def most(parts: Sequence[tuple[Any, float]]) -> str:
+        return ", ".join(f"{value!r} ({100 * share:.0f} %)" for value, share in parts)
+
+    return (
+        f"{100 * found['share']:.2g} % of {found['looked_at']:,} rows looked at at {found['site']} have more than 10 "
+        f"times the median norm, up to {found['largest']:,.0f} times: at position {most(found['positions'])}, on token "
+        f"{most(found['tokens'])}. train.max_norm: 10 leaves them out of training; corpus.skip_first and "
+        "corpus.exclude_tokens leave such positions and tokens out of a new store"
+    )
+
+
 def size(num_bytes: float) -> str:
     """'1.5 GiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -4,9 +4,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from jobs.progress import ProgressLine, duration, left_out, loss_recovered, no_held_out_rows, size
+from jobs.progress import ProgressLine, duration, extreme_norms, left_out, loss_recovered, no_held_out_rows, size
 from jobs.spec import Spec, SpecError
 from pipeline.models import ModelInfo, describe_model
 from storage.errors import StorageError
@@ -14,6 +14,7 @@ from storage.harvests import row_bytes
 from storage.held_out import values_without_held_out_rows
 from storage.places import Place, open_place
 from storage.records import Record
+from storage.sinks import extreme_rows
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.anchor_settings import AnchorSettings
@@ -138,7 +139,7 @@ def _open_harvested(spec: Spec) -> Store:
 def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     from workers import stages
     from workers.harvester import UnitResult
-    from workers.harvesting import check_compiling, check_gpus, check_harvest, emulation_notice, prepare_harvests
+    from workers.harvesting import check_compiling, check_gpus, check_harvest, emulation_notice, name_in_store, prepare_harvests
     from workers.planning import ensure_store
     from workers.settings import compile_layers
 
@@ -209,6 +210,9 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         f"({rows_done / seconds:,.0f} rows/s, start of the workers included; "
         f"{100 * padding / max(1, positions_run):.1f} % of the positions run were padding{others})"
     )
+    of_model = store.for_model(name_in_store(store, info))
+    for found in filter(None, (extreme_rows(of_model, site) for site in spec.harvest.sites)):
+        say(f"  {extreme_norms(asdict(found))}")
     return store, True
 
 

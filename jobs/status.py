@@ -1,6 +1,9 @@
 """`granary status`: what a store holds and how far its harvests are, from the store alone."""
 
-from jobs.progress import counted, duration, left_out, loss_recovered, size
+from dataclasses import asdict
+from functools import partial
+
+from jobs.progress import counted, duration, extreme_norms, left_out, loss_recovered, size
 from jobs.tables import storage_costs
 from storage.anchors import anchor_names, read_anchors
 from storage.harvests import Harvest, row_bytes
@@ -8,6 +11,7 @@ from storage.history import read_history
 from storage.progress import harvest_progress
 from storage.records import Record
 from storage.runs import list_runs
+from storage.sinks import extreme_rows
 from storage.store import Store
 
 
@@ -41,6 +45,7 @@ def status_record(store: Store) -> Record:
         "segments": info.segments,
         "grown_from": [table["num_rows"] for table in info.grown_from],
         "harvests": harvests,
+        "extreme_norms": [asdict(found) for found in map(partial(extreme_rows, store), store.sites) if found],
         "anchors": {name: len(read_anchors(store, name).values) for name in anchor_names(store)},
         "runs": runs,
     }
@@ -101,6 +106,7 @@ def status_text(record: Record) -> str:
     lines += [f"documents {left_out(reason, entry)}" for reason, entry in record["left_out"].items()]
     for h in record["harvests"]:
         lines += _harvest_lines(h)
+    lines += [f"norms     {extreme_norms(found)}" for found in record["extreme_norms"]]
     lines += [f"anchors   {name}: {count} directions" for name, count in record["anchors"].items()]
     for run in record["runs"]:
         state = "trained" if run["finished"] else f"step {run['step']:,} of {run['steps']:,}"

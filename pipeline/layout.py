@@ -25,6 +25,7 @@ Keys = npt.NDArray[np.uint64]
 
 TOO_SHORT = "too short to give a row"
 NO_ROWS = "no row of the roles asked for"
+ONLY_EXCLUDED = "nothing but excluded tokens"
 LEFT_OUT = pa.schema([("key", pa.uint64()), ("record", pa.int64()), ("source", pa.string()), ("reason", pa.string())])
 
 
@@ -87,7 +88,7 @@ def cut(
 ) -> Documents:
     """Cut documents into contexts. `roles`: those whose tokens are rows; all, if there are none.
 
-    A context is BOS, if the tokenizer has one, and at most `context` - 1 tokens of one document.
+    A context is BOS, if contexts begin with one, and at most `context` - 1 tokens of one document.
     """
     lengths, tokens, of_tokens = encoded.lengths, encoded.tokens, encoded.roles
     lead = int(policy.bos is not None)
@@ -101,6 +102,11 @@ def cut(
         tokens = np.insert(tokens, starts - np.arange(len(starts)), policy.bos)
     position = np.arange(len(tokens)) - np.repeat(starts, context_lengths)
     is_row = position >= policy.skip_first
+    only_excluded = np.zeros(len(lengths), dtype=bool)
+    if policy.excluded:
+        is_row &= ~np.isin(tokens, policy.excluded)
+        only_excluded[:] = True
+        only_excluded[np.repeat(document, context_lengths)[is_row]] = False
     if of_tokens is not None:
         if lead:  # BOS counts with the token after it
             of_tokens = np.insert(
@@ -122,18 +128,29 @@ def cut(
         is_row=is_row[kept],
         roles=None if of_tokens is None else of_tokens[kept],
         role_names=tuple(encoded.role_names),
-        left_out=_left_out(encoded, records, keys, about, contexts, lead, policy),
+        left_out=_left_out(encoded, records, keys, about, contexts, lead, policy, only_excluded),
     )
 
 
 def _left_out(
-    encoded: Encoded, records: Int64, keys: Keys, about: pa.Table, contexts: Int64, lead: int, policy: ContextPolicy
+    encoded: Encoded,
+    records: Int64,
+    keys: Keys,
+    about: pa.Table,
+    contexts: Int64,
+    lead: int,
+    policy: ContextPolicy,
+    only_excluded: Bool,
 ) -> pa.Table:
+    def reason(i: int) -> str:
+        if i in encoded.bad:
+            return encoded.bad[i]
+        if encoded.lengths[i] + lead <= policy.skip_first:
+            return TOO_SHORT
+        return ONLY_EXCLUDED if only_excluded[i] else NO_ROWS
+
     silent = np.flatnonzero(contexts == 0)
-    reasons = [
-        encoded.bad.get(i, TOO_SHORT if encoded.lengths[i] + lead <= policy.skip_first else NO_ROWS)
-        for i in silent.tolist()
-    ]
+    reasons = [reason(i) for i in silent.tolist()]
     sources = about.column("source").take(pa.array(silent)).combine_chunks()
     return left_out(keys[silent], records[silent], sources, reasons)
 
@@ -181,7 +198,7 @@ def _renumbered(part: Documents, role_names: Sequence[str]) -> npt.NDArray[np.in
 def in_order(parts: Sequence[Documents], role_names: Sequence[str]) -> Documents:
     """All documents of one key range, in the order of their keys."""
     together = joined(parts, role_names)
-    return _take(together, np.argsort(together.keys))
+    return _take(together, np.argsort(together.keys, kind="stable"))  # documents of one record share its key
 
 
 def _take(documents: Documents, order: Int64) -> Documents:

@@ -5,6 +5,8 @@ Everything that can be wrong with a model is found from its config, before weigh
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -133,6 +135,61 @@ def load_tokenizer(model_id: str, revision: str = "main") -> Any:
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of what a tokenizer does: vocabulary, merges, rules, BOS."""
     return hashlib.sha256(f"{tokenizer.bos_token_id}|{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()[:16]
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """The token that calling a tokenizer puts in front of every text: its BOS, or None where it adds none.
+
+    Many tokenizers define a BOS and do not add it (SmolLM2, OLMo, Granite, Phi-3). Raises InputError where several
+    tokens are added, as a context begins with one.
+    """
+    encoding = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    before = next((i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added), 0)
+    if before > 1:
+        added = " ".join(encoding.tokens[:before])
+        raise InputError(
+            f"corpus.bos: the tokenizer begins texts with {before} tokens ({added}), and a context begins with one at "
+            "most; give corpus.bos: true (its BOS) or false"
+        )
+    return encoding.ids[0] if before else None
+
+
+def context_token(tokenizer: Any, bos: str | bool) -> int | None:
+    """The token that contexts begin with, by `corpus.bos`: auto (`leading_token`), true (BOS) or false (none).
+
+    Raises InputError where a BOS is asked for that the tokenizer does not have."""
+    if bos == "auto":
+        return leading_token(tokenizer)
+    if bos and tokenizer.bos_token_id is None:
+        raise InputError("corpus.bos: the tokenizer has no BOS; leave the key out, or give corpus.bos: false")
+    return int(tokenizer.bos_token_id) if bos else None
+
+
+def vocabulary_token(tokenizer: Any, given: int | str, key: str) -> int:
+    """The id of a token that a spec names by its id, or by its string. Raises InputError where there is none."""
+    if isinstance(given, int):
+        if not 0 <= given < len(tokenizer):
+            raise InputError(f"{key}: the tokenizer has no token {given}; its ids are 0 to {len(tokenizer) - 1}")
+        return given
+    if (found := tokenizer.get_vocab().get(given)) is not None:
+        return int(found)
+    ids = tokenizer.backend_tokenizer.encode(given, add_special_tokens=False).ids
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        return int(ids[0])
+    parts = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
+    raise InputError(f"{key}: {given!r} is no single token but {parts}; give a token of the vocabulary, or its id")
+
+
+@contextmanager
+def special_tokens_as(tokenizer: Any, specials: str) -> Iterator[None]:
+    """Within the block, the tokenizer reads its special tokens' strings in a text as `text` or as `tokens`."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = specials == "text"
+    try:
+        yield
+    finally:
+        backend.encode_special_tokens = before
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:

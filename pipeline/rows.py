@@ -28,7 +28,9 @@ class ContextPolicy:
     skip_first: int
     """Leading positions that are no rows (1: BOS, whose activations are an attention sink of 100 times the norm)."""
     bos: int | None
-    """The BOS token, or None for a tokenizer without one."""
+    """The token that every context begins with, or None where contexts begin with their text."""
+    excluded: tuple[int, ...] = ()
+    """Tokens that are run and are no rows, ascending."""
 
     def __post_init__(self) -> None:
         if self.context <= max(self.skip_first, int(self.bos is not None)):

@@ -16,7 +16,7 @@ def values_without_held_out_rows(store: Store) -> dict[str, list[str]]:
     info = store.info
     if info.held_out_start >= info.num_rows:
         return {}
-    documents = store.documents
+    documents = store.documents_between(0, info.num_documents - 1, ("row_start", *info.labels))
     begins_there = documents.filter(pc.greater_equal(documents["row_start"], info.held_out_start))
     lacking = {label: sorted(_values(documents, label) - _values(begins_there, label)) for label in info.labels}
     return {label: values for label, values in lacking.items() if values}

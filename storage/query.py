@@ -6,7 +6,6 @@ takes 24 bytes a row of memory. A query reads these tables and nothing else, and
 ends within bounds of time and memory (storage.bounded).
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -127,13 +126,7 @@ def rows_table(store: Store, start: int, stop: int) -> pa.Table:
 
 
 def _tokens(store: Store) -> pa.Table:
-    path = store.tokenizer_path / "tokenizer.json"
-    if not path.exists():
-        raise StorageError(f"the table `tokens` needs {path}, which this store's tokenizer does not have")
-    tokenizer = json.loads(store.corpus_file("tokenizer/tokenizer.json"))
-    vocabulary = tokenizer["model"]["vocab"]
-    pieces = dict(vocabulary.items() if isinstance(vocabulary, dict) else ((p[0], i) for i, p in enumerate(vocabulary)))
-    pieces |= {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    pieces = token_pieces(store)
     return pa.table({"token": pa.array(pieces.values(), pa.int32()), "piece": pa.array(pieces.keys(), pa.string())})
 
 

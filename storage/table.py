@@ -46,11 +46,11 @@ class StoredTable:
 
     @cached_property
     def documents(self) -> pa.Table:
-        """All documents: document, row_start, row_stop (int64), source (string), and every label column."""
+        """All documents: document, row_start, row_stop (int64), source (string), and every column kept beside them."""
         return self.documents_between(0, self.info.num_documents - 1)
 
-    def documents_between(self, first: int, last: int) -> pa.Table:
-        """The documents numbered first ... last, both included.
+    def documents_between(self, first: int, last: int, names: Sequence[str] | None = None) -> pa.Table:
+        """The documents numbered first ... last, both included: `document` and the columns `names`, or all of them.
 
         A file of documents is read whole the first time, and compared with the root record; after that no more than
         the row groups that are asked for, whose pages have checksums. Raises StorageError.
@@ -66,7 +66,8 @@ class StoredTable:
                 with self.as_opened((OSError,)), closing(self._open_documents(part)) as opened:
                     file = pq.ParquetFile(opened, page_checksum_verification=True)
                     after = min(high // DOCUMENTS_PER_GROUP + 1, file.num_row_groups)
-                    tables.append(file.read_row_groups(list(range(low // DOCUMENTS_PER_GROUP, after))))
+                    groups = list(range(low // DOCUMENTS_PER_GROUP, after))
+                    tables.append(file.read_row_groups(groups, None if names is None else ["document", *names]))
             except (pa.ArrowException, OSError) as error:
                 raise StorageError(f"the documents in {path} cannot be read: {error}") from None
         table = pa.concat_tables(tables)

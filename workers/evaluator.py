@@ -153,7 +153,7 @@ def first_held_out_row(store: Store) -> int:
             "the store holds no rows out to evaluate on: corpus.holdout was 0, or all rows are in one unit "
             f"({store.num_rows:,} rows); make another store with a holdout, from more text or with smaller units"
         )
-    starts = store.documents.column("row_start").to_numpy()
+    starts = store.documents_between(0, store.info.num_documents - 1, ("row_start",)).column("row_start").to_numpy()
     number = int(np.searchsorted(starts, boundary))
     if number == len(starts):
         raise StorageError("no document begins in the held-out rows; hold out more with corpus.holdout")

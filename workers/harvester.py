@@ -198,7 +198,7 @@ def unit_block(
     `document` [rows] is each row's; `sites` has the rows of each site as they are stored, [rows, d_model]; `on_step` is
     called after each site.
     """
-    documents = store.documents_between(int(document[0]), int(document[-1]))
+    documents = store.documents_between(int(document[0]), int(document[-1]), store.info.labels)
     bounds = [0, *(1 + (document[1:] != document[:-1]).nonzero()[0]).tolist(), len(document)]
     segments = list(pairwise(bounds))
     groups = {label: [str(value) for value in documents.column(label).to_pylist()] for label in store.info.labels}

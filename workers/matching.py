@@ -14,7 +14,8 @@ def table_settings(corpus: CorpusSettings) -> Record:
     kind, column = corpus.content
     content = {name: column if name == kind else None for name in ("text", "tokens", "messages")}
     settings = {name: getattr(corpus, name) for name in names}
-    return {**content, **settings, "labels": list(corpus.labels), "roles": list(corpus.roles)}
+    kept = {"columns": list(corpus.columns)} if corpus.columns else {}
+    return {**content, **settings, "labels": list(corpus.labels), "roles": list(corpus.roles), **kept}
 
 
 def check_settings(store: Store, corpus: CorpusSettings) -> None:
@@ -79,6 +80,8 @@ def table_differences(store: Store, identity: Record) -> list[str]:
 def _told(identity: Record) -> Record:
     """An identity as a person would tell it: for the source files, what they amount to instead of their hashes."""
     shown = {k: v for k, v in identity.items() if k not in ("source", "chat_template")}
+    if identity["tokens"] is None:
+        shown.setdefault("specials", "tokens")  # what there was before there was a choice
     return {**shown, "path": " + ".join(map(source_words, identity["source"]))}
 
 

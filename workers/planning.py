@@ -13,10 +13,10 @@ from typing import Any
 from pipeline.corpora.files import fingerprint
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus, check_label_names, open_corpora
-from pipeline.corpora.recipe import Recipe, make_recipe
+from pipeline.corpora.recipe import Recipe, make_encoder
 from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
-from pipeline.models import describe_model, load_tokenizer, tokenizer_digest
+from pipeline.models import context_token, describe_model, load_tokenizer, tokenizer_digest, vocabulary_token
 from pipeline.rows import ContextPolicy
 from storage.create import TableFiles, corpus_digest, new_store, refuse_if_taken
 from storage.growth import grown_table, settle
@@ -46,6 +46,11 @@ class Source:
     """One for each entry of corpus.path."""
     tokenizer: Any
     vocabulary: int
+    """Tokens that the model has embeddings for."""
+    bos: int | None
+    """The token that contexts begin with."""
+    excluded: tuple[int, ...]
+    separator: int | None
 
     @property
     def is_small(self) -> bool:
@@ -58,12 +63,22 @@ class Source:
         """What determines the table of rows: settings and sources, not places."""
         return {
             **table_settings(self.settings),
-            "bos": self.tokenizer.bos_token_id,
+            "bos": self.bos,
             "tokenizer": tokenizer_digest(self.tokenizer),
+            **self._tokens_as(),
             **self._chat_template(),
             "source": [
                 fingerprint(corpus.files) if isinstance(corpus, Corpus) else corpus.identity for corpus in self.corpora
             ],
+        }
+
+    def _tokens_as(self) -> Record:
+        """How tokens are read, where that is not the only way. A store from before there was a choice has none of
+        these keys: its texts were read with their control strings as tokens."""
+        return {
+            **({"specials": "text"} if self.settings.specials == "text" and self.settings.tokens is None else {}),
+            **({"exclude_tokens": list(self.excluded)} if self.excluded else {}),
+            **({} if self.separator is None else {"separator": self.separator}),
         }
 
     def _chat_template(self) -> Record:
@@ -71,15 +86,16 @@ class Source:
 
     def recipe(self) -> Recipe:
         """How records become documents. Raises InputError."""
-        if len(self.tokenizer) > self.vocabulary:
+        if self.bos is not None and self.bos >= self.vocabulary:
             raise InputError(
-                f"the tokenizer has {len(self.tokenizer)} tokens and the model an embedding of {self.vocabulary}: "
-                "they do not belong together; give model.tokenizer the model's own"
+                f"the tokenizer's BOS is token {self.bos} and the model has an embedding of {self.vocabulary}: they do "
+                "not belong together; give model.tokenizer the model's own"
             )
         settings = self.settings
-        policy = ContextPolicy(settings.context, settings.skip_first, self.tokenizer.bos_token_id)
         kind, _ = settings.content
-        return make_recipe(kind, self.tokenizer, self.vocabulary, policy, settings.seed, settings.roles)
+        encoder = make_encoder(kind, self.tokenizer, self.vocabulary, self.bos, settings.specials, self.separator)
+        policy = ContextPolicy(settings.context, settings.skip_first, self.bos, self.excluded)
+        return Recipe(encoder, policy, settings.seed, settings.roles, self.vocabulary, settings.labels)
 
     def tasks(self, connect: Callable[[], None] | None) -> Tasks:
         """Where to plan: here what is small, or where Ray cannot be had; else on Ray, which `connect` brings up."""
@@ -92,7 +108,7 @@ class Source:
 def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int) -> Source:
     """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. Raises InputError."""
     kind, column = settings.content
-    columns = Columns(column, kind, settings.labels)
+    columns = Columns(column, kind, settings.labels, settings.columns)
     corpora: Sequence[Corpus | NamedDataset]
     if settings.format == "datasets":
         check_label_names(columns)
@@ -100,7 +116,17 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int)
     else:
         corpora = open_corpora(settings.path, columns, settings.format)
     tokenizer = load_tokenizer(model.tokenizer or model.id, model.revision)
-    return Source(settings, corpora, tokenizer, vocabulary)
+    excluded = {vocabulary_token(tokenizer, token, "corpus.exclude_tokens") for token in settings.exclude_tokens}
+    separator = settings.separator
+    return Source(
+        settings,
+        corpora,
+        tokenizer,
+        vocabulary,
+        bos=context_token(tokenizer, settings.bos),
+        excluded=tuple(sorted(excluded)),
+        separator=None if separator is None else vocabulary_token(tokenizer, separator, "corpus.separator"),
+    )
 
 
 def plan_rows(

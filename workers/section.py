@@ -14,7 +14,7 @@ class Settings(BaseModel):
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | int) else value
 
 
 def _as_sites(value: Any) -> Any:
@@ -23,6 +23,8 @@ def _as_sites(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+TokenNames = Annotated[tuple[int | str, ...], BeforeValidator(_as_list)]
+"""Tokens, by their ids or by their strings."""
 Sites = Annotated[tuple[str, ...], BeforeValidator(_as_sites)]
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -13,7 +13,7 @@ from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
 from pipeline.sites import Site, parse_site
 from workers.dictionary_settings import DictionarySettings
-from workers.section import Count, Names, Seconds, Seed, Settings, Sites
+from workers.section import Count, Names, Seconds, Seed, Settings, Sites, TokenNames
 
 RANGE_PATTERN = r"^[0-9]+-[0-9]+$"
 
@@ -50,6 +50,17 @@ class CorpusSettings(Settings):
     """With messages: the roles whose tokens are rows; all, if not given. All tokens are run."""
     labels: Names = ()
     """Columns whose values define subpopulations; each must have a value in every record."""
+    columns: Names = ()
+    """Columns kept beside each document without being subpopulations: ids, urls, dates."""
+    bos: Literal["auto"] | bool = "auto"
+    """Whether contexts begin with the tokenizer's BOS; auto does what calling the tokenizer does."""
+    specials: Literal["text", "tokens"] = "text"
+    """What control strings (<s>, <|endoftext|>) in texts and messages are: the characters they are written in, or the
+    tokens that they name."""
+    exclude_tokens: TokenNames = ()
+    """Tokens, ids or strings, that are run and are no rows."""
+    separator: int | str | None = None
+    """With tokens: the token at which a record is cut into documents, itself part of none."""
     context: Annotated[int, Field(gt=1)] = 1024
     """Most tokens of a context, BOS included."""
     rows: Count | None = None
@@ -68,6 +79,10 @@ class CorpusSettings(Settings):
         given = [name for name in ("text", "tokens", "messages") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"a corpus has one column that is run; {' and '.join(given)} are given")
+        if self.separator is not None and self.tokens is None:
+            raise ValueError("a separator cuts records of token ids: give the column that holds them as tokens")
+        if both := sorted({*self.labels}.intersection(self.columns)):
+            raise ValueError(f"labels are kept beside documents anyway: leave {', '.join(both)} out of columns")
         if self.roles and self.messages is None:
             raise ValueError("roles are those of messages: give the column that holds the chats as messages")
         if self.format == "datasets" and self.rows is None:

@@ -60,7 +60,7 @@ def members(store: Store, anchors: AnchorSet, start: int, document: Array) -> np
             member[rows - start, i] = True
         return member
     first, last = int(document[0]), int(document[-1])
-    documents = store.documents_between(first, last)
+    documents = store.documents_between(first, last, sorted({*anchors.labels}))
     carried = {
         label: np.array([str(v) for v in documents.column(label).to_pylist()])[document - first]
         for label in set(anchors.labels)

@@ -13,8 +13,10 @@ anywhere (`workers.tasks`); the table does not depend on how the corpus and the 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus
@@ -38,6 +40,9 @@ ALL_KEYS = 2**64
 BYTES_PER_ROW = 8
 """Bytes of text for which at least one row is expected: a guess that is rather too large takes a part of the corpus
 that is rather too large. What is found says how much more is needed."""
+LABEL_VALUES = 4096
+"""A label has at most this many values: means are kept for each at every site, and a column of urls, of which every
+document has its own, would take more than the activations."""
 Progress = Callable[[int, int], None]
 
 
@@ -59,6 +64,8 @@ class Found:
     rows: int
     role_names: tuple[str, ...]
     schema: pa.Schema
+    label_values: dict[str, set[Any]]
+    """The values of each label, of which no more than LABEL_VALUES and one."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,7 @@ class _Reading:
         self.parts: list[tuple[int, list[Handle]]] = []  # of each bucket: its segment, and what was read of it
         self.role_names: set[str] = set()
         self.schemas: list[pa.Schema] = []
+        self.label_values: dict[str, set[Any]] = {}
 
     def read(self, corpus: Corpus | NamedDataset, segment: int, cuts: Cuts) -> None:
         """Read as much of a corpus as is needed."""
@@ -178,9 +186,21 @@ class _Reading:
                     bucket.append(next(stream))
                 self.rows += found.rows
                 self.role_names.update(found.role_names)
+                self._count_labels(found.label_values)
                 self.schemas = [_unified([*self.schemas, found.schema])]
                 self.progress(min(self.rows, self.max_rows or self.rows), self.max_rows or 0)
         self.parts += [(segment, bucket) for bucket in parts if bucket]
+
+    def _count_labels(self, values: dict[str, set[Any]]) -> None:
+        for label, found in values.items():
+            known = self.label_values.setdefault(label, set())
+            known |= found
+            if len(known) > LABEL_VALUES:
+                examples = ", ".join(repr(value) for value in sorted(known, key=str)[:3])
+                raise InputError(
+                    f"corpus.labels: {label!r} has more than {LABEL_VALUES:,} values ({examples} ...), and means are "
+                    f"kept for each at every site; to keep it beside the documents without, name it in corpus.columns"
+                )
 
     def ordered(self, roles: Sequence[str]) -> TablePlan:
         """Put the documents of each bucket in order, as many buckets as are needed."""
@@ -254,7 +274,7 @@ def read_pieces(
         for piece in pieces
         for chunk in corpus.chunks(piece)
     )
-    yield from _parted(chunks, bounds, cuts)
+    yield from _parted(chunks, bounds, cuts, recipe.labels)
 
 
 def read_stream(
@@ -271,24 +291,27 @@ def read_stream(
             if found >= rows:
                 return
 
-    yield from _parted(enough(), bounds, cuts)
+    yield from _parted(enough(), bounds, cuts, recipe.labels)
 
 
-def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts) -> Iterator[object]:
+def _parted(
+    chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labels: Sequence[str]
+) -> Iterator[object]:
     held: list[Documents] = []
     for documents in chunks:
         held.append(documents)
         if sum(len(d.tokens) for d in held) * 4 >= cuts.task_bytes:  # tokens take about as much as their text
-            yield from _give(held, bounds)
+            yield from _give(held, bounds, labels)
             held = []
     if held:
-        yield from _give(held, bounds)
+        yield from _give(held, bounds, labels)
 
 
-def _give(held: Sequence[Documents], bounds: Sequence[int]) -> Iterator[object]:
+def _give(held: Sequence[Documents], bounds: Sequence[int], labels: Sequence[str]) -> Iterator[object]:
     schema = _unified([d.about.schema for d in held])
     together = joined(held, sorted({name for d in held for name in d.role_names}))
-    found = Found(together.sizes.rows, together.role_names, schema)
+    values = {label: set(pc.unique(together.about.column(label))[: LABEL_VALUES + 1].to_pylist()) for label in labels}
+    found = Found(together.sizes.rows, together.role_names, schema, values)
     parts = split(together, bounds)
     yield found
     for part in parts:  # noqa: UP028 one by one: Ray sends to the generator, which a list has no use for

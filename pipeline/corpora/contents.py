@@ -1,14 +1,14 @@
 """From the contents of records to tokens: texts through the tokenizer, and token ids as they are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
-from pipeline.models import encode_texts
+from pipeline.models import encode_texts, special_tokens_as
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -16,6 +16,9 @@ Int64 = npt.NDArray[np.int64]
 
 EMPTY = "empty"
 UNDECODABLE = "undecodable"
+NOT_TEXT = "not text"
+NO_TOKEN_IDS = "not a list of token ids"
+NOT_EMBEDDED = "has a token that the model has no embedding for"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Encoded:
     roles: Int8 | None = None
     """Of each token, an index into `role_names`; None where contents are no chats."""
     role_names: list[str] = field(default_factory=list)
+    record: Int64 | None = None
+    """Where a record may give several documents: the record of each, and `lengths` are theirs; None: one a record."""
 
     @classmethod
     def of(
@@ -43,6 +48,24 @@ class Encoded:
         lengths = np.array([len(t) for t in tokens], dtype=np.int64)
         of_tokens = None if roles is None else np.concatenate([np.empty(0, np.int8), *roles])
         return cls(flat, lengths, bad, of_tokens, list(role_names))
+
+    def embedded(self, vocabulary: int) -> "Encoded":
+        """The same without the records that have a token of `vocabulary` or above, which are bad then.
+
+        A tokenizer may have more tokens than its model has embeddings: most texts never use them."""
+        beyond = self.tokens >= vocabulary
+        if not beyond.any():
+            return self
+        document = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        wrong = np.isin(document, document[beyond])
+        bad = dict.fromkeys(np.unique(document[beyond]).tolist(), NOT_EMBEDDED)
+        return replace(
+            self,
+            tokens=self.tokens[~wrong],
+            lengths=np.where(np.isin(np.arange(len(self.lengths)), list(bad)), 0, self.lengths),
+            bad=self.bad | bad,
+            roles=None if self.roles is None else self.roles[~wrong],
+        )
 
 
 class BadContent(InputError):
@@ -62,6 +85,9 @@ class Encoder(Protocol):
 @dataclass(frozen=True)
 class TextEncoder:
     tokenizer: Any
+    bos: int | None
+    specials: str
+    """text: control strings like <s> are read as the characters they are. tokens: as the tokens they name."""
 
     def encode(self, contents: Sequence[Any]) -> Encoded:
         bad: dict[int, str] = {}
@@ -69,19 +95,25 @@ class TextEncoder:
         for number, content in enumerate(contents):
             text = ""
             try:
-                text = content.decode("utf-8") if isinstance(content, bytes) else content or ""
+                text = content.decode("utf-8") if isinstance(content, bytes) else "" if content is None else content
             except UnicodeDecodeError:
                 bad[number] = UNDECODABLE
             if not isinstance(text, str):
-                bad[number], text = "not text", ""
+                bad[number], text = NOT_TEXT, ""
             elif not text.strip():
                 bad.setdefault(number, EMPTY)
                 text = ""
             elif not is_unicode(text):
                 bad[number], text = UNDECODABLE, ""
             texts.append(text)
-        ids = encode_texts(self.tokenizer, texts)
-        return Encoded.of([np.array(i, dtype=np.int32) for i in ids], bad)
+        with special_tokens_as(self.tokenizer, self.specials):
+            ids = encode_texts(self.tokenizer, texts)
+        return Encoded.of([without_bos(np.array(i, dtype=np.int32), self.bos) for i in ids], bad)
+
+
+def without_bos(ids: Int32, bos: int | None) -> Int32:
+    """Token ids without a BOS in front: every context gets its own, which is not doubled."""
+    return ids[1:] if bos is not None and len(ids) and ids[0] == bos else ids
 
 
 def is_unicode(text: str) -> bool:
@@ -97,27 +129,42 @@ def is_unicode(text: str) -> bool:
 class TokensEncoder:
     vocabulary: int
     bos: int | None
+    separator: int | None = None
+    """A token at which a record is cut into documents; it belongs to none of them."""
 
     def encode(self, contents: Sequence[Any]) -> Encoded:
         bad: dict[int, str] = {}
         tokens: list[Int32] = []
+        records: list[int] = []
         for number, content in enumerate(contents):
-            try:
-                ids = np.asarray([] if content is None else content)
-            except ValueError:
-                ids = np.asarray(["ragged"])
-            if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-                bad[number], ids = "not a list of token ids", np.empty(0, np.int32)
-            elif len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
-                wrong = int(ids[(ids < 0) | (ids >= self.vocabulary)][0])
-                raise BadContent(
-                    number,
-                    f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}: the corpus was "
-                    "made with another tokenizer",
-                )
-            if self.bos is not None and len(ids) and ids[0] == self.bos:
-                ids = ids[1:]  # contexts get theirs: it is not doubled
-            if not len(ids):
-                bad.setdefault(number, EMPTY)
-            tokens.append(ids.reshape(-1).astype(np.int32))
-        return Encoded.of(tokens, bad)
+            problem, ids = self._ids(number, content)
+            pieces = [piece for part in self._documents(ids) if len(piece := without_bos(part, self.bos))]
+            if problem or not pieces:
+                bad[len(tokens)] = problem or EMPTY
+            tokens += pieces or [np.empty(0, np.int32)]
+            records += [number] * max(1, len(pieces))
+        encoded = Encoded.of(tokens, bad)
+        return encoded if self.separator is None else replace(encoded, record=np.array(records, dtype=np.int64))
+
+    def _ids(self, number: int, content: Any) -> tuple[str | None, Int32]:
+        """A problem, or the token ids of a record. Raises BadContent for ids of another tokenizer."""
+        try:
+            ids = np.asarray([] if content is None else content)
+        except ValueError:
+            ids = np.asarray(["ragged"])
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            return NO_TOKEN_IDS, np.empty(0, np.int32)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
+            wrong = int(ids[(ids < 0) | (ids >= self.vocabulary)][0])
+            raise BadContent(
+                number,
+                f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}: the corpus was "
+                "made with another tokenizer",
+            )
+        return None, ids.astype(np.int32)
+
+    def _documents(self, ids: Int32) -> list[Int32]:
+        if self.separator is None:
+            return [ids]
+        cuts = np.flatnonzero(ids == self.separator)
+        return [part[int(i > 0) :] for i, part in enumerate(np.split(ids, cuts))]  # each but the first begins with it

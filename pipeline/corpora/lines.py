@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_labels, label_array
+from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, label_array
 from pipeline.errors import InputError
 
 PIECE_BYTES = 64 * 2**20
@@ -78,8 +78,11 @@ class JsonLines:
             else:
                 broken.append((number, f"no key {self.columns.content!r}"))
         at = np.array(numbers, dtype=np.int64)
-        labels = {name: label_array(name, [r.get(name) for r in records], at, file) for name in self.columns.labels}
-        check_labels(labels, at, file)
+        labels = {
+            name: label_array(name, [r.get(name) for r in records], at, file, self.columns.key(name))
+            for name in self.columns.beside
+        }
+        self.columns.check_labels(labels, at, file)
         return Chunk(at, [r[self.columns.content] for r in records], labels, broken), keys
 
 
@@ -97,7 +100,7 @@ class TextFiles:
         with file.open() as handle:
             text = handle.read()
         values = {"file": file.name, "folder": file.folder}
-        labels = {name: pa.array([values[name]], pa.string()) for name in self.columns.labels}
+        labels = {name: pa.array([values[name]], pa.string()) for name in self.columns.beside}
         yield Chunk(np.zeros(1, dtype=np.int64), [text], labels)
 
 

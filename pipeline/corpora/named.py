@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import Chunk, Columns, check_labels, label_array
+from pipeline.corpora.records import Chunk, Columns, label_array
 from pipeline.errors import InputError
 
 RECORDS_AT_ONCE = 256
@@ -56,9 +56,9 @@ class NamedDataset:
                 self.columns.check_present(sorted(records[0]), f"the dataset {self.path}")
                 numbers = np.arange(first, first + len(records))
                 labels = {
-                    name: label_array(name, [r.get(name) for r in records], numbers, self.file)
-                    for name in self.columns.labels
+                    name: label_array(name, [r.get(name) for r in records], numbers, self.file, self.columns.key(name))
+                    for name in self.columns.beside
                 }
-                check_labels(labels, numbers, self.file)
+                self.columns.check_labels(labels, numbers, self.file)
                 yield Chunk(numbers, [r.get(self.columns.content) for r in records], labels)
                 first += len(records)

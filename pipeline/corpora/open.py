@@ -80,9 +80,9 @@ def open_corpus(path: str, columns: Columns, format: str = "auto") -> Corpus:
 
 
 def check_label_names(columns: Columns) -> None:
-    """Raise InputError for labels with names that the documents' own columns have."""
-    if reserved := sorted({*RESERVED_COLUMNS}.intersection(columns.labels)):
-        raise InputError(f"corpus.labels: {', '.join(reserved)} is a column of Granary's own; rename the label")
+    """Raise InputError for labels and columns with names that the documents' own columns have."""
+    if reserved := sorted({*RESERVED_COLUMNS}.intersection(columns.beside)):
+        raise InputError(f"{columns.key(reserved[0])}: {', '.join(reserved)} is a column of Granary's own; rename it")
 
 
 def _is_saved(path: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpora.chat import ChatEncoder
@@ -24,6 +25,10 @@ class Recipe:
     policy: ContextPolicy
     seed: int
     roles: tuple[str, ...]
+    vocabulary: int
+    """Tokens that the model has embeddings for."""
+    labels: tuple[str, ...] = ()
+    """Of what is kept beside each document, the columns that define subpopulations."""
 
     def documents(self, chunk: Chunk, number: int, file: CorpusFile, low: int, high: int) -> Documents:
         """The documents of a chunk of file `number` with keys from `low` up to, not including, `high`."""
@@ -32,10 +37,12 @@ class Recipe:
         sources = pa.array([f"{file.name}:{chunk.numbers[i]}" for i in kept.tolist()], pa.string())
         labels = {name: values.take(pa.array(kept)) for name, values in chunk.labels.items()}
         try:
-            encoded = self.encoder.encode([chunk.contents[i] for i in kept.tolist()])
+            encoded = self.encoder.encode([chunk.contents[i] for i in kept.tolist()]).embedded(self.vocabulary)
         except BadContent as bad:
             raise InputError(f"record {sources[bad.index]} of {file.url}: {bad}") from None
         about = pa.table({"source": sources, **labels})
+        if encoded.record is not None:
+            kept, about = kept[encoded.record], _about_parts(about, encoded.record)
         documents = cut(encoded, records[kept], keys[kept], about, self.policy, self.roles)
         if not chunk.broken:
             return documents
@@ -46,18 +53,22 @@ class Recipe:
         return records, document_keys(self.seed, records)
 
 
-def make_recipe(
-    kind: str, tokenizer: Any, vocabulary: int, policy: ContextPolicy, seed: int, roles: Sequence[str]
-) -> Recipe:
+def make_encoder(
+    kind: str, tokenizer: Any, vocabulary: int, bos: int | None, specials: str, separator: int | None
+) -> Encoder:
     """`kind`: what the records hold: text, tokens or messages. Raises InputError for a tokenizer without template."""
-    encoder: Encoder
     if kind == "messages":
-        encoder = ChatEncoder(tokenizer, policy.bos)
-    elif kind == "tokens":
-        encoder = TokensEncoder(vocabulary, policy.bos)
-    else:
-        encoder = TextEncoder(tokenizer)
-    return Recipe(encoder, policy, seed, tuple(roles))
+        return ChatEncoder(tokenizer, bos)
+    return TokensEncoder(vocabulary, bos, separator) if kind == "tokens" else TextEncoder(tokenizer, bos, specials)
+
+
+def _about_parts(about: pa.Table, record: npt.NDArray[np.int64]) -> pa.Table:
+    """What is said of each document of records that were cut: `file:3#0`, `file:3#1` and so on are those of `file:3`."""
+    starts = np.searchsorted(record, record)  # documents of a record follow one another
+    parts = about.take(pa.array(record))
+    sources = parts.column("source").to_pylist()
+    named = [f"{source}#{part}" for source, part in zip(sources, np.arange(len(record)) - starts, strict=True)]
+    return parts.set_column(parts.column_names.index("source"), "source", pa.array(named, pa.string()))
 
 
 def _between(keys: Any, low: int, high: int) -> Any:

@@ -28,13 +28,32 @@ class Columns:
     kind: str
     """text, tokens or messages: what `content` holds, and the key of the spec that says so."""
     labels: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    """Columns that are kept beside documents, whatever they hold."""
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What is kept beside each document."""
+        return (*self.labels, *self.kept)
 
     def __iter__(self) -> Iterator[str]:
-        return iter((self.content, *(label for label in self.labels if label != self.content)))
+        return iter((self.content, *(name for name in self.beside if name != self.content)))
+
+    def key(self, name: str) -> str:
+        """The key of the spec that names what is kept beside documents."""
+        return "corpus.labels" if name in self.labels else "corpus.columns"
+
+    def check_labels(self, values: dict[str, pa.Array], numbers: npt.NDArray[np.int64], file: CorpusFile) -> None:
+        """Raise InputError for labels that are no scalars, and for one without a value: see `check_labels`."""
+        check_labels({name: values[name] for name in self.labels}, numbers, file)
 
     def check_present(self, found: Sequence[str], where: str) -> None:
         """Raise InputError for a column that is not among those of a file."""
-        for key, column in [(self.kind, self.content), *(("labels", label) for label in self.labels)]:
+        for key, column in [
+            (self.kind, self.content),
+            *(("labels", label) for label in self.labels),
+            *(("columns", name) for name in self.kept),
+        ]:
             if column not in found:
                 raise InputError(f"corpus.{key}: no column {column!r} in {where}; it has {', '.join(found)}")
 
@@ -77,15 +96,17 @@ class Format(Protocol):
         ...
 
 
-def label_array(name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile) -> pa.Array:
+def label_array(
+    name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile, key: str = "corpus.labels"
+) -> pa.Array:
     """The values of a label in the records `numbers`, as JSON has them. Raises InputError for what is no label."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
         for number, value in zip(numbers.tolist(), values, strict=True):
             if problem := _no_label(value):
-                raise InputError(f"corpus.labels: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
-        raise InputError(f"corpus.labels: {name!r} has values of different types in {file.url}: {error}") from None
+                raise InputError(f"{key}: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
+        raise InputError(f"{key}: {name!r} has values of different types in {file.url}: {error}") from None
 
 
 TAKEN = "labels are texts, numbers or truth values: turn such values into those, or leave the label out"

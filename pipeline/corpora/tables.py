@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_kind, check_labels, content_list
+from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_kind, content_list
 from pipeline.errors import InputError
 
 MOST_RECORDS = 8192
@@ -82,8 +82,8 @@ def _check_schema(columns: Columns, schema: pa.Schema, file: CorpusFile) -> None
 def _chunks(batches: Iterator[pa.RecordBatch], first: int, columns: Columns, file: CorpusFile) -> Iterator[Chunk]:
     for batch in batches:
         numbers = np.arange(first, first + batch.num_rows)
-        labels = {name: _decoded(batch.column(name)) for name in columns.labels}
-        check_labels(labels, numbers, file)
+        labels = {name: _decoded(batch.column(name)) for name in columns.beside}
+        columns.check_labels(labels, numbers, file)
         yield Chunk(numbers, content_list(batch.column(columns.content), columns.kind), labels)
         first += batch.num_rows
 

@@ -231,7 +231,6 @@ def test_a_corpus_that_cannot_be_used(
         ("no-tokenizer", {}, ["no tokenizer at ", "the folder has no tokenizer.json; give model.tokenizer a folder"]),
         ("cut-tokenizer", {}, ["no tokenizer at ", "it cannot be loaded ("]),
         (None, {"model.tokenizer": "/nowhere"}, ["no tokenizer at /nowhere: there is no such folder; give model.tok"]),
-        ("wide-tokenizer", {}, ["the tokenizer has 370 tokens and the model an embedding of 328", "model.tokenizer"]),
         (None, {"harvest.sites": ["resid_post.7"]}, ["harvest.sites: resid_post.7 is not in ", "3 layers (0 to 2)"]),
         (None, {"harvest.sites": ["mlp_in.0-9"]}, ["harvest.sites: mlp_in.3 is not in ", "3 layers (0 to 2)"]),
     ],

@@ -76,7 +76,7 @@ class Case:
 
     def table(self, max_rows: int | None = None, records: int = 10**6, cuts: Cuts | None = None) -> RowTable:
         corpus = Corpus((CorpusFile("memory", 64 * len(self.documents)),), InMemory(self.documents, records))
-        recipe = Recipe(TokensEncoder(100, None), self.policy, self.seed, ())
+        recipe = Recipe(TokensEncoder(100, None), self.policy, self.seed, (), 100)
         plan = plan_table([corpus], recipe, max_rows, Here(), lambda done, total: None, cuts or Cuts())
         buckets = [bucket.documents for bucket in plan.buckets]
         before = list(accumulate((bucket.sizes for bucket in plan.buckets), initial=Sizes(0, 0, 0, 0)))
