@@ -139,7 +139,14 @@ def _open_harvested(spec: Spec) -> Store:
 def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     from workers import stages
     from workers.harvester import UnitResult
-    from workers.harvesting import check_compiling, check_gpus, check_harvest, emulation_notice, name_in_store, prepare_harvests
+    from workers.harvesting import (
+        check_compiling,
+        check_gpus,
+        check_harvest,
+        emulation_notice,
+        name_in_store,
+        prepare_harvests,
+    )
     from workers.planning import ensure_store
     from workers.settings import compile_layers
 

@@ -24,6 +24,7 @@ from storage.files import write_file
 from storage.harvests import read_harvests
 from storage.sandbox import check_statement, open_sandbox
 from storage.store import Store, as_float32
+from storage.token_pieces import token_pieces
 
 OUTPUT_FORMATS = (".npy", ".safetensors", ".parquet")
 

@@ -294,9 +294,7 @@ def read_stream(
     yield from _parted(enough(), bounds, cuts, recipe.labels)
 
 
-def _parted(
-    chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labels: Sequence[str]
-) -> Iterator[object]:
+def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labels: Sequence[str]) -> Iterator[object]:
     held: list[Documents] = []
     for documents in chunks:
         held.append(documents)

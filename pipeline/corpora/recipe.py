@@ -1,6 +1,5 @@
 """From records to documents: which records of a chunk are in a range of keys, their tokens, their contexts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +62,7 @@ def make_encoder(
 
 
 def _about_parts(about: pa.Table, record: npt.NDArray[np.int64]) -> pa.Table:
-    """What is said of each document of records that were cut: `file:3#0`, `file:3#1` and so on are those of `file:3`."""
+    """What is said of each document of records that were cut: those of `file:3` are `file:3#0`, `file:3#1` ..."""
     starts = np.searchsorted(record, record)  # documents of a record follow one another
     parts = about.take(pa.array(record))
     sources = parts.column("source").to_pylist()
