@@ -82,7 +82,7 @@ def test_bos_as_the_spec_says(tmp_path: Path, llama: Path, without_added_bos: Pa
 def test_every_window_begins_alike(tmp_path: Path, llama: Path, bos: Any) -> None:
     text = "count every town " * 20
     corpus = write(tmp_path / "a.jsonl", [{"text": text}])
-    windows = contexts_of(store_of(tmp_path / "store", corpus, llama, bos=bos, context=16))
+    windows = contexts_of(store_of(tmp_path / "store", corpus, llama, bos=bos, context=16, skip_first=0))
     assert len(windows) > 3
     lead = int(bos is not False)
     assert all(window[:lead] == [BOS] * lead for window in windows)
@@ -181,7 +181,7 @@ def test_a_store_from_before_there_was_a_choice_says_so(tmp_path: Path, llama: P
 PIECES = ["count", " every", "<s>", "</s>", "<pad>", "<", "s>", "\n", "雨", " naïve", "a" * 40, "\t", "</", "é", "🌧"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(parts=st.lists(st.sampled_from(PIECES), min_size=1, max_size=12), context=st.sampled_from([5, 9, 64]))
 def test_rows_are_the_text_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, llama: Path, parts: list[str], context: int
@@ -200,21 +200,20 @@ def test_rows_are_the_text_and_nothing_else(
 # ---- excluded tokens
 
 
-@pytest.mark.parametrize("given", [["Ġtown"], [" town"], None])
-def test_excluded_tokens_are_run_and_are_no_rows(tmp_path: Path, llama: Path, given: Any) -> None:
-    text = "count every field and store what every field gave in summer"
-    corpus = write(tmp_path / "a.jsonl", [{"text": text}])
-    every = ids(llama, " every")
-    assert len(every) == 1
-    excluded = every if given is None else [{"Ġtown": "Ġevery", " town": " every"}[given[0]]]
+@pytest.mark.parametrize("spelling", ["as the vocabulary spells it", "as text", "by its id"])
+def test_excluded_tokens_are_run_and_are_no_rows(tmp_path: Path, llama: Path, spelling: str) -> None:
+    corpus = write(tmp_path / "a.jsonl", [{"text": "count every town and store what every town gave in towns"}])
+    to = ids(llama, " to")
+    assert len(to) == 1
+    excluded = {"as the vocabulary spells it": "Ġto", "as text": " to", "by its id": to[0]}[spelling]
     plain = store_of(tmp_path / "plain", corpus, llama)
-    store = store_of(tmp_path / "store", corpus, llama, exclude_tokens=tuple(excluded))
+    store = store_of(tmp_path / "store", corpus, llama, exclude_tokens=(excluded,))
     tokens = plain.columns(0, plain.num_rows, ("token",))["token"]
     found = store.columns(0, store.num_rows, ("token", "position"))
-    assert np.array_equal(found["token"], tokens[tokens != every[0]])
-    assert np.array_equal(found["position"], 1 + np.flatnonzero(tokens != every[0]))
+    assert np.array_equal(found["token"], tokens[tokens != to[0]])
+    assert np.array_equal(found["position"], 1 + np.flatnonzero(tokens != to[0]))
     assert contexts_of(store) == contexts_of(plain)  # all are run
-    assert store.info.plan["exclude_tokens"] == every
+    assert store.info.plan["exclude_tokens"] == to
 
 
 def test_a_document_of_excluded_tokens_is_counted(tmp_path: Path, llama: Path) -> None:
@@ -227,7 +226,7 @@ def test_a_document_of_excluded_tokens_is_counted(tmp_path: Path, llama: Path) -
 @pytest.mark.parametrize(
     ("token", "why"),
     [
-        ("count every town", r"'count every town' is no single token but .*count"),
+        ("count every town", r"'count every town' is no single token but c o u n t "),
         ("", r"'' is no single token but nothing"),
         (10**6, r"the tokenizer has no token 1000000; its ids are 0 to \d+"),
         (-1, r"the tokenizer has no token -1"),
