@@ -39,6 +39,7 @@ def status_record(store: Store) -> Record:
         "contexts": info.num_contexts,
         "documents": info.num_documents,
         "labels": info.labels,
+        "columns": info.plan.get("columns", []),
         "left_out": info.skipped,
         "units": info.num_units,
         "held_out_rows": info.num_rows - info.held_out_start,
@@ -96,6 +97,7 @@ def status_text(record: Record) -> str:
         f"rows      {record['rows']:,} of {record['documents']:,} documents in {record['contexts']:,} contexts; "
         f"{record['units']} units; {record['held_out_rows']:,} rows held out",
         f"labels    {', '.join(record['labels']) or 'none'}",
+        *([f"columns   {', '.join(record['columns'])}"] if record["columns"] else []),
     ]
     if len(record["segments"]) > 1:
         lines += [
