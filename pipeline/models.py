@@ -153,7 +153,7 @@ def load_tokenizer(model_id: str, revision: str = "main") -> Any:
     source = offline_folder(model_id, commit, "tokenizer.json") or model_id
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=commit, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 the tokenizers library raises nothing more precise
         folder = Path(model_id).expanduser()
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
             reason = "the folder has no tokenizer.json"
