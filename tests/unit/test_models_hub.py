@@ -62,6 +62,7 @@ def test_two_repositories_of_one_config_are_two_models(two: dict[str, str], smal
     assert [job.harvest.made_with["revision"] for job in (first, second)] == list(two.values())
 
 
+@pytest.mark.slow  # imports everything anew
 def test_a_process_of_its_own_finds_the_commit(two: dict[str, str]) -> None:
     """With nothing but the environment to tell it of the cache."""
     code = (
