@@ -38,7 +38,7 @@ from workers.harvesting import HarvestJob, check_harvest, emulation_notice, layo
 from workers.matching import growth_of
 from workers.measuring import Measured, measure, sample
 from workers.planning import Source, held_out_start, open_source, plan_rows
-from workers.settings import check_tokenizer, compile_layers
+from workers.settings import compile_layers
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     prices = load_prices(options.prices)  # before anything that takes long
     check_place(open_place(spec.store))
     info = describe_model(spec.model.id, spec.model.revision)
-    check_harvest(info, spec.model, spec.harvest)
+    check_harvest(info, spec.model, spec.harvest, spec.cluster)
     info.check_context(spec.corpus.context)
-    source = open_source(spec.corpus, spec.model, info.vocabulary)
+    source = open_source(spec.corpus, spec.model, info.vocabulary, info.revision)
     store, jobs, is_whole = _existing(spec, info, source)
     measured = None
     if store is not None and is_whole and options.measure_s is None:
@@ -131,8 +131,7 @@ def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None
         refuse_if_taken(place)
         return None, [], False
     store = open_store(place)
-    check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, spec.model.tokenizer or spec.model.id)
-    is_whole = growth_of(store, source.identity) is None
+    is_whole = growth_of(store, source.as_in(store).identity) is None
     return store, prepare_harvests(store, spec.model, info, spec.harvest), is_whole
 
 

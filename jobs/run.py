@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from jobs.progress import ProgressLine, duration, extreme_norms, left_out, loss_recovered, no_held_out_rows, size
 from jobs.spec import Spec, SpecError
-from pipeline.models import ModelInfo, describe_model
+from pipeline.models import ModelInfo, adapter_notice, describe_model
 from storage.errors import StorageError
 from storage.harvests import row_bytes
 from storage.held_out import values_without_held_out_rows
@@ -95,10 +95,10 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
     with cluster_for(spec) as cluster:
         cluster.stages = stages
         if "harvest" in stages:
-            store, did = _harvest(spec, cluster, grow)
+            store, info, did = _harvest(spec, cluster, grow)
         else:
-            store = _open_harvested(spec)
-        store = store.for_model(name_in_store(store, describe_model(spec.model.id, spec.model.revision)))
+            store, info = _open_harvested(spec)
+        store = store.for_model(name_in_store(store, info))
         if "evaluate" in stages and spec.train is not None:
             from workers.evaluator import first_held_out_row
 
@@ -111,7 +111,7 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
             did |= _train(spec, store, cluster)
         cluster.stages = tuple(stage for stage in stages if stage == "evaluate")
         if "evaluate" in stages and spec.train is not None:
-            did |= _evaluate(spec, store, cluster)
+            did |= _evaluate(spec, store, info, cluster)
     return did
 
 
@@ -125,18 +125,22 @@ def note(text: str | None) -> None:
         say(f"note: {text}")
 
 
-def _open_harvested(spec: Spec) -> Store:
-    """Open the store of a spec whose harvest is done already. Raises StoreMismatch if it is not the spec's."""
+def _open_harvested(spec: Spec) -> tuple[Store, ModelInfo]:
+    """Open the store of a spec whose harvest is done already, and describe its model. Raises StoreMismatch if it is not
+    the spec's."""
     from workers.harvesting import require_harvested
     from workers.matching import check_settings
 
     store = open_store(spec.store)
     check_settings(store, spec.corpus)
-    require_harvested(store, spec.model, describe_model(spec.model.id, spec.model.revision), spec.harvest)
-    return store
+    info = describe_model(spec.model.id, spec.model.revision)
+    require_harvested(store, spec.model, info, spec.harvest)
+    return store, info
 
 
-def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
+def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo, bool]:
+    """Run what is left of the harvest. Return the store, its model as it was described once, and whether anything was
+    done."""
     from workers import stages
     from workers.harvester import UnitResult
     from workers.harvesting import (
@@ -147,12 +151,16 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         name_in_store,
         prepare_harvests,
     )
+    from workers.known_models import check_not_replaced
     from workers.planning import ensure_store
     from workers.settings import compile_layers
 
     info = describe_model(spec.model.id, spec.model.revision)
-    check_harvest(info, spec.model, spec.harvest)  # before the plan, so that a refused spec leaves nothing
+    # Before the plan, so that a refused spec leaves nothing.
+    check_harvest(info, spec.model, spec.harvest, spec.cluster)
     is_new = not (open_place(spec.store) / "zarr.json").exists()  # in another, all may be harvested already
+    if not is_new:
+        check_not_replaced(open_store(spec.store), info)  # before rows are appended
     check_compiling(is_new and spec.harvest.compile is True, spec.harvest, spec.cluster)
 
     def check(num_rows: int) -> None:  # before the plan is written: fewer rows would contradict it
@@ -160,13 +168,14 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
         compiles = is_new and compile_layers(spec.harvest, info, num_rows, info.num_layers)
         check_compiling(compiles, spec.harvest, spec.cluster)
         note(emulation_notice(info, spec.model, spec.harvest))
+        note(adapter_notice(info))
         if any(cluster.gpus_to_come().values()):
             cluster.connect()
         if spec.harvest.gpus_per_worker:
-            check_gpus(spec.model, spec.harvest)
+            check_gpus(info, spec.model, spec.harvest)
 
     with ProgressLine("planning", "rows") as line:
-        store, made = ensure_store(spec.store, spec.corpus, spec.model, line.update, check, cluster.connect, grow)
+        store, made = ensure_store(spec.store, spec.corpus, spec.model, line.update, check, cluster.connect, grow, info)
     if made:
         before = store.info.grown_from[-1]["num_rows"] if store.info.grown_from else 0
         appended = f"appended {store.num_rows - before:,} rows, now " if before else "planned "
@@ -179,15 +188,16 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     if units == 0:
         say(f"harvest: all {store.info.num_units} units of {', '.join(spec.harvest.sites)} are there")
         stages.tidy(store, jobs)
-        return store, made
+        return store, info, made
     per_unit = store.info.rows_per_unit
     check_compiling(any(job.setup.compile for job in jobs if len(job.units)), spec.harvest, spec.cluster)
     check_room(store.root, sum(len(job.units) * unit_bytes(per_unit, job.harvest.sites) for job in jobs))
     if not made:
         note(emulation_notice(info, spec.model, spec.harvest))
+        note(adapter_notice(info))
     cluster.connect()
     if spec.harvest.gpus_per_worker and not made:
-        check_gpus(spec.model, spec.harvest)
+        check_gpus(info, spec.model, spec.harvest)
     rows_to_do = sum(store.info.rows_in(job.units) for job in jobs)
     with ProgressLine("harvesting", "rows", rows_to_do) as line:
         rows_done = rows_elsewhere = positions_run = padding = 0
@@ -220,7 +230,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, bool]:
     of_model = store.for_model(name_in_store(store, info))
     for found in filter(None, (extreme_rows(of_model, site) for site in spec.harvest.sites)):
         say(f"  {extreme_norms(asdict(found))}")
-    return store, True
+    return store, info, True
 
 
 def _check_anchor_files(spec: Spec) -> None:
@@ -280,14 +290,16 @@ def _last_point(store: Store, name: str) -> Record:
     return open_run(store, name).curve()[-1]
 
 
-def _evaluate(spec: Spec, store: Store, cluster: Cluster) -> bool:
+def _evaluate(spec: Spec, store: Store, info: ModelInfo, cluster: Cluster) -> bool:
     from workers import stages
     from workers.evaluator import first_held_out_row
     from workers.harvesting import emulation_notice
 
     assert spec.train is not None
     first_held_out_row(store)  # raises, before anything starts, when there is none
-    plans = stages.plan_evaluations(store, spec.model, spec.harvest, spec.train, spec.scored_anchors, spec.evaluate)
+    plans = stages.plan_evaluations(
+        store, spec.model, spec.harvest, spec.train, spec.scored_anchors, spec.evaluate, info
+    )
     if not plans:
         say("evaluate: every dictionary is evaluated")
         return False

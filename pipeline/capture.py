@@ -1,10 +1,11 @@
 """Taking activations out of a running decoder, and putting others in.
 
-A tap wraps a module's `forward` and keeps references, never copies: a site costs nothing until its rows are gathered.
+A tap wraps a module's `forward` and keeps references: a site costs nothing until its rows are gathered. Only where the
+model writes over what was taken, as fused kernels may (`overwritten_sites`), is it copied.
 Works on eager and on compiled layers alike, and with the outputs of transformers 4 (tuples) and 5 (tensors).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +19,8 @@ from pipeline.overlap import upload
 from pipeline.sites import Site
 
 Replace = Callable[[Tensor], Tensor]
+TRIED_TOKENS = 8
+"""Tokens that show whether a model writes over what was taken."""
 
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
@@ -40,8 +43,11 @@ def family_of(model: nn.Module) -> Family:
 
 
 @contextmanager
-def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[Site, Tensor]]:
-    """Within the block, each forward pass of `model` fills the mapping: site -> [batch, position, d_model]."""
+def capture(model: nn.Module, sites: Sequence[Site], copied: Collection[Site] = ()) -> Iterator[Mapping[Site, Tensor]]:
+    """Within the block, each forward pass of `model` fills the mapping: site -> [batch, position, d_model].
+
+    `copied`: sites that are copied as the model passes them, as it writes over them afterwards.
+    """
     family, layers = family_of(model), decoder_layers(model)
     taken: dict[Site, Tensor] = {}
 
@@ -49,10 +55,28 @@ def capture(model: nn.Module, sites: Sequence[Site]) -> Iterator[Mapping[Site, T
         for site in sites:
 
             def take(acts: Tensor, site: Site = site) -> None:
-                taken[site] = acts
+                taken[site] = acts.clone() if site in copied else acts
 
             stack.enter_context(_tap(layers[site.layer], family, site.kind, take))
         yield taken
+
+
+@torch.inference_mode()
+def overwritten_sites(model: nn.Module, sites: Sequence[Site], device: torch.device) -> frozenset[Site]:
+    """The sites that `model` writes over after they were taken, found by running a few tokens with and without copies.
+
+    What a reference shows is then no longer the site: an MLP's output, say, to which a fused kernel has added the
+    residual stream in place. A model that is spread over devices, or read from disk layer by layer, is not run for
+    this: all sites are given.
+    """
+    places: Any = getattr(model, "hf_device_map", None)
+    if places is not None and (len(set(places.values())) > 1 or "disk" in places.values()):
+        return frozenset(sites)
+    vocabulary: Any = getattr(model.config, "vocab_size", 1)
+    tokens = torch.arange(TRIED_TOKENS, device=device)[None] % vocabulary
+    with capture(model, sites) as seen, capture(model, sites, copied=sites) as kept:
+        model(input_ids=tokens, use_cache=False)
+        return frozenset(site for site in sites if not torch.equal(seen[site].nan_to_num(), kept[site].nan_to_num()))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batches import batches_of
-from pipeline.capture import Replace, capture, model_inputs, splice
+from pipeline.capture import Replace, capture, model_inputs, overwritten_sites, splice
 from pipeline.errors import InputError
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
@@ -57,6 +57,7 @@ def loss_recovered(
     """
     # Of a model that accelerate placed some weights are on "meta"; it moves what is put in to where it is needed.
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    copied = overwritten_sites(model, input_sites, device)
     totals = torch.zeros(4, dtype=torch.float64)
     predictions = 0
     longest = max((len(c.tokens) for c in contexts), default=1)
@@ -68,7 +69,7 @@ def loss_recovered(
             is_row[place + context.positions] = True
             scored[place + context.positions[context.positions < len(context.tokens) - 1]] = True
         is_row, scored = (mask.to(device).view_as(inputs["input_ids"]) for mask in (is_row, scored))
-        with capture(model, input_sites) as taken:
+        with capture(model, input_sites, copied) as taken:
             interventions: list[Interventions] = [
                 {},
                 _spliced(reconstruct, input_sites, list(means), taken),

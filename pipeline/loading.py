@@ -1,26 +1,32 @@
 """Loading a model that was described: its base or the whole, placed on devices, in silence, and nothing made up."""
 
-import logging
 import platform
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.capture import decoder_layers
 from pipeline.errors import InputError
 from pipeline.families import TEXT_PART_WEIGHTS, TEXT_PARTS
-from pipeline.models import ModelInfo, describe_model, first_line, read_config
+from pipeline.hub import find_file, local_folder, may_have
+from pipeline.models import ModelInfo, describe_model, first_line, read_config, refuse_adapter
 from pipeline.placement import Placement, check_dtype
-from pipeline.weights import tensor_shapes
+from pipeline.quantised import check_not_disguised
+from pipeline.silence import silence
+from pipeline.weights import ENTRIES, loaded_files, tensor_entries
 
 ON_CPU = Placement()
 
+NO_ADAPTER = {"subfolder": "no adapter is applied"}
+"""Where transformers is to look for an adapter: in a folder that no checkpoint has. Where peft is installed it applies
+one that lies beside the weights by itself, a second time to weights it was merged into, and on the machines that have
+peft only."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,23 +38,28 @@ def load_base_model(
     return _load(transformers.AutoModel, info, config, dtype, attention, placement)
 
 
-def check_weights(info: ModelInfo, layers: int) -> None:
-    """Raise InputError if a local checkpoint lacks tensors of the first `layers` layers, as loading them would.
+def check_weights(info: ModelInfo, layers: int, *, loaded_here: bool = False) -> None:
+    """Raise InputError if a checkpoint that is here lacks tensors of the first `layers` layers, as loading them would.
+    `loaded_here`: on this machine and no other, so that one on the hub must be here or be downloaded.
 
     transformers itself loads tensors without content, of the names and shapes that the files' headers give: it alone
     knows how names of checkpoints become those of a model. Takes up to some seconds, and no memory to speak of.
     """
-    folder = Path(info.id).expanduser()
+    folder = local_folder(info.id) or _snapshot(info, loaded_here)
     config = _first_layers(read_config(info.id, info.revision), layers)
-    shapes = tensor_shapes(folder) if folder.is_dir() else None
-    if shapes is None or getattr(config, "quantization_config", None):  # whose tensors are of other shapes
+    tensors = tensor_entries(folder) if folder is not None else None
+    if tensors is None:
         return
-    with _silence():
+    check_not_disguised(info, config, tensors)
+    if getattr(config, "quantization_config", None):  # whose tensors are of other shapes
+        return
+    with silence():
         _, loaded = transformers.MODEL_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
             state_dict={
-                name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()
+                name: torch.empty(entry["shape"], dtype=torch.bfloat16, device="meta")
+                for name, entry in tensors.items()
             },
             device_map={"": "meta"},
             dtype=torch.bfloat16,
@@ -59,10 +70,31 @@ def check_weights(info: ModelInfo, layers: int) -> None:
     _check_none_missing(info, loaded["missing_keys"])
 
 
+def _snapshot(info: ModelInfo, loaded_here: bool) -> Path | None:
+    """The folder of a commit in the hub's cache, if its weights are there. Raises InputError where they have to be and
+    cannot be downloaded."""
+    config = find_file(info.id, info.revision, "config.json")
+    if config is None:
+        return None
+    if not may_have(info.id, info.revision, ENTRIES, is_here=loaded_here):
+        refuse_adapter(info.id, info.revision)
+    try:
+        loaded_files(config.parent)
+    except InputError:
+        if loaded_here and constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"model.id: the weights of {info.id} at the commit {info.revision} are not in this machine's cache "
+                "(HF_HUB_CACHE, HF_HOME), and HF_HUB_OFFLINE keeps them from being downloaded; download them first "
+                f"(hf download {info.id} --revision {info.revision}), or unset it"
+            ) from None
+        return None  # the workers download them
+    return config.parent
+
+
 def linear_shapes(info: ModelInfo) -> list[tuple[int, int]]:
     """The linear maps of a decoder layer, (in, out) each, from the config alone."""
     config = _first_layers(read_config(info.id, info.revision), 1)
-    with _silence(), torch.device("meta"):
+    with silence(), torch.device("meta"):
         (layer,) = decoder_layers(transformers.AutoModel.from_config(config))
     return [(m.in_features, m.out_features) for m in layer.modules() if isinstance(m, nn.Linear)]
 
@@ -78,7 +110,7 @@ def load_causal_model(
 def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, placement: Placement) -> nn.Module:
     check_dtype(DTYPES[dtype], placement.input_device)
     try:
-        with _silence():
+        with silence():
             model, loaded = placement.load(
                 loader,
                 info.id,
@@ -86,6 +118,7 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
                 config=config,
                 dtype=DTYPES[dtype],
                 attn_implementation=attention,
+                adapter_kwargs=NO_ADAPTER,
                 **_renamed(config),
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -98,24 +131,6 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
         )
     ready: nn.Module = model.eval().requires_grad_(False)
     return ready
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without transformers' progress bar, its table of the weights that are left out, which reads like a fault, and
-    accelerate's word on those on disk: what is wrong with a checkpoint we say ourselves."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
-    levels, has_bar = [logger.level for logger in loggers], transformers.logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if has_bar:
-            transformers.logging.enable_progress_bar()
 
 
 def _first_layers(config: Any, layers: int) -> Any:

@@ -6,7 +6,7 @@ Everything that can be wrong with a model is found from its config, before weigh
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,8 +16,9 @@ import transformers
 
 from pipeline.errors import InputError
 from pipeline.families import FAMILIES, TEXT_PARTS
+from pipeline.hub import find_file, local_folder, offline_folder, resolve_commit
 from pipeline.sites import Site
-from pipeline.weights import hash_weights
+from pipeline.weights import ENTRIES, hash_weights
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,14 @@ class ModelInfo:
     id: str
     revision: str
     """Of a model on the hub the commit, so that every worker, now and later, gets the same weights."""
+    ref: str
+    """Of a model on the hub what the spec calls that commit: a branch, a tag, or the commit itself."""
     name: str
-    """Last part of the id and the start of the fingerprint: names the model inside a store."""
+    """The folder's name, or the repository's with its owner, and the start of the fingerprint: names the model inside a
+    store."""
     fingerprint: str
-    """Digest of config and weights: equal for a copy in another place, other for a model trained further."""
+    """Of a folder a digest of config and weights: equal for a copy in another place, other for a model trained further.
+    Of a model on the hub a digest of repository and commit."""
     num_layers: int
     d_model: int
     vocabulary: int
@@ -68,24 +73,32 @@ class ModelInfo:
 
 
 def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
-    """Read a model's config, local folder or hub id. Raises InputError when it cannot be used."""
-    config = read_config(model_id, revision)
+    """Read a model's config, local folder or hub id. Raises InputError when it cannot be used.
+
+    On the hub, `revision` is resolved to a commit here, and nothing else is read than what that has: call it once in a
+    run, and pass on what it gives.
+    """
+    commit = _resolve(model_id, revision)
+    config = read_config(model_id, commit)
     sha = hashlib.sha256()
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
+    folder = local_folder(model_id)
+    if folder is not None:
         # The file itself, not the loaded config, which has the defaults of whatever transformers is installed.
         written = json.loads((folder / "config.json").read_text())
         sha.update(json.dumps({k: v for k, v in written.items() if k not in _CONFIG_NOISE}, sort_keys=True).encode())
+        if not any((folder / name).is_file() for name in ENTRIES):
+            refuse_adapter(model_id, commit)
         hash_weights(folder, sha)
     else:
-        revision = str(getattr(config, "_commit_hash", None) or revision)
-        sha.update(revision.encode())
+        sha.update(f"{model_id}@{commit}".encode())
     fingerprint = sha.hexdigest()[:16]
     max_context, max_context_key = _max_context(config)
     return ModelInfo(
         id=model_id,
-        revision=revision,
-        name=f"{folder.resolve().name if folder.is_dir() else model_id.split('/')[-1]}-{fingerprint[:8]}",
+        revision=commit,
+        ref=revision,
+        # No name of an owner or a repository has "--" in it.
+        name=f"{model_id.replace('/', '--') if folder is None else folder.resolve().name}-{fingerprint[:8]}",
         fingerprint=fingerprint,
         num_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -94,6 +107,19 @@ def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
         max_context_key=max_context_key,
         caps_attention=getattr(config, "attn_logit_softcapping", None) is not None,
     )
+
+
+def _resolve(model_id: str, revision: str) -> str:
+    """The commit of a model on the hub; a folder's revision as it is. Raises InputError for what is neither."""
+    folder = Path(model_id).expanduser()
+    if not folder.is_dir() and _is_path(model_id):
+        near = get_close_matches(folder.name, _folders_in(folder.parent), n=1)
+        raise InputError(f"model.id: there is no folder {folder}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        return resolve_commit(model_id, revision, ["config.json"])
+    except (OSError, ValueError) as error:
+        refuse_adapter(model_id, revision)
+        raise InputError(f"model.id: {model_id} cannot be loaded: {first_line(error)}") from None
 
 
 def _max_context(config: Any) -> tuple[int | None, str]:
@@ -111,11 +137,24 @@ _CONFIG_NOISE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"
 """Config fields that say where or how it was saved, not what the model computes."""
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
+"""One of them is in every repository that a tokenizer can be loaded from."""
+
+
+def pin_tokenizer(model_id: str, revision: str = "main") -> str:
+    """The commit of a tokenizer on the hub; of what cannot be found `revision` itself, with which loading says why."""
+    with suppress(OSError, ValueError):
+        return resolve_commit(model_id, revision, TOKENIZER_FILES)
+    return revision
+
+
 def load_tokenizer(model_id: str, revision: str = "main") -> Any:
     """Load a fast tokenizer, local folder or hub id. Raises InputError when there is none."""
+    commit = pin_tokenizer(model_id, revision)
+    source = offline_folder(model_id, commit, "tokenizer.json") or model_id
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_id, revision=revision, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=commit, use_fast=True)
+    except Exception as error:  # noqa: BLE001 the tokenizers library raises nothing more precise
         folder = Path(model_id).expanduser()
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
             reason = "the folder has no tokenizer.json"
@@ -200,12 +239,10 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def read_config(model_id: str, revision: str) -> Any:
-    """The config of a model's language part. Raises InputError for a model that cannot be used."""
-    folder = Path(model_id).expanduser()
-    if not folder.is_dir() and _is_path(model_id):
-        near = get_close_matches(folder.name, _folders_in(folder.parent), n=1)
-        raise InputError(f"model.id: there is no folder {folder}" + (f"; did you mean {near[0]}?" if near else ""))
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    """The config of a model's language part, at a commit. Raises InputError for a model that cannot be used."""
+    folder = local_folder(model_id)
+    if folder is not None and not (folder / "config.json").is_file():
+        refuse_adapter(model_id, revision)
         raise InputError(f"model.id: the folder {folder} has no config.json: it is not a Hugging Face model")
     try:
         config = transformers.AutoConfig.from_pretrained(model_id, revision=revision)
@@ -213,8 +250,10 @@ def read_config(model_id: str, revision: str) -> Any:
         raise InputError(f"model.id: {model_id} cannot be loaded: {first_line(error)}") from None
     kind = getattr(config, "model_type", "?")
     if kind in TEXT_PARTS:
-        commit, config = getattr(config, "_commit_hash", None), config.text_config
-        config._commit_hash = commit
+        quantised = getattr(config, "quantization_config", None)
+        config = config.text_config
+        if quantised is not None:  # said of the whole, whose text part would else be loaded as if it were not
+            config.quantization_config = quantised
     elif kind not in FAMILIES:
         raise InputError(
             f"model.id: {model_id} is a {kind!r} model; supported are the Llama-shaped families "
@@ -223,6 +262,35 @@ def read_config(model_id: str, revision: str) -> Any:
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         raise InputError(f"model.id: {model_id} attends to later tokens too: it is no causal language model")
     return config
+
+
+ADAPTER = "adapter_config.json"
+"""What peft saves beside an adapter's weights, and looks for."""
+
+
+def refuse_adapter(model_id: str, revision: str) -> None:
+    """Raise InputError for an adapter without its model, which would otherwise be told that files are missing."""
+    if (path := find_file(model_id, revision, ADAPTER)) is None:
+        return
+    try:
+        base = json.loads(path.read_text()).get("base_model_name_or_path") or "its model"
+    except (ValueError, AttributeError):
+        base = "its model"
+    merged = f"AutoPeftModelForCausalLM.from_pretrained({model_id!r}).merge_and_unload().save_pretrained(FOLDER)"
+    raise InputError(
+        f"model.id: {model_id} is only an adapter ({ADAPTER}) of {base}, without that model's weights: merge it first "
+        f"(with peft: {merged}), put the tokenizer beside it, and give model.id that folder"
+    )
+
+
+def adapter_notice(info: ModelInfo) -> str | None:
+    """One sentence where an adapter lies beside a model's weights; else None."""
+    if find_file(info.id, info.revision, ADAPTER) is None:
+        return None
+    return (
+        f"{info.id} has an adapter ({ADAPTER}) beside its weights, which is not applied: the weights are taken as they "
+        "are, with the adapter merged into them if it belongs to them"
+    )
 
 
 def _is_path(model_id: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.attention import attend_in_blocks
 from pipeline.batches import Batch, batches_of, full_shapes
-from pipeline.capture import capture, decoder_layers, model_inputs, run_base
+from pipeline.capture import capture, decoder_layers, model_inputs, overwritten_sites, run_base
 from pipeline.errors import InputError
 from pipeline.overlap import ForwardClock, RowCopies, upload
 from pipeline.precision import faster_type
@@ -81,7 +81,9 @@ class UnitRunner:
         self.device = torch.device(device)
         # The taps stay for good: a compiled layer would be compiled anew when they change.
         self._taps = ExitStack()
-        self._taken = self._taps.enter_context(capture(model, list(self.sites)))
+        with torch.compiler.set_stance("force_eager"):  # an earlier runner may have compiled the layers
+            copied = overwritten_sites(model, list(self.sites), self.device)
+        self._taken = self._taps.enter_context(capture(model, list(self.sites), copied))
         self._copies = RowCopies()
         self._clock = ForwardClock(self.device)
         self._compiled_shapes: set[tuple[int, int]] | None = None

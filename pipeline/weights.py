@@ -71,17 +71,17 @@ def _parts_missing(folder: Path) -> str:
     return f", and {len(missing)} of {len(names)} files are missing, the first is {missing[0]}" if missing else ""
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]] | None:
-    """Name -> shape of every tensor that a model is loaded from; None where that is not safetensors, whose headers say
-    so. Raises InputError as `hash_weights` does."""
-    shapes: dict[str, list[int]] = {}
+def tensor_entries(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Name -> `shape` and `dtype` of every tensor that a model is loaded from; None where that is not safetensors,
+    whose headers say so. Raises InputError as `hash_weights` does."""
+    entries: dict[str, dict[str, Any]] = {}
     for file in loaded_files(folder):
         if file.suffix != ".safetensors":
             return None
         with file.open("rb") as handle:
             _, tensors = _header(file, file.stat().st_size, handle)
-        shapes |= {name: entry["shape"] for name, entry in tensors.items()}
-    return shapes
+        entries |= tensors
+    return entries
 
 
 def hash_weights(folder: Path, sha: Any) -> None:

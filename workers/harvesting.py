@@ -13,6 +13,7 @@ from pipeline.loading import check_weights, linear_shapes
 from pipeline.models import ModelInfo
 from pipeline.placement import check_dtype
 from pipeline.precision import FASTER, faster_type, slowdown
+from pipeline.quantised import check_quantised
 from pipeline.sites import layers_up_to, parse_site
 from storage.arrays import DTYPES
 from storage.commits import committed_units
@@ -28,6 +29,7 @@ from storage.store import Store
 from storage.unitsets import UnitRanges, UnitSet
 from workers.cluster import is_started_here, require_gpus
 from workers.harvester import HarvesterSetup, UnitResult
+from workers.known_models import check_not_replaced, fingerprint_in_store, is_of_model, made_from
 from workers.settings import ClusterSettings, HarvestSettings, ModelSettings, compile_layers
 from workers.supervisor import RunResult, Supervisor
 from workers.versions import versions
@@ -55,27 +57,34 @@ def prepare_harvests(
     """Find what is left to do for the sites of a spec. Writes nothing; see `declare`.
 
     Sites that the store has already, or is getting, belong to their own harvest; the others become a new one. Raises
-    InputError for a site the model lacks and StoreMismatch when a site is stored under other settings.
+    InputError for a site the model lacks and StoreMismatch when a site is stored under other settings, or the store was
+    harvested from another model of this name.
     """
     _check_settings(info, model, settings)
+    check_not_replaced(store, info)
     identity = _identity(store, model, info, settings)
     name = name_in_store(store, info)
     types = settings.stored_types()
     matching, missing = match_harvests(store.root, identity, name, types, by_machine=(BLOCKS,))
     if missing:
         layouts = {site: layout_of(info.d_model, types[site], store.info.rows_per_unit) for site in missing}
-        made_with = {"model": info.id, "revision": info.revision, **versions()}
+        made_with = {**made_from(info), **versions()}
         matching.append(
             Harvest.of({**identity, "sites": {site: types[site] for site in missing}}, name, layouts, made_with)
         )
     return [_job(store, model, info, settings, harvest, identity) for harvest in matching]
 
 
-def check_harvest(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:
+def check_harvest(
+    info: ModelInfo, model: ModelSettings, settings: HarvestSettings, cluster: ClusterSettings | None = None
+) -> None:
     """Raise InputError for what a model, or this machine where it is to run on CPU, cannot do, and for weights that are
     missing. Touches no store."""
     _check_settings(info, model, settings)
-    check_weights(info, layers_up_to(settings.parsed_sites()))
+    if settings.gpus_per_worker == 0:
+        check_quantised(info, "cpu")
+    loaded_here = cluster is not None and is_started_here(cluster.address)
+    check_weights(info, layers_up_to(settings.parsed_sites()), loaded_here=loaded_here)
 
 
 def _check_settings(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:
@@ -85,20 +94,26 @@ def _check_settings(info: ModelInfo, model: ModelSettings, settings: HarvestSett
         check_dtype(TORCH_DTYPES[model.dtype], "cpu")
 
 
-def check_gpus(model: ModelSettings, settings: HarvestSettings) -> None:
-    """Raise InputError unless the workers' GPUs are there and compute in model.dtype. Ray must be up.
+def check_gpus(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:
+    """Raise InputError unless the workers' GPUs are there, compute in model.dtype and run the model's weights where
+    they are quantised. Ray must be up.
 
     Tried on one GPU of the cluster, to refuse before anything is written; every worker tries its own again. Where none
     is free within a minute this says nothing: the harvest will wait for one, and say so.
     """
     require_gpus(settings.gpus_per_worker, "harvest.gpus_per_worker")
-    trial = ray.remote(num_cpus=0, num_gpus=1)(check_dtype).remote(TORCH_DTYPES[model.dtype], "cuda")
+    trial = ray.remote(num_cpus=0, num_gpus=1)(_try_gpu).remote(info, model.dtype, settings.placement.device)
     try:
         ray.get(trial, timeout=GPU_TRIAL_S)
     except GetTimeoutError:
         ray.cancel(trial)
     except RayTaskError as error:
         raise error.cause from None
+
+
+def _try_gpu(info: ModelInfo, dtype: str, device: str) -> None:
+    check_dtype(TORCH_DTYPES[dtype], "cuda")
+    check_quantised(info, device)
 
 
 def emulation_notice(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> str | None:
@@ -131,7 +146,7 @@ def layout_of(d_model: int, stored: str, rows_per_unit: int) -> Record:
 
 def name_in_store(store: Store, info: ModelInfo) -> str:
     """The name of a model under activations/: the one it was first harvested under, wherever it has moved since."""
-    known = (h.model for h in store.refresh().harvests if h.identity["model"]["fingerprint"] == info.fingerprint)
+    known = (h.model for h in store.refresh().harvests if is_of_model(h, info))
     return next(known, info.name)
 
 
@@ -181,7 +196,7 @@ def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: Har
     return {
         "corpus_digest": first["corpus_digest"],
         "tokenizer_digest": store.info.tokenizer_digest,
-        "model": {"fingerprint": info.fingerprint, "dtype": model.dtype},
+        "model": {"fingerprint": fingerprint_in_store(store, info), "dtype": model.dtype},
         "rows_per_unit": store.info.rows_per_unit,
         "harvest": {
             "batches": COMPOSITION,

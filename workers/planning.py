@@ -4,8 +4,8 @@ Small corpora are planned in this process, large ones as Ray tasks: by the same 
 same result.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from pipeline.corpora.open import Corpus, check_label_names, open_corpora
 from pipeline.corpora.recipe import Recipe, make_encoder
 from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
-from pipeline.models import context_token, describe_model, load_tokenizer, tokenizer_digest, vocabulary_token
+from pipeline.models import (
+    ModelInfo,
+    context_token,
+    describe_model,
+    load_tokenizer,
+    pin_tokenizer,
+    tokenizer_digest,
+    vocabulary_token,
+)
+from pipeline.round_trip import check_round_trip, sample_texts
 from pipeline.rows import ContextPolicy
 from storage.create import TableFiles, corpus_digest, new_store, refuse_if_taken
 from storage.growth import grown_table, settle
@@ -25,7 +34,8 @@ from storage.records import Record
 from storage.root import CorpusInfo
 from storage.store import Store, open_store
 from workers.matching import growth_of, refuse_growth, source_words, table_settings
-from workers.settings import CorpusSettings, ModelSettings, check_tokenizer
+from workers.settings import CorpusSettings, ModelSettings
+from workers.stored_tokenizer import check_tokenizer
 from workers.table_writing import write_table
 from workers.tabling import Cuts, Progress, TablePlan, plan_table
 from workers.tasks import Here, OnRay, Tasks
@@ -51,6 +61,10 @@ class Source:
     """The token that contexts begin with."""
     excluded: tuple[int, ...]
     separator: int | None
+    made_with: Record = field(default_factory=dict)
+    """Where the tokenizer was found."""
+    known_as: str | None = None
+    """The digest under which a store knows the tokenizer; its own, if not given."""
 
     @property
     def is_small(self) -> bool:
@@ -64,7 +78,7 @@ class Source:
         return {
             **table_settings(self.settings),
             "bos": self.bos,
-            "tokenizer": tokenizer_digest(self.tokenizer),
+            "tokenizer": self.known_as or tokenizer_digest(self.tokenizer),
             **self._tokens_as(),
             **self._chat_template(),
             "source": [
@@ -83,6 +97,29 @@ class Source:
 
     def _chat_template(self) -> Record:
         return {"chat_template": self.tokenizer.chat_template} if self.settings.messages else {}
+
+    def as_in(self, store: Store) -> "Source":
+        """The same with the tokenizer as a store knows it. Raises InputError if the store was planned with another."""
+        return replace(self, known_as=check_tokenizer(store, self.tokenizer, self._tokenizer_name))
+
+    @property
+    def _tokenizer_name(self) -> str:
+        return str(self.made_with.get("tokenizer", "the spec"))
+
+    def check_round_trip(self) -> None:
+        """Raise InputError for a tokenizer that does not give the corpus' own texts back. Reads the first of them."""
+        kind, _ = self.settings.content
+        if kind != "tokens":
+            check_round_trip(self.tokenizer, sample_texts(self._contents(), kind), self._tokenizer_name)
+
+    def _contents(self) -> Iterator[Sequence[Any]]:
+        for corpus in self.corpora:
+            if isinstance(corpus, NamedDataset):
+                yield from (chunk.contents for chunk in corpus.chunks())
+                continue
+            for number, file in enumerate(corpus.files):
+                for piece in corpus.format.pieces(number, file):
+                    yield from (chunk.contents for chunk in corpus.chunks(piece))
 
     def recipe(self) -> Recipe:
         """How records become documents. Raises InputError."""
@@ -105,8 +142,9 @@ class Source:
         return OnRay("planning")
 
 
-def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int) -> Source:
-    """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. Raises InputError."""
+def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int, commit: str | None = None) -> Source:
+    """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. `commit`: the model's, if
+    it is known already. Raises InputError."""
     kind, column = settings.content
     columns = Columns(column, kind, settings.labels, settings.columns)
     corpora: Sequence[Corpus | NamedDataset]
@@ -115,7 +153,9 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int)
         corpora = [NamedDataset(settings.path[0], settings.subset, settings.split, columns)]
     else:
         corpora = open_corpora(settings.path, columns, settings.format)
-    tokenizer = load_tokenizer(model.tokenizer or model.id, model.revision)
+    name, revision = model.tokenizer_place(commit or model.revision)
+    revision = pin_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name, revision)
     excluded = {vocabulary_token(tokenizer, token, "corpus.exclude_tokens") for token in settings.exclude_tokens}
     separator = settings.separator
     return Source(
@@ -126,6 +166,7 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int)
         bos=context_token(tokenizer, settings.bos),
         excluded=tuple(sorted(excluded)),
         separator=None if separator is None else vocabulary_token(tokenizer, separator, "corpus.separator"),
+        made_with={"tokenizer": name, "tokenizer_revision": revision},
     )
 
 
@@ -133,6 +174,7 @@ def plan_rows(
     source: Source, progress: Progress, tasks: Tasks, cuts: Cuts | None = None, roles: Sequence[str] = ()
 ) -> TablePlan:
     """Read, tokenise and lay out the corpus; write nothing. `roles`: see `plan_table`. Raises InputError."""
+    source.check_round_trip()
     return plan_table(source.corpora, source.recipe(), source.settings.rows, tasks, progress, cuts or Cuts(), roles)
 
 
@@ -144,22 +186,24 @@ def ensure_store(
     check: Callable[[int], None] = lambda num_rows: None,
     connect: Callable[[], None] | None = None,
     grow: bool = False,
+    info: ModelInfo | None = None,
 ) -> tuple[Store, bool]:
     """Open the store at `url` if its table is the one the spec describes, else make it, or with `grow` append to it
     what is missing. Return whether anything was written.
 
     `check` is given the number of rows that are new before anything is written; `connect` brings up Ray, for a large
-    corpus. Raises StoreMismatch, showing both values, when the store there has another table.
+    corpus; `info` is the model's, where it was described already. Raises StoreMismatch, showing both values, when the
+    store there has another table.
     """
-    info = describe_model(model.id, model.revision)
+    info = info or describe_model(model.id, model.revision)
     info.check_context(corpus.context)
-    source = open_source(corpus, model, info.vocabulary)
+    source = open_source(corpus, model, info.vocabulary, info.revision)
     place = open_place(url)
     if (place / "zarr.json").exists():
         if grow:
             settle(place)
         store = open_store(place)
-        check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, model.tokenizer or model.id)
+        source = source.as_in(store)
         growth = growth_of(store, source.identity)
         if growth is None:
             return store, False
@@ -210,7 +254,7 @@ def _write(source: Source, plan: TablePlan, files: TableFiles, tasks: Tasks, uni
         tokenizer_digest=source.identity["tokenizer"],
         plan=source.identity,
         skipped=plan.skipped.to_record(),
-        made_with=versions(),
+        made_with={**versions(), **source.made_with},
         segments=[
             {"rows": segment.rows, "documents": segment.documents, "of": source_words(of)}
             for segment, of in zip(segments, source.identity["source"], strict=True)

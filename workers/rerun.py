@@ -28,6 +28,7 @@ from storage.store import Store
 from storage.units import UnitBlock, rewrite_unit
 from workers.harvester import Harvester, HarvesterSetup, unit_block
 from workers.harvesting import blocks_of
+from workers.known_models import is_of_model
 from workers.tensors import to_torch
 from workers.versions import versions
 
@@ -51,7 +52,7 @@ def find_model(harvest: Harvest, names: Sequence[ModelName]) -> ModelInfo:
         except InputError as error:
             tried.append(str(error))
             continue
-        if info.fingerprint == wanted:
+        if is_of_model(harvest, info):
             return info
         tried.append(f"{name} has the fingerprint {info.fingerprint}")
     raise InputError(

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.errors import InputError
 from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
 from pipeline.sites import Site, parse_site
@@ -27,6 +26,23 @@ class ModelSettings(Settings):
     """What the model computes in."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not with the model."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of `tokenizer` on the hub; main, if not given. The model's own is at `revision`."""
+
+    @model_validator(mode="after")
+    def _revision_of_a_tokenizer(self) -> "ModelSettings":
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            raise ValueError(
+                "tokenizer_revision is that of a tokenizer from elsewhere: give its name as tokenizer; the model's own "
+                "has the model's revision"
+            )
+        return self
+
+    def tokenizer_place(self, commit: str) -> tuple[str, str]:
+        """The tokenizer's folder or repository, and its revision there. `commit`: the model's."""
+        if self.tokenizer is None or (self.tokenizer == self.id and self.tokenizer_revision is None):
+            return self.id, commit
+        return self.tokenizer, self.tokenizer_revision or "main"
 
 
 class CorpusSettings(Settings):
@@ -269,12 +285,3 @@ def compile_layers(harvest: HarvestSettings, info: ModelInfo, num_rows: int, lay
         return False
     flops_per_row = 2 * 12 * info.d_model**2 * layers  # 12 d^2 parameters a layer, two operations each
     return num_rows * flops_per_row > COMPILE_FROM_FLOPS["cuda" if harvest.gpus_per_worker else "cpu"]
-
-
-def check_tokenizer(found: str, stored: str, where: str) -> None:
-    """Raise InputError unless two tokenizer digests agree."""
-    if found != stored:
-        raise InputError(
-            f"the tokenizer of {where} ({found}) is not the one the store was planned with ({stored}): "
-            "token ids would mean other text. Give model.tokenizer the right one, or use another store"
-        )

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from pipeline.models import describe_model
+from pipeline.models import ModelInfo, describe_model
 from storage.anchors import AnchorSet, anchor_names, check_identity, read_anchors
 from storage.commits import committed_units, compact
 from storage.errors import StorageError
@@ -175,9 +175,11 @@ def plan_evaluations(
     train_settings: TrainSettings,
     anchors: Sequence[AnchorSettings],
     settings: EvaluateSettings,
+    info: ModelInfo | None = None,
 ) -> list[EvaluationPlan]:
-    """What is left to evaluate. Raises StorageError when a dictionary of the spec is not trained."""
-    info = describe_model(model.id, model.revision)
+    """What is left to evaluate. `info`: of the model, where it was described already. Raises StorageError when a
+    dictionary of the spec is not trained."""
+    info = info or describe_model(model.id, model.revision)
     plans = []
     for wanted in train_settings.dictionaries:
         run = open_run(store, wanted.name)
