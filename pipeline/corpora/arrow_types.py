@@ -88,14 +88,23 @@ def _is_id(found: pa.DataType) -> bool:
     return bool(pa.types.is_integer(found) or pa.types.is_null(found))
 
 
+def _meant(plain: pa.DataType) -> str | None:
+    """The kind of content that a column of another kind clearly holds."""
+    if plain in TEXT_TYPES:
+        return "text"
+    inner = plain_type(plain.value_type) if is_list(plain) else plain
+    if inner is plain:
+        return None
+    return "tokens" if pa.types.is_integer(inner) else "messages" if pa.types.is_struct(inner) else None
+
+
 def check_kind(kind: str, found: pa.DataType, column: str, where: str) -> None:
     """Raise InputError unless an Arrow column of this type can hold the content."""
     if _fits(kind, found):
         return
-    others = [other for other in WHAT if other != kind and _fits(other, found)]
     plain = plain_type(found)
-    if others:
-        advice = f"; name it as corpus.{others[0]}"
+    if other := _meant(plain):
+        advice = f"; name it as corpus.{other}"
     elif pa.types.is_struct(plain) and plain.num_fields:
         advice = f"; name one of its fields, as {column}.{plain.field(0).name}"
     else:

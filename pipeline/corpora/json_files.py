@@ -1,7 +1,7 @@
-"""Which of its layouts a file of JSON has, and the records of each: one a line, or all in one list.
+"""Which of its layouts a file of JSON has, and the records of each: one a line, all in one list, or over several lines.
 
-Both are read block by block. A line that is no record is counted and is no reason to stop; a list that is broken has no
-way to go on, so that the file is refused with the place.
+All are read block by block. A line that is no record is counted and is no reason to stop; in the other layouts there is
+no way to go on from what is broken, so that the file is refused with the place.
 """
 
 import codecs
@@ -25,6 +25,9 @@ OTHER_KINDS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet"
 """How files of other kinds begin, and their endings."""
 UNFINISHED = 12
 """A value that is cut shows within so many characters of the end (`-Infinit`, `\\u00e`), or in a text without end."""
+MOST_CHARACTERS = 2**28
+"""Of a record over several lines: a larger object holds records, and would fill the memory."""
+CUT = "it ends in the middle"
 BROKEN = "broken JSON"
 NO_OBJECT = "not a JSON object"
 TOO_DEEP = "JSON that is nested too deeply"
@@ -39,9 +42,9 @@ def with_head(blocks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     return b"".join(taken)[:HEAD_BYTES], chain(taken, blocks)
 
 
-def is_list(head: bytes, file: CorpusFile) -> bool:
-    """Whether a file that begins so is one list of records; else it has one a line. Raises InputError for a file of
-    another kind or in UTF-16 or UTF-32, and for records that go over several lines."""
+def layout_of(head: bytes, file: CorpusFile) -> str:
+    """Which layout a file has that begins so: lines, list, or objects (over several lines). Raises InputError for a
+    file of another kind or in UTF-16 or UTF-32."""
     if kind := next((kind for start, kind in OTHER_KINDS.items() if head.startswith(start)), None):
         raise InputError(f"corpus.path: {file.url} is no JSON: it begins as .{kind} files do; rename it")
     if head.startswith(OTHER_MARKS) or b"\0" in head[:4]:
@@ -52,10 +55,8 @@ def is_list(head: bytes, file: CorpusFile) -> bool:
     text = head.removeprefix(UTF8_MARK).decode("utf-8", "replace").lstrip()
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     if text.startswith("["):
-        return not (len(lines) > 1 and _parses(lines[0]))
-    if len(lines) > 1 and _goes_on(lines[0]) and not _parses(lines[1]):
-        raise _over_lines(text, file)
-    return False
+        return "lines" if len(lines) > 1 and _parses(lines[0]) else "list"
+    return "objects" if len(lines) > 1 and _goes_on(lines[0]) and not _parses(lines[1]) else "lines"
 
 
 def _parses(line: str) -> bool:
@@ -77,25 +78,25 @@ def _goes_on(line: str) -> bool:
     return False
 
 
-def _over_lines(text: str, file: CorpusFile) -> InputError:
-    inner = re.search(r'"([^"\\]+)"\s*:\s*\[\s*\{', text)
-    query = f".{json.dumps(inner[1])}[]" if inner else "."
-    what = f"if its records are the list {inner[1]!r}, " if inner else ""
-    return InputError(
-        f"corpus.path: {file.url} has JSON objects that go over several lines; give one record a line, or one list of "
-        f"records ([...]): {what}`jq -c '{query}' {file.name} > records.jsonl` writes one a line"
-    )
-
-
-def refuse_object(record: dict[str, Any], file: CorpusFile) -> None:
-    """Raise InputError if the only record of a file holds the records in a list."""
+def refuse_object(record: dict[str, Any], has_content: bool, file: CorpusFile) -> None:
+    """Raise InputError if the only record of a file holds the records: in a list, or column by column."""
+    columns = [value for value in record.values() if isinstance(value, list | dict)]
+    if has_content and len(columns) == len(record) and len({len(column) for column in columns}) == 1:
+        raise InputError(
+            f"corpus.path: {file.url} is one object that holds the records column by column; give one record a line: "
+            f"`pandas.read_json({file.name!r}).to_json('records.jsonl', orient='records', lines=True)` writes it so"
+        )
     for name, value in record.items():
-        if isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
-            query = f".{json.dumps(name)}[]"
-            raise InputError(
-                f"corpus.path: {file.url} is one object whose list {name!r} holds records; give one record a line, or "
-                f"the list alone: `jq -c '{query}' {file.name} > records.jsonl` writes one a line"
-            )
+        if not has_content and isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            raise _holds_records(name, file)
+
+
+def _holds_records(name: str, file: CorpusFile) -> InputError:
+    query = f".{json.dumps(name)}[]"
+    return InputError(
+        f"corpus.path: {file.url} is one object whose list {name!r} holds records; give one record a line, or the list "
+        f"alone: `jq -c '{query}' {file.name} > records.jsonl` writes one a line"
+    )
 
 
 # ---- one a line
@@ -141,31 +142,29 @@ def _reason(error: Exception) -> str:
     return BROKEN if isinstance(error, json.JSONDecodeError) else TOO_LONG
 
 
-# ---- all in one list
+# ---- all in one list, or over several lines
+
+Records = Iterator[tuple[dict[str, Any] | Unreadable, int]]
+"""Records, and how many characters each takes."""
 
 
-def records_in(blocks: Iterator[bytes], file: CorpusFile) -> Iterator[tuple[dict[str, Any] | Unreadable, int]]:
-    """The records of a list, and how many characters each takes. Raises InputError where the list is broken."""
+def records_in_list(blocks: Iterator[bytes], file: CorpusFile) -> Records:
+    """The records of a list. Raises InputError where it is broken."""
     text = _Text(blocks)
     if text.next() == "[":
         text.at += 1
     if text.next() == "]":
+        text.at += 1
         return
     number = 0
     while True:
-        before = text.passed
-        try:
-            value = text.value()
-        except (ValueError, RecursionError) as error:
-            where = "it ends in the middle" if text.next() == "" or text.is_cut else f"{_reason(error)}: {error}"
-            raise _damaged(file, number, where) from None
-        yield value if isinstance(value, dict) else Unreadable(NO_OBJECT), text.passed - before
+        yield _next_record(text, number, file)
         mark = text.next()
         text.at += 1
         if mark == "]":
             break
         if mark != ",":
-            raise _damaged(file, number, "it ends in the middle" if not mark else f"{mark!r} follows it")
+            raise _damaged(file, number, CUT if not mark else f"{mark!r} follows it")
         number += 1
     if text.next():
         raise InputError(
@@ -174,18 +173,44 @@ def records_in(blocks: Iterator[bytes], file: CorpusFile) -> Iterator[tuple[dict
         )
 
 
+def records_over_lines(blocks: Iterator[bytes], file: CorpusFile) -> Records:
+    """The records of a file that has one after the other, each over several lines. Raises InputError where it is
+    broken, and for one object that holds more than a record may."""
+    text = _Text(blocks, MOST_CHARACTERS)
+    number = 0
+    while text.next():
+        try:
+            yield _next_record(text, number, file)
+        except _TooLong:
+            found = re.search(r'"([^"\\]+)"\s*:\s*\[\s*\{', text.text[:HEAD_BYTES])
+            raise _holds_records(found[1] if found else "records", file) from None
+        number += 1
+
+
+def _next_record(text: "_Text", number: int, file: CorpusFile) -> tuple[dict[str, Any] | Unreadable, int]:
+    before = text.passed
+    try:
+        value = text.value()
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, number, CUT if text.is_cut else f"{_reason(error)}: {error}") from None
+    return value if isinstance(value, dict) else Unreadable(NO_OBJECT), text.passed - before
+
+
 def _damaged(file: CorpusFile, number: int, why: str) -> InputError:
     return InputError(
-        f"corpus.path: {file.url} is no JSON, it cannot be read beyond record {number} of its list (counted from 0): "
-        f"{why}"
+        f"corpus.path: {file.url} is no JSON, it cannot be read beyond record {number} (counted from 0): {why}"
     )
+
+
+class _TooLong(Exception):
+    """A value has more characters than it may."""
 
 
 class _Text:
     """The text of a file, of which no more is held than the value that is being read and a block."""
 
-    def __init__(self, blocks: Iterator[bytes]):
-        self._blocks = blocks
+    def __init__(self, blocks: Iterator[bytes], most: int | None = None):
+        self._blocks, self._most = blocks, most
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._read = json.JSONDecoder().raw_decode
         self._dropped = 0
@@ -210,7 +235,7 @@ class _Text:
             self._more()
 
     def value(self) -> Any:
-        """Read the JSON value that follows. Raises ValueError and RecursionError as `json` does."""
+        """Read the JSON value that follows. Raises ValueError and RecursionError as `json` does, and _TooLong."""
         self.next()
         while True:
             try:
@@ -229,6 +254,8 @@ class _Text:
     def _more(self) -> None:
         """Read at least as much as is held, so that a long value is not parsed again for every block."""
         parts = [self.text[self.at :]]
+        if self._most is not None and len(parts[0]) > self._most:
+            raise _TooLong
         wanted = max(BLOCK_BYTES, len(parts[0]))
         while wanted > 0 and not self.is_whole:
             block = next(self._blocks, b"")

@@ -1,7 +1,7 @@
 """Records in JSON (a line each, or one list) and texts of one document a file, also compressed (.gz, .zst).
 
 A line that is no JSON object, or has no content, is counted with its number, from 1, and is no reason to stop. Records
-of a list are counted from 0.
+of a list, or over several lines, are counted from 0.
 """
 
 import gzip
@@ -21,15 +21,16 @@ from pipeline.corpora.json_files import (
     OTHER_MARKS,
     UTF8_MARK,
     count_lines,
-    is_list,
+    layout_of,
     lines_of,
     record_of,
-    records_in,
+    records_in_list,
+    records_over_lines,
     refuse_object,
     with_head,
 )
 from pipeline.corpora.objects import chunk_of_objects
-from pipeline.corpora.paths import partitions
+from pipeline.corpora.paths import MISSING, find, partitions
 from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, Unreadable, chunk_of
 from pipeline.errors import InputError
 
@@ -54,7 +55,7 @@ class JsonLines:
             return [Piece(number, 0, file.num_bytes, 1, file.num_bytes)]
         pieces, start, first_line = [], 0, 1
         with file.open() as handle:
-            if is_list(handle.read(HEAD_BYTES), file):
+            if layout_of(handle.read(HEAD_BYTES), file) != "lines":
                 return [Piece(number, 0, file.num_bytes, 0, file.num_bytes)]
             handle.seek(0)
             while block := handle.read(PIECE_BYTES):
@@ -75,8 +76,10 @@ class JsonLines:
                 only = records[0]
                 yield chunk_of_objects(records, np.array(numbers, dtype=np.int64), self.columns, file, found)
         if found:
-            if number == 1 and isinstance(only, dict) and self.columns.content not in found:
-                refuse_object(only, file)
+            if number == 1 and isinstance(only, dict):
+                content = find(only, self.columns.content)
+                if content is MISSING or (self.columns.kind == "text" and not isinstance(content, str)):
+                    refuse_object(only, content is not MISSING, file)
             self.columns.check_present(sorted(found), file.url)
 
     def _groups(self, handle: IO[bytes], file: CorpusFile, piece: Piece) -> Iterator[Group]:
@@ -89,8 +92,9 @@ class JsonLines:
                 blocks = _blocks(handle, file, piece.stop)
             else:
                 head, blocks = with_head(_blocks(handle, file))
-            if is_list(head, file):
-                yield from _grouped((n, record, size) for n, (record, size) in enumerate(records_in(blocks, file)))
+            if (layout := layout_of(head, file)) != "lines":
+                records = records_in_list(blocks, file) if layout == "list" else records_over_lines(blocks, file)
+                yield from _grouped((number, *found) for number, found in enumerate(records))
                 return
         else:
             handle.seek(piece.start)

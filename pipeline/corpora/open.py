@@ -93,9 +93,15 @@ def open_corpus(path: str, columns: Columns, format: str = "auto") -> Corpus:
 
 
 def check_label_names(columns: Columns) -> None:
-    """Raise InputError for labels with names that the documents' own columns have."""
-    if reserved := sorted({*RESERVED_COLUMNS}.intersection(columns.labels)):
-        raise InputError(f"corpus.labels: {', '.join(reserved)} is a column of Granary's own; rename the label")
+    """Raise InputError for labels with names that the documents' own columns have, or two that SQL takes for one."""
+    if "" in columns.labels:
+        raise InputError("corpus.labels: a label without a name; give each its column's name")
+    known = {name: f"{name} is a column of Granary's own" for name in RESERVED_COLUMNS}
+    for label in dict.fromkeys(columns.labels):
+        if (same := label.casefold()) in known:
+            rest = "" if label == same else f", and SQL does not tell {label} from it"
+            raise InputError(f"corpus.labels: {known[same]}{rest}; rename the label")
+        known[same] = f"{label} is a label already"
 
 
 def _is_saved(path: str) -> bool:

@@ -23,7 +23,7 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 def splits(path: str) -> Iterator[tuple[str, str]]:
     """Every first step of a path and what is left of it, the longest step first."""
     yield path, ""
-    at = len(path)
+    at = len(path) - 1
     while (at := path.rfind(".", 0, at)) > 0:
         yield path[:at], path[at + 1 :]
 

@@ -150,8 +150,26 @@ def check_labels(labels: dict[str, pa.Array], numbers: npt.NDArray[np.int64], fi
             raise InputError(
                 f"corpus.labels: {name!r} has no value in {file.url}:{numbers[first]}; fill or drop such records"
             )
-        if len(values) and pa.types.is_nested(values.type):
-            where = f"{file.url}:{numbers[0]}"
+        if not len(values):
+            continue
+        where = f"{file.url}:{numbers[0]}"
+        if not _is_told(values):
+            raise InputError(
+                f"corpus.labels: {name!r} has values of the type {values.type} in {where}, which SQL or Python cannot "
+                "read: write them as texts, or leave the label out"
+            )
+        if pa.types.is_nested(values.type):
             fields = [values.type.field(i).name for i in range(values.type.num_fields)]
             advice = f"name one of its fields, as {name}.{fields[0]}" if pa.types.is_struct(values.type) else TAKEN
             raise InputError(f"corpus.labels: {name!r} is no single value but {values.type} in {where}; {advice}")
+
+
+def _is_told(values: pa.Array) -> bool:
+    """Whether the values of a label have names: times may be in a zone that is unknown, or finer than Python's."""
+    if not pa.types.is_temporal(values.type):
+        return not pa.types.is_decimal256(values.type)
+    try:
+        values.to_pylist()
+    except (pa.ArrowException, ValueError, LookupError):
+        return False
+    return not pa.types.is_interval(values.type)

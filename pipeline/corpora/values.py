@@ -16,6 +16,8 @@ from pipeline.corpora.records import Unreadable
 NO_ID = "a token id is missing"
 WORDS = ("content", "value")
 """Keys of a message that hold what is said, in the two spellings that there are."""
+READABLE = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary(), pa.float16(): pa.float32()}
+"""Types of labels of which Arrow or DuckDB can do little, and types of the same values."""
 Convert = Callable[[Any], Any]
 Int64 = npt.NDArray[np.int64]
 
@@ -117,9 +119,9 @@ def label_values(column: pa.Array) -> pa.Array | list[Any]:
     if getattr(column.type, "extension_name", "") == "arrow.uuid":
         return [str(value) if isinstance(value, UUID) else None for value in column.to_pylist()]
     values = plain(column)
-    if values.type == pa.string_view():
-        return values.cast(pa.string())
-    return values.cast(pa.binary()) if values.type == pa.binary_view() else values
+    if getattr(column.type, "extension_name", "") == "arrow.bool8":
+        return values.cast(pa.bool_())
+    return values.cast(READABLE[values.type]) if values.type in READABLE else values
 
 
 def python_values(array: pa.Array) -> list[Any]:

@@ -188,3 +188,15 @@ def test_an_arrow_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.arrow").write_bytes(content)
     with pytest.raises(InputError, match=r"corpus\.path: .*c\.arrow is damaged"):
         read_corpus(tmp_path / "c.arrow")
+
+
+def test_labels_that_sql_takes_for_one_are_refused(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "c.parquet", body=["a"], lang=["x"], Lang=["y"], Document=["z"]))
+    for labels, problem in (
+        (("Document",), "document is a column of Granary's own, and SQL does not tell Document from it; rename"),
+        (("lang", "Lang"), "lang is a label already, and SQL does not tell Lang from it; rename"),
+        (("",), "a label without a name"),
+    ):
+        with pytest.raises(InputError, match=rf"corpus\.labels: {problem}"):
+            open_corpus(path, Columns("body", "text", labels))
+    open_corpus(path, Columns("body", "text", ("lang", "lang")))

@@ -49,7 +49,7 @@ def test_a_list_that_is_cut_anywhere_into_blocks(block: int) -> None:
     text = json.dumps(values, ensure_ascii=block % 2 == 0).encode()
     content = (text[i : i + block] for i in range(0, len(text), block))
     file = lines.CorpusFile("c.json", len(text))
-    assert [record for record, _ in json_files.records_in(content, file)] == values
+    assert [record for record, _ in json_files.records_in_list(content, file)] == values
 
 
 def test_what_is_no_record_in_a_list_is_counted(tmp_path: Path, llama: Path) -> None:
@@ -68,7 +68,7 @@ def test_what_is_no_record_in_a_list_is_counted(tmp_path: Path, llama: Path) -> 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('[{"text": "a"}, {"text": "b"', r"beyond record 1 of its list \(counted from 0\): it ends in the middle"),
+        ('[{"text": "a"}, {"text": "b"', r"beyond record 1 \(counted from 0\): it ends in the middle"),
         ('[{"text": "a"}, {"text": "b', "beyond record 1 .*: it ends in the middle"),
         ('[{"text": "a"}', "beyond record 0 .*: it ends in the middle"),
         ("[", "beyond record 0 .*: it ends in the middle"),
@@ -116,19 +116,42 @@ def test_a_long_list_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "json.gz"])
 @pytest.mark.parametrize(
-    ("text", "advice"),
+    ("content", "advice"),
     [
-        (
-            '{\n  "data": [\n    {"text": "a"},\n    {"text": "b"}\n  ]\n}\n',
-            r"over several lines.*jq -c '\.\"data\"\[\]'",
-        ),
-        ('{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}', r"one object whose list 'data' .*\.\"data\"\[\]"),
-        ('{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n', r"over several lines.*`jq -c '\.' "),
+        ({"data": RECORDS[:2]}, r"one object whose list 'data' .*`jq -c '\.\"data\"\[\]'"),
+        ({"text": ["a", "b"], "n": [1, 2]}, r"one object that holds the records column by column; .*pandas\.read_json"),
+        ({"text": {"0": "a", "1": "b"}}, r"one object that holds the records column by column"),
+        ({"columns": ["text"], "data": [["a"]]}, r"no column 'text' in .*; it has columns, data"),
     ],
 )
-def test_objects_that_are_no_lines_are_refused_with_advice(tmp_path: Path, ending: str, text: str, advice: str) -> None:
-    (tmp_path / f"c.{ending}").write_bytes(packed(text.encode(), ending))
+@pytest.mark.parametrize("indent", [None, 2])
+def test_objects_that_hold_records_are_refused_with_advice(
+    tmp_path: Path, ending: str, content: Any, advice: str, indent: int | None
+) -> None:
+    (tmp_path / f"c.{ending}").write_bytes(packed(json.dumps(content, indent=indent).encode(), ending))
     with pytest.raises(InputError, match=advice):
+        read_corpus(tmp_path)
+
+
+def test_an_object_too_large_for_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "MOST_CHARACTERS", 5000)
+    monkeypatch.setattr(json_files, "BLOCK_BYTES", 1000)
+    (tmp_path / "c.json").write_text(json.dumps({"version": [1], "docs": RECORDS}, indent=1))
+    with pytest.raises(InputError, match="one object whose list 'docs' holds records"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["json", "json.zst"])
+def test_records_over_several_lines(tmp_path: Path, ending: str) -> None:
+    """As `jq .` writes them; or a file for each record."""
+    content = "\n".join(json.dumps(record, indent=1) for record in RECORDS)
+    (tmp_path / f"a.{ending}").write_bytes(packed(content.encode(), ending))
+    (tmp_path / f"b.{ending}").write_bytes(packed(json.dumps({"text": "b", "n": 1}, indent=4).encode(), ending))
+    found = read_corpus(tmp_path, labels=["n"])
+    assert found.contents == [*(record["text"] for record in RECORDS), "b"]
+    assert found.numbers == [*((0, i) for i in range(300)), (1, 0)]
+    (tmp_path / f"a.{ending}").write_bytes(packed(content[:-5].encode(), ending))
+    with pytest.raises(InputError, match=r"no JSON, .* beyond record 299 \(counted from 0\): it ends in the middle"):
         read_corpus(tmp_path)
 
 

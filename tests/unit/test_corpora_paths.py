@@ -158,3 +158,13 @@ def test_a_folder_without_a_value_gives_none(tmp_path: Path) -> None:
         (tmp_path / "c" / "lang=en").rename(folder)
     with pytest.raises(InputError, match=r"'lang' has no value in "):
         read_corpus(tmp_path / "c", labels=["lang"])
+
+
+@pytest.mark.parametrize("path", ["m.", ".m", "m..a", ".", "m.a.", "text.a"])
+def test_paths_that_are_none(tmp_path: Path, path: str) -> None:
+    records = [{"text": "a", "m": {"a": 1}}]
+    for write in (as_parquet, as_lines):
+        write(tmp_path, records)
+    for name in ("c.parquet", "c.jsonl"):
+        with pytest.raises(InputError, match=rf"corpus\.labels: no column '{path}' in "):
+            read_corpus(tmp_path / name, labels=[path])
