@@ -80,7 +80,8 @@ class Conditions:
             raise StorageError(f"{condition!r} cannot be asked of the rows: {what}. Write a simpler one") from None
         except duckdb.Error as error:
             (reason, *_) = re.split(r"\n(?:Candidate|LINE|Did you mean)", str(error))
-            names = ", ".join(line[0] for line in self._database.sql(f"DESCRIBE SELECT * FROM {_JOINED}").fetchall())
+            described = self._database.sql(f"DESCRIBE SELECT * FROM {_JOINED}").fetchall()
+            names = ", ".join(name if name.isidentifier() else f'"{name}"' for name, *_ in described)
             words = " ".join(reason.split())
             raise StorageError(f"{condition!r} cannot be asked of the rows: {words}. Columns: {names}") from None
         return np.asarray(columns["row"], dtype=np.int64)

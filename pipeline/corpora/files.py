@@ -86,7 +86,7 @@ def find_files(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
 def _find_local(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        paths = [p for p in path.rglob("*") if p.name.endswith(tuple(endings))]
+        paths = [p for p in path.rglob("*") if p.name.lower().endswith(tuple(endings))]
     else:
         paths = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (may be absolute)
     hidden = len(path.parts)
@@ -104,7 +104,7 @@ def _find_remote(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
             found = system.glob(path, detail=True)
         elif system.isdir(path):
             listed = system.find(path, detail=True)
-            found = {name: about for name, about in listed.items() if name.endswith(tuple(endings))}
+            found = {name: about for name, about in listed.items() if name.lower().endswith(tuple(endings))}
         elif system.exists(path):
             found = {path: system.info(path)}
         else:

@@ -1,10 +1,12 @@
-"""Records in JSON lines (.jsonl, also .gz and .zst), and texts of one document a file (.txt).
+"""Records in JSON (a line each, or one list) and texts of one document a file, also compressed (.gz, .zst).
 
-A line that is no JSON object, or has no content, is counted with its number, from 1, and is no reason to stop.
+A line that is no JSON object, or has no content, is counted with its number, from 1, and is no reason to stop. Records
+of a list, or over several lines, are counted from 0.
 """
 
 import gzip
-import json
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -13,16 +15,33 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, label_array
+from pipeline.corpora.json_files import (
+    BLOCK_BYTES,
+    HEAD_BYTES,
+    OTHER_MARKS,
+    UTF8_MARK,
+    count_lines,
+    layout_of,
+    lines_of,
+    record_of,
+    records_in_list,
+    records_over_lines,
+    refuse_object,
+    with_head,
+)
+from pipeline.corpora.objects import chunk_of_objects
+from pipeline.corpora.paths import MISSING, find, partitions
+from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, Unreadable, chunk_of
 from pipeline.errors import InputError
 
 PIECE_BYTES = 64 * 2**20
 """A local file that is not compressed is cut into pieces of about this size, at the ends of lines."""
 DECOMPRESSED_BYTES = 4
 """Bytes of text in a compressed one, about."""
-BROKEN = "broken JSON"
-KEYS_TOLD = 8
-"""Keys of a chunk's records that a refusal names at least, if there are so many."""
+_NOTHING = UTF8_MARK + b" \t\r\n"
+"""Bytes of lines in which there is nothing."""
+Group = tuple[list[int], list[dict[str, Any] | Unreadable]]
+"""Numbers of records, and the records."""
 
 
 @dataclass(frozen=True)
@@ -34,56 +53,54 @@ class JsonLines:
             return [Piece(number, 0, file.num_bytes, 1, file.num_bytes * DECOMPRESSED_BYTES)]
         if not file.is_local:  # counting its lines would fetch it twice
             return [Piece(number, 0, file.num_bytes, 1, file.num_bytes)]
-        pieces, start, first_line, lines = [], 0, 1, 0
+        pieces, start, first_line = [], 0, 1
         with file.open() as handle:
+            if layout_of(handle.read(HEAD_BYTES), file) != "lines":
+                return [Piece(number, 0, file.num_bytes, 0, file.num_bytes)]
+            handle.seek(0)
             while block := handle.read(PIECE_BYTES):
-                rest = handle.readline()
-                lines = block.count(b"\n") + (1 if rest else 0)
-                stop = start + len(block) + len(rest)
+                stop = _end_of_line(handle, start + len(block))
+                handle.seek(start + len(block))
+                rest = handle.read(stop - start - len(block))
                 pieces.append(Piece(number, start, stop, first_line, stop - start))
-                start, first_line = stop, first_line + lines
+                first_line += count_lines(block) + count_lines(rest) - (block[-1:] + rest[:1] == b"\r\n")
+                start = stop
         return pieces
 
     def read(self, file: CorpusFile, piece: Piece) -> Iterator[Chunk]:
-        seen: set[str] = set()
-        has_content = False
+        found: dict[str, None] = {}
+        number, only = 0, None
         with file.open() as handle, reading(file.url):
-            for first, lines in _grouped(_lines(handle, file, piece), piece.first_record):
-                chunk, keys = self._parse(first, lines, file)
-                seen.update(keys)
-                has_content |= len(chunk.numbers) > 0
-                yield chunk
-        if seen and not has_content:
-            self.columns.check_present(sorted(seen), file.url)
+            for numbers, records in self._groups(handle, file, piece):
+                number += len(records)
+                only = records[0]
+                yield chunk_of_objects(records, np.array(numbers, dtype=np.int64), self.columns, file, found)
+        if found:
+            if number == 1 and isinstance(only, dict):
+                content = find(only, self.columns.content)
+                if content is MISSING or (self.columns.kind == "text" and not isinstance(content, str)):
+                    refuse_object(only, content is not MISSING, file)
+            self.columns.check_present(sorted(found), file.url)
 
-    def _parse(self, first: int, lines: list[bytes], file: CorpusFile) -> tuple[Chunk, set[str]]:
-        """A chunk, and keys that its records have."""
-        numbers, records, broken = [], [], []
-        keys: set[str] = set()
-        for number, line in enumerate(lines, first):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                broken.append((number, BROKEN))
-                continue
-            if len(keys) < KEYS_TOLD:
-                keys.update(record)
-            if self.columns.content in record:
-                numbers.append(number)
-                records.append(record)
+    def _groups(self, handle: IO[bytes], file: CorpusFile, piece: Piece) -> Iterator[Group]:
+        """The records of a piece, in groups of about CHUNK_BYTES."""
+        if piece.start == 0:
+            head = b""
+            if _compression(file) is None and file.is_local:  # as `pieces` has seen it
+                head = handle.read(HEAD_BYTES)
+                handle.seek(0)
+                blocks = _blocks(handle, file, piece.stop)
             else:
-                broken.append((number, f"no key {self.columns.content!r}"))
-        at = np.array(numbers, dtype=np.int64)
-        labels = {
-            name: label_array(name, [r.get(name) for r in records], at, file, self.columns.key(name))
-            for name in self.columns.beside
-        }
-        self.columns.check_labels(labels, at, file)
-        return Chunk(at, [r[self.columns.content] for r in records], labels, broken), keys
+                head, blocks = with_head(_blocks(handle, file))
+            if (layout := layout_of(head, file)) != "lines":
+                records = records_in_list(blocks, file) if layout == "list" else records_over_lines(blocks, file)
+                yield from _grouped((number, *found) for number, found in enumerate(records))
+                return
+        else:
+            handle.seek(piece.start)
+            blocks = _blocks(handle, file, piece.stop - piece.start)
+        numbered = enumerate(lines_of(blocks), piece.first_record)
+        yield from _grouped((n, record_of(line), len(line)) for n, line in numbered if line.strip(_NOTHING))
 
 
 @dataclass(frozen=True)
@@ -93,58 +110,63 @@ class TextFiles:
     columns: Columns
 
     def pieces(self, number: int, file: CorpusFile) -> list[Piece]:
-        self.columns.check_present(["text", "file", "folder"], "text files")
-        return [Piece(number, 0, file.num_bytes, 0, file.num_bytes)]
+        self.columns.check_present(["text", "file", "folder", *partitions(file.url)], "text files")
+        times = 1 if _compression(file) is None else DECOMPRESSED_BYTES
+        return [Piece(number, 0, file.num_bytes, 0, file.num_bytes * times)]
 
     def read(self, file: CorpusFile, piece: Piece) -> Iterator[Chunk]:
         with file.open() as handle:
-            text = handle.read()
-        values = {"file": file.name, "folder": file.folder}
+            text = b"".join(_blocks(handle, file))
+        content: bytes | Unreadable = text.removeprefix(UTF8_MARK)
+        if text.startswith(OTHER_MARKS):
+            content = Unreadable("in UTF-16 or UTF-32, not UTF-8")
+        values = {**partitions(file.url), "file": file.name, "folder": file.folder}
         labels = {name: pa.array([values[name]], pa.string()) for name in self.columns.beside}
-        yield Chunk(np.zeros(1, dtype=np.int64), [text], labels)
+        yield chunk_of(np.zeros(1, dtype=np.int64), [content], labels, file, self.columns.kept)
 
 
 def _compression(file: CorpusFile) -> str | None:
-    return {"gz": "gzip", "zst": "zstd"}.get(file.name.rpartition(".")[2])
+    return {"gz": "gzip", "zst": "zstd"}.get(file.name.lower().rpartition(".")[2])
 
 
-def _lines(handle: IO[bytes], file: CorpusFile, piece: Piece) -> Iterator[bytes]:
+def _blocks(handle: IO[bytes], file: CorpusFile, num_bytes: int | None = None) -> Iterator[bytes]:
+    """The content of a file, decompressed; `num_bytes` from where the handle is, or all. Raises InputError."""
     compression = _compression(file)
     try:
+        stream: Any = handle
         if compression == "gzip":
-            with gzip.open(handle) as text:  # checks the sum at the end, and takes files of several members
-                yield from text
+            stream = gzip.GzipFile(fileobj=handle)  # checks the sum at the end, and takes files of several members
         elif compression == "zstd":
-            yield from _split(pa.CompressedInputStream(pa.PythonFile(handle, "r"), "zstd"))
-        else:
-            handle.seek(piece.start)
-            read = 0
-            while read < piece.stop - piece.start and (line := handle.readline()):
-                read += len(line)
-                yield line
-    except (OSError, EOFError, pa.ArrowException) as error:
+            stream = pa.CompressedInputStream(pa.PythonFile(handle, "r"), "zstd")
+        while block := stream.read(BLOCK_BYTES if num_bytes is None else min(BLOCK_BYTES, num_bytes)):
+            yield block
+            num_bytes = None if num_bytes is None else num_bytes - len(block)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise InputError(f"corpus.path: {file.url} is damaged, it cannot be read to its end: {error}") from None
 
 
-def _split(stream: Any) -> Iterator[bytes]:
-    """The lines of a stream that only knows blocks."""
-    rest = b""
-    while block := stream.read(2**20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
+def _end_of_line(handle: IO[bytes], at: int) -> int:
+    """The place behind the first end of a line that is found from `at` on."""
+    handle.seek(at)
+    while part := handle.read(HEAD_BYTES):
+        if found := re.search(rb"\r\n?|\n", part):
+            is_cut = found[0] == b"\r" and found.end() == len(part)
+            return at + found.end() + (is_cut and handle.read(1) == b"\n")
+        at += len(part)
+    return at
 
 
-def _grouped(lines: Iterator[bytes], first: int) -> Iterator[tuple[int, list[bytes]]]:
-    """Groups of lines of about CHUNK_BYTES, each with the number of its first line."""
-    group: list[bytes] = []
-    size = 0
-    for line in lines:
-        group.append(line)
-        size += len(line)
-        if size >= CHUNK_BYTES:
-            yield first, group
-            first, group, size = first + len(group), [], 0
+def _grouped(records: Iterator[tuple[int, dict[str, Any] | Unreadable, int]]) -> Iterator[Group]:
+    """Groups of records of about CHUNK_BYTES together."""
+    numbers: list[int] = []
+    group: list[dict[str, Any] | Unreadable] = []
+    total = 0
+    for number, record, size in records:
+        numbers.append(number)
+        group.append(record)
+        total += size
+        if total >= CHUNK_BYTES:
+            yield numbers, group
+            numbers, group, total = [], [], 0
     if group:
-        yield first, group
+        yield numbers, group

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import Chunk, Columns, label_array
+from pipeline.corpora.objects import chunk_of_objects
+from pipeline.corpora.records import Chunk, Columns
 from pipeline.errors import InputError
 
 RECORDS_AT_ONCE = 256
@@ -53,12 +54,10 @@ class NamedDataset:
                 raise InputError(f"corpus.path: the dataset {self.path} cannot be streamed: {reason}") from None
             first = 0
             while records := list(islice(stream, RECORDS_AT_ONCE)):
-                self.columns.check_present(sorted(records[0]), f"the dataset {self.path}")
-                numbers = np.arange(first, first + len(records))
-                labels = {
-                    name: label_array(name, [r.get(name) for r in records], numbers, self.file, self.columns.key(name))
-                    for name in self.columns.beside
-                }
-                self.columns.check_labels(labels, numbers, self.file)
-                yield Chunk(numbers, [r.get(self.columns.content) for r in records], labels)
+                found: dict[str, None] = {}
+                chunk = chunk_of_objects(
+                    records, np.arange(first, first + len(records)), self.columns, self.file, found
+                )
+                self.columns.check_present(sorted(found), f"the dataset {self.path}")
+                yield chunk
                 first += len(records)

@@ -13,10 +13,23 @@ from pipeline.errors import InputError
 ENDINGS = {
     "parquet": (".parquet",),
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".ndjson"),
-    "text": (".txt",),
+    "text": (".txt", ".txt.gz", ".txt.zst"),
     "saved": (".arrow",),
 }
-"""Format -> the endings of its files."""
+"""Format -> the endings of its files, in lower case; files may have them in upper case, too."""
+TO_PARQUET = (
+    "write it as Parquet first, as with `duckdb -c \"copy (from read_csv('{name}', all_varchar = true)) to "
+    "'corpus.parquet'\"`"
+)
+UNPACK = "unpack it first, as with `{0} -d {{name}}`, or compress it as .gz or .zst"
+ADVICE = {
+    (".csv", ".tsv", ".csv.gz", ".tsv.gz"): f"a table without types: {TO_PARQUET}",
+    (".xz",): UNPACK.format("xz"),
+    (".bz2",): UNPACK.format("bzip2"),
+    (".zip", ".tar", ".tgz", ".tar.gz"): "an archive: unpack it first",
+    (".feather", ".orc", ".avro"): "a table of another kind: write it as Parquet first",
+}
+"""Endings that people have and no format: what to do."""
 READERS: dict[str, Callable[[Columns], Format]] = {
     "parquet": Parquet,
     "jsonl": JsonLines,
@@ -80,9 +93,15 @@ def open_corpus(path: str, columns: Columns, format: str = "auto") -> Corpus:
 
 
 def check_label_names(columns: Columns) -> None:
-    """Raise InputError for labels and columns with names that the documents' own columns have."""
-    if reserved := sorted({*RESERVED_COLUMNS}.intersection(columns.beside)):
-        raise InputError(f"{columns.key(reserved[0])}: {', '.join(reserved)} is a column of Granary's own; rename it")
+    """Raise InputError for labels with names that the documents' own columns have, or two that SQL takes for one."""
+    if "" in columns.beside:
+        raise InputError("corpus.labels: a label without a name; give each its column's name")
+    known = {name: f"{name} is a column of Granary's own" for name in RESERVED_COLUMNS}
+    for label in dict.fromkeys(columns.beside):
+        if (same := label.casefold()) in known:
+            rest = "" if label == same else f", and SQL does not tell {label} from it"
+            raise InputError(f"{columns.key(label)}: {known[same]}{rest}; rename it")
+        known[same] = f"{label} is kept already"
 
 
 def _is_saved(path: str) -> bool:
@@ -93,6 +112,8 @@ def _format_of(files: list[CorpusFile], path: str) -> str:
     examples: dict[str, str] = {}
     for file in files:
         known = [name for name, endings in ENDINGS.items() if file.name.lower().endswith(endings)]
+        if advice := next((a for ends, a in ADVICE.items() if not known and file.name.lower().endswith(ends)), None):
+            raise InputError(f"corpus.path: {file.url} cannot be read, {advice.format(name=file.name)}")
         if not known:
             raise InputError(
                 f"corpus.path: the ending of {file.url} says nothing of its format; known are "

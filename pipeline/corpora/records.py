@@ -1,8 +1,7 @@
 """What every format gives: pieces that can be read apart from one another, and records in chunks of bounded size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +16,12 @@ CHUNK_BYTES = 8 * 2**20
 FILE_SHIFT = 40
 """A record's number in the corpus is its file's number times 2^40, plus its number in the file: known without counting
 the records of other files."""
+TAKEN = "labels are texts, numbers or truth values: turn such values into those, or leave the label out"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of the corpus are read."""
+    """Which columns of the corpus are read. Each is a column's name, or a path into it: `meta.source`."""
 
     content: str
     """The column of texts, token ids or messages."""
@@ -36,24 +36,26 @@ class Columns:
         """What is kept beside each document."""
         return (*self.labels, *self.kept)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter((self.content, *(name for name in self.beside if name != self.content)))
-
     def key(self, name: str) -> str:
         """The key of the spec that names what is kept beside documents."""
         return "corpus.labels" if name in self.labels else "corpus.columns"
 
-    def check_labels(self, values: dict[str, pa.Array], numbers: npt.NDArray[np.int64], file: CorpusFile) -> None:
-        """Raise InputError for labels that are no scalars, and for one without a value: see `check_labels`."""
-        check_labels({name: values[name] for name in self.labels}, numbers, file)
-
-    def check_present(self, found: Sequence[str], where: str) -> None:
-        """Raise InputError for a column that is not among those of a file."""
-        for key, column in [
+    def wanted(self) -> list[tuple[str, str]]:
+        """Every column to read, each with the key of the spec that names it."""
+        return [
             (self.kind, self.content),
             *(("labels", label) for label in self.labels),
             *(("columns", name) for name in self.kept),
-        ]:
+        ]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns to read, each once."""
+        return tuple(dict.fromkeys(name for _, name in self.wanted()))
+
+    def check_present(self, found: Collection[str], where: str) -> None:
+        """Raise InputError for a column that is not among those of a file."""
+        for key, column in self.wanted():
             if column not in found:
                 raise InputError(f"corpus.{key}: no column {column!r} in {where}; it has {', '.join(found)}")
 
@@ -70,6 +72,13 @@ class Piece:
     first_record: int
     num_bytes: int
     """About as much content, uncompressed."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for the content of a record that cannot be read."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -96,20 +105,44 @@ class Format(Protocol):
         ...
 
 
-def label_array(
-    name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile, key: str = "corpus.labels"
-) -> pa.Array:
+def chunk_of(
+    numbers: npt.NDArray[np.int64],
+    contents: Sequence[Any],
+    labels: Mapping[str, pa.Array | list[Any]],
+    file: CorpusFile,
+    kept: Collection[str] = (),
+) -> Chunk:
+    """Make a chunk of records, some of which may be Unreadable: these are set aside, whatever their labels are.
+
+    Labels are Arrow arrays, or lists of values as JSON has them. Raises InputError for those that are none; what is
+    `kept` without being a label may be missing.
+    """
+    broken = [(int(n), c.reason) for n, c in zip(numbers, contents, strict=True) if isinstance(c, Unreadable)]
+    if broken:
+        sound = np.flatnonzero([not isinstance(content, Unreadable) for content in contents])
+        labels = {name: _taken(values, sound) for name, values in labels.items()}
+        numbers, contents = numbers[sound], [contents[i] for i in sound.tolist()]
+    arrays = {
+        name: label_array(name, values, numbers, file) if isinstance(values, list) else values
+        for name, values in labels.items()
+    }
+    check_labels({name: values for name, values in arrays.items() if name not in kept}, numbers, file)
+    return Chunk(numbers, list(contents), arrays, broken)
+
+
+def _taken(values: pa.Array | list[Any], kept: npt.NDArray[np.int64]) -> pa.Array | list[Any]:
+    return [values[i] for i in kept.tolist()] if isinstance(values, list) else values.take(pa.array(kept))
+
+
+def label_array(name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile) -> pa.Array:
     """The values of a label in the records `numbers`, as JSON has them. Raises InputError for what is no label."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
         for number, value in zip(numbers.tolist(), values, strict=True):
             if problem := _no_label(value):
-                raise InputError(f"{key}: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
-        raise InputError(f"{key}: {name!r} has values of different types in {file.url}: {error}") from None
-
-
-TAKEN = "labels are texts, numbers or truth values: turn such values into those, or leave the label out"
+                raise InputError(f"corpus.labels: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
+        raise InputError(f"corpus.labels: {name!r} has values of different types in {file.url}: {error}") from None
 
 
 def _no_label(value: Any) -> str | None:
@@ -134,33 +167,26 @@ def check_labels(labels: dict[str, pa.Array], numbers: npt.NDArray[np.int64], fi
             raise InputError(
                 f"corpus.labels: {name!r} has no value in {file.url}:{numbers[first]}; fill or drop such records"
             )
-        if len(values) and pa.types.is_nested(values.type):
-            where = f"{file.url}:{numbers[0]}"
-            raise InputError(f"corpus.labels: {name!r} is no single value but {values.type} in {where}; {TAKEN}")
+        if not len(values):
+            continue
+        where = f"{file.url}:{numbers[0]}"
+        if not _is_told(values):
+            raise InputError(
+                f"corpus.labels: {name!r} has values of the type {values.type} in {where}, which SQL or Python cannot "
+                "read: write them as texts, or leave the label out"
+            )
+        if pa.types.is_nested(values.type):
+            fields = [values.type.field(i).name for i in range(values.type.num_fields)]
+            advice = f"name one of its fields, as {name}.{fields[0]}" if pa.types.is_struct(values.type) else TAKEN
+            raise InputError(f"corpus.labels: {name!r} is no single value but {values.type} in {where}; {advice}")
 
 
-def content_list(column: pa.Array, kind: str) -> list[Any]:
-    """An Arrow column as a list: of texts as bytes, which may be no UTF-8, of arrays of token ids, or of messages."""
-    if kind == "text":
-        return list(column.cast(pa.large_binary()).to_pylist())
-    if kind == "tokens":
-        values, offsets = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
-        valid = column.is_valid().to_pylist()
-        return [values[a:b] if ok else None for (a, b), ok in zip(pairwise(offsets), valid, strict=True)]
-    return list(column.to_pylist())
-
-
-TEXT_TYPES = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.string_view(), pa.binary_view())
-
-
-def check_kind(kind: str, found: pa.DataType, column: str, where: str) -> None:
-    """Raise InputError unless an Arrow column of this type can hold the content."""
-    is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
-    fits = {
-        "text": found in TEXT_TYPES,
-        "tokens": is_list and pa.types.is_integer(found.value_type),
-        "messages": is_list and pa.types.is_struct(found.value_type),
-    }
-    what = {"text": "text", "tokens": "lists of token ids", "messages": "lists of messages ({role, content})"}
-    if not fits[kind]:
-        raise InputError(f"corpus.{kind}: column {column!r} of {where} holds {found}, not {what[kind]}")
+def _is_told(values: pa.Array) -> bool:
+    """Whether the values of a label have names: times may be in a zone that is unknown, or finer than Python's."""
+    if not pa.types.is_temporal(values.type):
+        return not pa.types.is_decimal256(values.type)
+    try:
+        values.to_pylist()
+    except (pa.ArrowException, ValueError, LookupError):
+        return False
+    return not pa.types.is_interval(values.type)

@@ -1,5 +1,5 @@
-"""Records in Arrow's two kinds of files: Parquet, cut by row groups, and the Arrow files of Hugging Face datasets that
-were saved to disk (`save_to_disk`), cut by files."""
+"""Records in Arrow's kinds of files: Parquet, cut by row groups, and Arrow files, cut by files: those of Hugging Face
+datasets that were saved to disk (`save_to_disk`), and others (Arrow's stream format and its file format)."""
 
 import json
 from collections.abc import Iterator
@@ -10,14 +10,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.corpora.arrow_types import check_kind, plain_type
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_kind, content_list
+from pipeline.corpora.paths import MISSING, Route, find, find_route, partitions, schema_names
+from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, Unreadable, chunk_of
+from pipeline.corpora.values import content_list, content_value, label_values, plain, python_values
 from pipeline.errors import InputError
 
 MOST_RECORDS = 8192
 """Records of a chunk at most, however short they are."""
+FILE_MAGIC = b"ARROW1"
+"""How Arrow's file format begins; its stream format has no mark."""
+Routes = dict[str, Route | str | None]
+"""Where each column is: in the table, or the value that the file's folder gives it."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +34,28 @@ class Parquet:
 
     def pieces(self, number: int, file: CorpusFile) -> list[Piece]:
         with _parquet(file) as parquet:
-            _check_schema(self.columns, parquet.schema_arrow, file)
+            content = find_routes(self.columns, parquet.schema_arrow, file)[self.columns.content]
+            assert isinstance(content, Route)
             pieces, first = [], 0
             for group in range(parquet.num_row_groups):
                 about = parquet.metadata.row_group(group)
                 if about.num_rows:
-                    pieces.append(Piece(number, group, group + 1, first, _content_bytes(about, self.columns)))
+                    num_bytes = _content_bytes(about, content.column, self.columns.kind)
+                    pieces.append(Piece(number, group, group + 1, first, num_bytes))
                 first += about.num_rows
             return pieces
 
     def read(self, file: CorpusFile, piece: Piece) -> Iterator[Chunk]:
         with _parquet(file) as parquet:
+            routes = find_routes(self.columns, parquet.schema_arrow, file)
             about = parquet.metadata.row_group(piece.start)
             mean = max(1, piece.num_bytes // about.num_rows)
             batches = parquet.iter_batches(
                 batch_size=min(MOST_RECORDS, max(1, CHUNK_BYTES // mean)),
                 row_groups=list(range(piece.start, piece.stop)),
-                columns=list(self.columns),
+                columns=list(dict.fromkeys(route.column for route in routes.values() if isinstance(route, Route))),
             )
-            yield from _chunks(batches, piece.first_record, self.columns, file)
+            yield from _chunks(batches, piece.first_record, self.columns, routes, file)
 
 
 @dataclass(frozen=True)
@@ -52,13 +63,15 @@ class SavedDataset:
     columns: Columns
 
     def pieces(self, number: int, file: CorpusFile) -> list[Piece]:
-        with _arrow(file) as stream:
-            _check_schema(self.columns, stream.schema, file)
+        with _arrow(file) as (schema, _):
+            find_routes(self.columns, schema, file)
         return [Piece(number, 0, 1, 0, file.num_bytes)]
 
     def read(self, file: CorpusFile, piece: Piece) -> Iterator[Chunk]:
-        with _arrow(file) as stream:
-            yield from _chunks(_sliced(stream), 0, self.columns, file)
+        with _arrow(file) as (schema, batches):
+            routes = find_routes(self.columns, schema, file)
+            tops = list(dict.fromkeys(route.names[0] for route in routes.values() if isinstance(route, Route)))
+            yield from _chunks(_sliced(batch.select(tops) for batch in batches), 0, self.columns, routes, file)
 
 
 def saved_files(folder: str) -> list[CorpusFile]:
@@ -70,41 +83,98 @@ def saved_files(folder: str) -> list[CorpusFile]:
             f"{folder.rstrip('/')}/{splits[0]}"
         )
     with reading(folder):
-        names = [f["filename"] for f in json.loads((Path(folder) / "state.json").read_text())["_data_files"]]
+        state = (Path(folder) / "state.json").read_text()
+        try:
+            names = [f["filename"] for f in json.loads(state)["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"corpus.path: {folder} has a state.json that is not one of a saved dataset") from None
         return [CorpusFile(str(Path(folder) / name), (Path(folder) / name).stat().st_size) for name in names]
 
 
-def _check_schema(columns: Columns, schema: pa.Schema, file: CorpusFile) -> None:
-    columns.check_present(schema.names, file.url)
-    check_kind(columns.kind, schema.field(columns.content).type, columns.content, file.url)
+def find_routes(columns: Columns, schema: pa.Schema, file: CorpusFile) -> Routes:
+    """Where each column of a file is. Raises InputError for one that it does not have, or whose type does not fit."""
+    for key, name in columns.wanted():
+        if schema.names.count(name.partition(".")[0]) > 1 or schema.names.count(name) > 1:
+            raise InputError(f"corpus.{key}: {file.url} has two columns of the name {name!r}: rename one of them")
+    of_folders = partitions(file.url)
+    routes: Routes = {name: find_route(list(schema), name) for name in columns.names}
+    for name in columns.beside:
+        if routes[name] is None and name != columns.content:
+            routes[name] = of_folders.get(name)
+    there = {name for name in columns.beside if name in of_folders} | {name for name in routes if routes[name]}
+    columns.check_present([*dict.fromkeys([*schema_names(list(schema), columns.names), *sorted(there)])], file.url)
+    content = routes[columns.content]
+    assert isinstance(content, Route)
+    if not content.inside:
+        check_kind(columns.kind, _type_at(schema, content), columns.content, file.url)
+    return routes
 
 
-def _chunks(batches: Iterator[pa.RecordBatch], first: int, columns: Columns, file: CorpusFile) -> Iterator[Chunk]:
+def _type_at(schema: pa.Schema, route: Route) -> pa.DataType:
+    found = schema.field(route.names[0]).type
+    for name in route.names[1:]:
+        found = plain_type(found).field(name).type
+    return found
+
+
+def _array_at(batch: pa.RecordBatch, route: Route) -> pa.Array:
+    array = batch.column(route.names[0])
+    for name in route.names[1:]:
+        array = plain(array)
+        array = pc.struct_field(array, array.type.get_field_index(name))  # by its number: names may have dots
+    return array
+
+
+def _chunks(
+    batches: Iterator[pa.RecordBatch], first: int, columns: Columns, routes: Routes, file: CorpusFile
+) -> Iterator[Chunk]:
     for batch in batches:
         numbers = np.arange(first, first + batch.num_rows)
-        labels = {name: _decoded(batch.column(name)) for name in columns.beside}
-        columns.check_labels(labels, numbers, file)
-        yield Chunk(numbers, content_list(batch.column(columns.content), columns.kind), labels)
+        labels = {name: _labels(batch, routes[name], name, columns, file) for name in columns.beside}
+        yield chunk_of(numbers, _contents(batch, routes[columns.content], columns), labels, file, columns.kept)
         first += batch.num_rows
 
 
-def _decoded(column: pa.Array) -> pa.Array:
-    """Pandas' categories as their values: dictionaries differ from file to file."""
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+def _contents(batch: pa.RecordBatch, route: Route | str | None, columns: Columns) -> list[Any]:
+    assert isinstance(route, Route)
+    array = _array_at(batch, route)
+    if not route.inside:
+        return content_list(array, columns.kind)
+    absent = Unreadable(f"no key {columns.content!r}")
+    found = [find(value, route.inside) for value in python_values(array)]
+    return [absent if value is MISSING else content_value(value, columns.kind) for value in found]
 
 
-def _sliced(stream: Any) -> Iterator[pa.RecordBatch]:
+def _labels(
+    batch: pa.RecordBatch, route: Route | str | None, name: str, columns: Columns, file: CorpusFile
+) -> pa.Array | list[Any]:
+    if not isinstance(route, Route):
+        return pa.array([route] * batch.num_rows, pa.string())
+    array = _array_at(batch, route)
+    if not route.inside:
+        return label_values(array)
+    found = [find(value, route.inside) for value in python_values(array)]
+    if found and all(value is MISSING for value in found):
+        column = ".".join(route.names)
+        raise InputError(
+            f"{columns.key(name)}: no column {name!r} in {file.url}; its column {column!r} holds values in "
+            f"which there is no {route.inside!r}, as {str(array[0])[:80]!r}"
+        )
+    return [None if value is MISSING else value for value in found]
+
+
+def _sliced(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Batches as they were written may be of any size."""
-    for batch in stream:
-        most = max(1, batch.num_rows * CHUNK_BYTES // max(1, batch.nbytes))
+    for batch in batches:
+        most = max(1, batch.num_rows * CHUNK_BYTES // max(1, batch.get_total_buffer_size()))
         yield from (batch.slice(start, most) for start in range(0, batch.num_rows, most))
 
 
-def _content_bytes(group: Any, columns: Columns) -> int:
+def _content_bytes(group: Any, column: str, kind: str) -> int:
     """Bytes of the content in a row group, out of Parquet's encodings: of texts, or of 32-bit token ids."""
     leaves = [group.column(i) for i in range(group.num_columns)]
-    leaves = [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == columns.content]
-    return sum(leaf.num_values * 4 if columns.kind == "tokens" else leaf.total_uncompressed_size for leaf in leaves)
+    leaves = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{column}.")]
+    return sum(leaf.num_values * 4 if kind == "tokens" else leaf.total_uncompressed_size for leaf in leaves)
 
 
 @contextmanager
@@ -119,9 +189,18 @@ def _parquet(file: CorpusFile) -> Iterator[pq.ParquetFile]:
 
 
 @contextmanager
-def _arrow(file: CorpusFile) -> Iterator[Any]:
+def _arrow(file: CorpusFile) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """The schema and the batches of a file in either of Arrow's formats."""
     with file.open() as handle, _damage(file):
-        yield pa.ipc.open_stream(pa.memory_map(file.url) if file.is_local else handle)
+        source = pa.memory_map(file.url) if file.is_local else pa.PythonFile(handle, "r")
+        begins = source.read(len(FILE_MAGIC))
+        source.seek(0)
+        if begins == FILE_MAGIC:
+            reader = pa.ipc.open_file(source)
+            yield reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            stream = pa.ipc.open_stream(source)
+            yield stream.schema, iter(stream)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Finding the files of a corpus, here and at URLs, and telling them apart by what is in them."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -101,12 +103,12 @@ def test_fingerprint_of_a_large_file_samples_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "corpus.csv").write_text("text\nx\n")
+    (tmp_path / "corpus.log").write_text("text\nx\n")
     with pytest.raises(
         InputError,
-        match=r"the ending of .*corpus\.csv says nothing of its format; known are \.parquet, .*corpus\.format",
+        match=r"the ending of .*corpus\.log says nothing of its format; known are \.parquet, .*corpus\.format",
     ):
-        open_corpus(str(tmp_path / "corpus.csv"), COLUMNS)
+        open_corpus(str(tmp_path / "corpus.log"), COLUMNS)
     (tmp_path / "lines.dat").write_text('{"text": "x"}')
     assert read_corpus(tmp_path / "lines.dat", format="jsonl").contents == ["x"]
 
@@ -125,3 +127,76 @@ def test_labels_of_our_own_columns_are_refused(tmp_path: Path, label: str) -> No
     path = write(tmp_path / "corpus.parquet", body=["a"], **{label: ["x"]})
     with pytest.raises(InputError, match=rf"corpus\.labels: {label} is a column of Granary's own"):
         open_corpus(str(path), Columns("body", "text", (label,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("c.csv", r"a table without types: write it as Parquet first, .*read_csv\('c\.csv', all_varchar = true\)"),
+        ("c.TSV.gz", "a table without types"),
+        ("c.jsonl.xz", r"unpack it first, as with `xz -d c\.jsonl\.xz`, or compress it as \.gz or \.zst"),
+        ("c.jsonl.bz2", "unpack it first, as with `bzip2 -d"),
+        ("c.tar.gz", "an archive: unpack it first"),
+        ("c.feather", "a table of another kind: write it as Parquet first"),
+    ],
+)
+def test_files_of_kinds_that_are_not_read_are_refused_with_advice(tmp_path: Path, name: str, advice: str) -> None:
+    (tmp_path / name).write_text("text")
+    with pytest.raises(InputError, match=rf"corpus\.path: .*{name} cannot be read, {advice}"):
+        open_corpus(str(tmp_path / name), COLUMNS)
+
+
+def test_endings_in_upper_case(tmp_path: Path) -> None:
+    write(tmp_path / "A.PARQUET", text=["one"])
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "B.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "two"}'))
+    assert read_corpus(tmp_path / "lines").contents == ["two"]
+    assert read_corpus(tmp_path / "A.PARQUET").contents == [b"one"]
+    (tmp_path / "lines" / "B.JSONL.GZ").unlink()
+    assert read_corpus(tmp_path).contents == [b"one"]
+
+
+def test_what_other_tools_leave_beside_their_files(tmp_path: Path) -> None:
+    """Spark's marks and sums, pandas' index, Parquet's summaries, empty row groups, files without rows."""
+    frame = pandas.DataFrame({"text": ["a", "b"], "n": [1, 2]}, index=[7, 9])
+    frame.to_parquet(tmp_path / "part-1.parquet")
+    frame.iloc[:0].to_parquet(tmp_path / "part-0.parquet")
+    schema = pq.read_schema(tmp_path / "part-1.parquet")
+    with pq.ParquetWriter(tmp_path / "part-2.parquet", schema) as writer:
+        table = pq.read_table(tmp_path / "part-1.parquet")
+        for part in (table.slice(0, 0), table, table.slice(0, 0), table.slice(1)):
+            writer.write_table(part)
+    pq.write_metadata(schema, tmp_path / "_common_metadata")
+    pq.write_metadata(schema, tmp_path / "_metadata")
+    (tmp_path / "_SUCCESS").write_text("")
+    (tmp_path / ".part-0.parquet.crc").write_bytes(b"crc")
+    found = read_corpus(tmp_path, labels=["n"])
+    assert found.contents == [b"a", b"b", b"a", b"b", b"b"]
+    assert found.labels["n"] == [1, 2, 1, 2, 2]
+    assert found.numbers == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
+
+
+def test_a_folder_that_only_looks_like_a_saved_dataset(tmp_path: Path) -> None:
+    for content in ("no JSON", "[]", '{"step": 5}', '{"_data_files": [1]}'):
+        (tmp_path / "state.json").write_text(content)
+        with pytest.raises(InputError, match=r"state\.json that is not one of a saved dataset"):
+            read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"ARROW1", b"ARROW1\0\0" + bytes(50), b"text", bytes(100)])
+def test_an_arrow_file_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.arrow").write_bytes(content)
+    with pytest.raises(InputError, match=r"corpus\.path: .*c\.arrow is damaged"):
+        read_corpus(tmp_path / "c.arrow")
+
+
+def test_labels_that_sql_takes_for_one_are_refused(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "c.parquet", body=["a"], lang=["x"], Lang=["y"], Document=["z"]))
+    for labels, problem in (
+        (("Document",), "document is a column of Granary's own, and SQL does not tell Document from it; rename"),
+        (("lang", "Lang"), "lang is kept already, and SQL does not tell Lang from it; rename"),
+        (("",), "a label without a name"),
+    ):
+        with pytest.raises(InputError, match=rf"corpus\.labels: {problem}"):
+            open_corpus(path, Columns("body", "text", labels))
+    open_corpus(path, Columns("body", "text", ("lang", "lang")))

@@ -76,8 +76,8 @@ def test_columns_that_are_not_token_ids_or_messages(tmp_path: Path) -> None:
     path = write(tmp_path / "corpus.parquet", text=["a"], ids=[[1.5]])
     with pytest.raises(InputError, match=r"corpus\.tokens: column 'ids' of .* not lists of token ids"):
         read_corpus(path, "ids", kind="tokens")
-    with pytest.raises(InputError, match=r"corpus\.messages: column 'text' of .* not lists of messages"):
-        read_corpus(path, "text", kind="messages")
+    with pytest.raises(InputError, match=r"corpus\.messages: column 'ids' of .* not lists of messages"):
+        read_corpus(path, "ids", kind="messages")
 
 
 def test_a_label_without_a_value_names_the_label_and_the_record(tmp_path: Path) -> None:
@@ -230,7 +230,9 @@ def test_broken_lines_are_counted_with_file_and_number(
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(content))
     table = plan(tmp_path, llama)
     assert skipped(table) == {
-        "broken JSON": {"count": 3, "first": ["c.jsonl:3", "c.jsonl:8", "c.jsonl:15"]},
+        "broken JSON": {"count": 1, "first": ["c.jsonl:3"]},
+        "not a JSON object": {"count": 1, "first": ["c.jsonl:8"]},
+        "undecodable": {"count": 1, "first": ["c.jsonl:15"]},
         "no key 'text'": {"count": 1, "first": ["c.jsonl:18"]},
         "not text": {"count": 1, "first": ["c.jsonl:16"]},
     }
