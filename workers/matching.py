@@ -5,6 +5,7 @@ from storage.records import Record, differences
 from storage.store import Store
 from workers.settings import CorpusSettings
 
+CHAT_DEFAULTS: Record = {"markers": True, "tools": None, "template_arguments": {}}
 _OTHERWISE = "give the spec the stored values, or name another store"
 
 
@@ -14,12 +15,22 @@ def table_settings(corpus: CorpusSettings) -> Record:
     kind, column = corpus.content
     content = {name: column if name == kind else None for name in ("text", "tokens", "messages")}
     settings = {name: getattr(corpus, name) for name in names}
-    return {**content, **settings, "labels": list(corpus.labels), "roles": list(corpus.roles)}
+    return {
+        **content,
+        **settings,
+        "labels": list(corpus.labels),
+        "roles": list(corpus.roles),
+        # Only where they are not the default: stores made before they were there go on.
+        **{name: getattr(corpus, name) for name, default in CHAT_DEFAULTS.items() if getattr(corpus, name) != default},
+    }
 
 
 def check_settings(store: Store, corpus: CorpusSettings) -> None:
     """Raise StoreMismatch if the store's table was planned with other settings. Does not look at the corpus files."""
-    expected = table_settings(corpus)
+    defaults = {name: of for name, of in CHAT_DEFAULTS.items() if name in store.info.plan}
+    expected = {**defaults, **table_settings(corpus)}
+    if corpus.chat_date is not None and "chat_date" in store.info.plan:
+        expected["chat_date"] = corpus.chat_date
     stored = {name: store.info.plan.get(name) for name in expected}
     entries, stored_entries = len(corpus.path), len(store.info.plan["source"])
     if entries != stored_entries:

@@ -5,15 +5,17 @@ same result.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.corpora.chat import needs_day
 from pipeline.corpora.files import fingerprint
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus, check_label_names, open_corpora
-from pipeline.corpora.recipe import Recipe, make_recipe
+from pipeline.corpora.recipe import ChatOptions, Recipe, make_recipe
 from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
 from pipeline.models import describe_model, load_tokenizer, tokenizer_digest
@@ -46,6 +48,14 @@ class Source:
     """One for each entry of corpus.path."""
     tokenizer: Any
     vocabulary: int
+    day: str | None = None
+    """YYYY-MM-DD, for chat templates that ask for the day; None for a store that was made before its day was kept."""
+
+    def of_day(self, plan: Record) -> "Source":
+        """The same on the day on which a store with this identity was planned, unless the spec names a day."""
+        if self.day is None or self.settings.chat_date is not None:
+            return self
+        return replace(self, day=plan.get("chat_date"))
 
     @property
     def is_small(self) -> bool:
@@ -61,6 +71,7 @@ class Source:
             "bos": self.tokenizer.bos_token_id,
             "tokenizer": tokenizer_digest(self.tokenizer),
             **self._chat_template(),
+            **({} if self.day is None else {"chat_date": self.day}),
             "source": [
                 fingerprint(corpus.files) if isinstance(corpus, Corpus) else corpus.identity for corpus in self.corpora
             ],
@@ -79,7 +90,13 @@ class Source:
         settings = self.settings
         policy = ContextPolicy(settings.context, settings.skip_first, self.tokenizer.bos_token_id)
         kind, _ = settings.content
-        return make_recipe(kind, self.tokenizer, self.vocabulary, policy, settings.seed, settings.roles)
+        chat = ChatOptions(
+            markers=settings.markers,
+            day=self.day,
+            names_day=settings.chat_date is not None,
+            arguments=settings.template_arguments,
+        )
+        return make_recipe(kind, self.tokenizer, self.vocabulary, policy, settings.seed, settings.roles, chat)
 
     def tasks(self, connect: Callable[[], None] | None) -> Tasks:
         """Where to plan: here what is small, or where Ray cannot be had; else on Ray, which `connect` brings up."""
@@ -92,7 +109,7 @@ class Source:
 def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int) -> Source:
     """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. Raises InputError."""
     kind, column = settings.content
-    columns = Columns(column, kind, settings.labels)
+    columns = Columns(column, kind, settings.labels, settings.tools)
     corpora: Sequence[Corpus | NamedDataset]
     if settings.format == "datasets":
         check_label_names(columns)
@@ -100,7 +117,16 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int)
     else:
         corpora = open_corpora(settings.path, columns, settings.format)
     tokenizer = load_tokenizer(model.tokenizer or model.id, model.revision)
-    return Source(settings, corpora, tokenizer, vocabulary)
+    return Source(settings, corpora, tokenizer, vocabulary, _day(settings, tokenizer))
+
+
+def _day(settings: CorpusSettings, tokenizer: Any) -> str | None:
+    """The day for chats, where their template asks for one."""
+    if settings.messages is None or not getattr(tokenizer, "chat_template", None):
+        return None
+    if not needs_day(tokenizer, settings.template_arguments, settings.chat_date is not None):
+        return None
+    return settings.chat_date or date.today().isoformat()
 
 
 def plan_rows(
@@ -133,6 +159,7 @@ def ensure_store(
         if grow:
             settle(place)
         store = open_store(place)
+        source = source.of_day(store.info.plan)
         check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, model.tokenizer or model.id)
         growth = growth_of(store, source.identity)
         if growth is None:

@@ -80,7 +80,8 @@ class JsonLines:
         at = np.array(numbers, dtype=np.int64)
         labels = {name: label_array(name, [r.get(name) for r in records], at, file) for name in self.columns.labels}
         check_labels(labels, at, file)
-        return Chunk(at, [r[self.columns.content] for r in records], labels, broken), keys
+        tools = None if self.columns.tools is None else [r.get(self.columns.tools) for r in records]
+        return Chunk(at, [r[self.columns.content] for r in records], labels, broken, tools), keys
 
 
 @dataclass(frozen=True)

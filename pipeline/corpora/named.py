@@ -60,5 +60,6 @@ class NamedDataset:
                     for name in self.columns.labels
                 }
                 check_labels(labels, numbers, self.file)
-                yield Chunk(numbers, [r.get(self.columns.content) for r in records], labels)
+                tools = None if self.columns.tools is None else [r.get(self.columns.tools) for r in records]
+                yield Chunk(numbers, [r.get(self.columns.content) for r in records], labels, tools=tools)
                 first += len(records)

@@ -1,7 +1,7 @@
 """From records to documents: which records of a chunk are in a range of keys, their tokens, their contexts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 from pipeline.corpora.chat import ChatEncoder
 from pipeline.corpora.contents import BadContent, Encoder, TextEncoder, TokensEncoder
 from pipeline.corpora.files import CorpusFile
+from pipeline.corpora.messages import WithTools
 from pipeline.corpora.records import FILE_SHIFT, Chunk
 from pipeline.errors import InputError
 from pipeline.layout import Documents, cut, document_keys, left_out
@@ -32,7 +33,7 @@ class Recipe:
         sources = pa.array([f"{file.name}:{chunk.numbers[i]}" for i in kept.tolist()], pa.string())
         labels = {name: values.take(pa.array(kept)) for name, values in chunk.labels.items()}
         try:
-            encoded = self.encoder.encode([chunk.contents[i] for i in kept.tolist()])
+            encoded = self.encoder.encode(_with_tools(chunk, kept.tolist()))
         except BadContent as bad:
             raise InputError(f"record {sources[bad.index]} of {file.url}: {bad}") from None
         about = pa.table({"source": sources, **labels})
@@ -46,18 +47,49 @@ class Recipe:
         return records, document_keys(self.seed, records)
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """How chats are rendered and read: see ChatEncoder."""
+
+    markers: bool = True
+    day: str | None = None
+    names_day: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
 def make_recipe(
-    kind: str, tokenizer: Any, vocabulary: int, policy: ContextPolicy, seed: int, roles: Sequence[str]
+    kind: str,
+    tokenizer: Any,
+    vocabulary: int,
+    policy: ContextPolicy,
+    seed: int,
+    roles: Sequence[str],
+    chat: ChatOptions | None = None,
 ) -> Recipe:
     """`kind`: what the records hold: text, tokens or messages. Raises InputError for a tokenizer without template."""
     encoder: Encoder
     if kind == "messages":
-        encoder = ChatEncoder(tokenizer, policy.bos)
+        how = chat or ChatOptions()
+        encoder = ChatEncoder(
+            tokenizer,
+            policy.bos,
+            markers=how.markers,
+            day=how.day,
+            names_day=how.names_day,
+            arguments=how.arguments,
+            roles_asked=bool(roles),
+        )
     elif kind == "tokens":
         encoder = TokensEncoder(vocabulary, policy.bos)
     else:
         encoder = TextEncoder(tokenizer)
     return Recipe(encoder, policy, seed, tuple(roles))
+
+
+def _with_tools(chunk: Chunk, kept: Sequence[int]) -> list[Any]:
+    if chunk.tools is None:
+        return [chunk.contents[i] for i in kept]
+    return [WithTools(chunk.contents[i], chunk.tools[i]) for i in kept]
 
 
 def _between(keys: Any, low: int, high: int) -> Any:

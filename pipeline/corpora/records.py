@@ -28,13 +28,20 @@ class Columns:
     kind: str
     """text, tokens or messages: what `content` holds, and the key of the spec that says so."""
     labels: tuple[str, ...]
+    tools: str | None = None
+    """With messages: the column of the tools that a chat may call."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter((self.content, *(label for label in self.labels if label != self.content)))
+        return iter(dict.fromkeys((self.content, *self.labels, *self._tools)))
+
+    @property
+    def _tools(self) -> tuple[str, ...]:
+        return () if self.tools is None else (self.tools,)
 
     def check_present(self, found: Sequence[str], where: str) -> None:
         """Raise InputError for a column that is not among those of a file."""
-        for key, column in [(self.kind, self.content), *(("labels", label) for label in self.labels)]:
+        named = [(self.kind, self.content), *(("labels", label) for label in self.labels)]
+        for key, column in [*named, *(("tools", tools) for tools in self._tools)]:
             if column not in found:
                 raise InputError(f"corpus.{key}: no column {column!r} in {where}; it has {', '.join(found)}")
 
@@ -63,6 +70,8 @@ class Chunk:
     labels: dict[str, pa.Array]
     broken: list[tuple[int, str]] = field(default_factory=list)
     """Records that could not be read: number and reason."""
+    tools: list[Any] | None = None
+    """Of each record the tools, as the corpus has them, where the columns name any."""
 
 
 class Format(Protocol):

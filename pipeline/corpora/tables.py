@@ -84,7 +84,8 @@ def _chunks(batches: Iterator[pa.RecordBatch], first: int, columns: Columns, fil
         numbers = np.arange(first, first + batch.num_rows)
         labels = {name: _decoded(batch.column(name)) for name in columns.labels}
         check_labels(labels, numbers, file)
-        yield Chunk(numbers, content_list(batch.column(columns.content), columns.kind), labels)
+        tools = None if columns.tools is None else batch.column(columns.tools).to_pylist()
+        yield Chunk(numbers, content_list(batch.column(columns.content), columns.kind), labels, tools=tools)
         first += batch.num_rows
 
 
