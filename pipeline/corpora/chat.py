@@ -100,8 +100,8 @@ class ChatEncoder:
         chat, text = taken
         if not all(map(is_unicode, [text, *(message["role"] for message in chat.messages)])):
             return UNDECODABLE
-        bos = self.tokenizer.bos_token
-        told = letters(template, chat, text, self.markers, bos, self._control.texts)
+        ends = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        told = letters(template, chat, text, self.markers, ends, self._control.texts)
         if told is None and self.roles_asked:
             return UNCLEAR
         if self.specials == "text" and (told is None or told.is_content is None) and self._has_control_strings(chat):

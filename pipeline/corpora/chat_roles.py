@@ -94,10 +94,10 @@ def _is_written_out(chat: Chat, text: str) -> bool:
 
 
 def letters(
-    template: ChatTemplate, chat: Chat, text: str, markers: bool, bos: str | None, control: Sequence[str]
+    template: ChatTemplate, chat: Chat, text: str, markers: bool, ends: tuple[str, str], control: Sequence[str]
 ) -> Letters | None:
     """Tell the letters of a rendered chat apart; None where that cannot be done. `markers`: whether those count with
-    their messages. `control`: the tokenizer's control strings."""
+    their messages. `ends`: BOS and EOS, empty where there is none. `control`: the tokenizer's control strings."""
     found = coloured(template, chat, text, control)
     if found is None or not (found.is_located or markers):
         return None
@@ -107,8 +107,12 @@ def letters(
     if not found.is_located and not (stretches.iteration >= 0).any():
         return None
     message, kind = _belonging(template, found, stretches, roles)
+    bos, eos = ends
     if bos and text.startswith(bos) and (found.owner[: len(bos)] == NOBODY).all():
         message[: len(bos)], kind[: len(bos)] = count, NOTHING
+    written = np.flatnonzero(kind != NOTHING)
+    if eos and len(written) and text[written[-1] + 1 :].strip() == eos:  # it ends the last message, whoever writes it
+        message[written[-1] + 1 :], kind[written[-1] + 1 :] = message[written[-1]], MARKER
     if not markers:
         kind[kind == MARKER] = NOTHING
     if stretches.generated is not None:
@@ -191,9 +195,10 @@ def _by_generation(message: Int64, kind: Int64, stretches: _Stretches, roles: Se
     names = {"assistant", *(roles[number] for number in writers)}
     theirs = np.array([role in names for role in [*roles, TEMPLATE]])
     kind[theirs[message] & ~stretches.generated] = NOTHING
-    if markers:
-        written = stretches.generated & (stretches.iteration >= 0)
-        message[written] = stretches.iteration[written]
+    last = max((number for number, role in enumerate(roles) if role in names), default=None)
+    if markers and last is not None:
+        written = stretches.generated
+        message[written] = np.where(stretches.iteration[written] >= 0, stretches.iteration[written], last)
         kind[written] = GENERATED
 
 
