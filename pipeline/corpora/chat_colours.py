@@ -28,6 +28,8 @@ NAMES = {"role", "type", "id", "tool_call_id"}
 """Keys whose values templates compare: they are not coloured."""
 TOLD = {"name", "description"}
 """Keys of tools whose values are coloured."""
+SPACE = "\u2005"
+"""A space of a width that hardly any text has."""
 ESCAPED = r"""["'\\<>&\x00-\x1f]"""
 """Characters that JSON and HTML write otherwise."""
 
@@ -53,14 +55,19 @@ class Way:
     kept: re.Pattern[str] | None
     """What stays as it is, besides space at a text's ends; None keeps nothing else."""
     colours: bool = True
+    space: str | None = None
+    """What space at a text's ends becomes: another space, which templates trim as well."""
 
     def paint(self, text: str, colour: str) -> str:
         core = text.strip()
         if not core or not self.colours:
             return text
         start = text.index(core[0])
+        before, after = text[:start], text[start + len(core) :]
+        if self.space is not None:
+            before, after = self.space * len(before), self.space * len(after)
         inside = colour * len(core) if self.kept is None else self._around_kept(core, colour)
-        return f"{text[:start]}{inside}{text[start + len(core) :]}"
+        return f"{before}{inside}{after}"
 
     def _around_kept(self, core: str, colour: str) -> str:
         assert self.kept is not None
@@ -75,11 +82,15 @@ def coloured(template: ChatTemplate, chat: Chat, text: str, control: Sequence[st
     if len(chat.messages) >= MOST_COLOURS:
         return None
     plain = _points(text)
-    for way in _ways(template, control):
+    before: Chat | None = None
+    for way in _ways(template, text, control):
         painted = Chat(
             [_painted(message, chr(FIRST_COLOUR + i), way) for i, message in enumerate(chat.messages)],
             _painted_tools(chat.tools, chr(FIRST_COLOUR + len(chat.messages)), way),
         )
+        if painted == before:
+            continue
+        before = painted
         try:
             watched, events = template.watched(painted)
         except REFUSALS:
@@ -94,13 +105,17 @@ def coloured(template: ChatTemplate, chat: Chat, text: str, control: Sequence[st
         owner[(owner < 0) | (owner > len(chat.messages))] = NOBODY
         if not way.colours:
             owner[:] = NOBODY
-        if (bare == plain)[owner == NOBODY].all():
-            _extend(owner, text, chat, painted)
-            return Coloured(text, owner, way.colours, events, marks - np.arange(len(marks)))
+        space = (bare != plain) & (bare == ord(way.space or MARK))
+        if ((bare == plain) | space)[owner == NOBODY].all():
+            _give_space(owner, space)
+            if _extend(owner, text, chat, painted):
+                return Coloured(text, owner, way.colours, events, marks - np.arange(len(marks)))
     return None
 
 
-def _ways(template: ChatTemplate, control: Sequence[str]) -> Iterator[Way]:
+def _ways(template: ChatTemplate, text: str, control: Sequence[str]) -> Iterator[Way]:
+    if SPACE not in text:
+        yield Way(None, space=SPACE)
     yield Way(None)
     yield Way(re.compile(f"({ESCAPED})"))
     # What the template may look for. Control strings last: where one is kept, a message's cannot be told from its own.
@@ -110,6 +125,14 @@ def _ways(template: ChatTemplate, control: Sequence[str]) -> Iterator[Way]:
     ):
         yield Way(re.compile("(" + "|".join([*map(re.escape, literals), ESCAPED]) + ")"))
     yield Way(None, colours=False)
+
+
+def _give_space(owner: Int64, space: npt.NDArray[np.bool_]) -> None:
+    """Give space at a text's end to the message whose text is beside it."""
+    edges = np.flatnonzero(np.diff(space, prepend=False, append=False)).tolist()
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        beside = [int(owner[at]) for at in (start - 1, stop) if 0 <= at < len(owner) and owner[at] != NOBODY]
+        owner[start:stop] = beside[0] if beside else NOBODY
 
 
 def _points(text: str) -> Int64:
@@ -151,15 +174,16 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(part)
 
 
-def _extend(owner: Int64, text: str, chat: Chat, painted: Chat) -> None:
+def _extend(owner: Int64, text: str, chat: Chat, painted: Chat) -> bool:
     """Give the messages the characters of their texts that were kept: those between two stretches that follow one
-    another in a text, and those at a text's ends, if all of them stand there."""
+    another in a text, and those at a text's ends, if all of them stand there. Whether all stretches can be theirs."""
     sources = [_Source(message, other) for message, other in zip(chat.messages, painted.messages, strict=True)]
     edges = np.flatnonzero(np.diff(owner, prepend=NOBODY, append=NOBODY)).tolist()
     for start, stop in pairwise(edges):
         number = int(owner[start])
-        if 0 <= number < len(sources):
-            sources[number].meet(owner, text, start, stop, number)
+        if 0 <= number < len(sources) and not sources[number].meet(owner, text, start, stop, number):
+            return False
+    return True
 
 
 class _Source:
@@ -173,16 +197,17 @@ class _Source:
         self.end = -1
         """Where in the rendering the last stretch ended."""
 
-    def meet(self, owner: Int64, text: str, start: int, stop: int, number: int) -> None:
+    def meet(self, owner: Int64, text: str, start: int, stop: int, number: int) -> bool:
+        """Take a stretch of the rendering that has the message's colour; whether it can be the message's."""
         stretch = text[start:stop]
         begin = self._after_kept(self.at)
         follows = self.text.startswith(stretch, begin)
         if not follows:
             begin = self.text.find(stretch, self.at)
             begin = self.text.find(stretch) if begin < 0 else begin
-            if begin < 0:  # the template has changed it: an upper case, say
+            if begin < 0:  # two texts in one, or one that the template has changed: its case, say
                 self.end = -1
-                return
+                return {*stretch.casefold()} <= {*self.text.casefold()}
         if follows and self.at > 0 and MARK not in self.text[self.at : begin] and self.end >= 0:
             between = owner[self.end : start]
             if (between == NOBODY).all():
@@ -191,6 +216,7 @@ class _Source:
             self._lead(owner, text, start, begin, number)
         self.at, self.end = begin + len(stretch), stop
         self._trail(owner, text, number)
+        return True
 
     def _is_kept(self, at: int) -> bool:
         return self.text[at] != MARK and self.paint[at] == self.text[at]

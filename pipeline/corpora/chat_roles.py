@@ -90,7 +90,7 @@ def _texts(content: object) -> list[str]:
 
 def _is_written_out(chat: Chat, text: str) -> bool:
     """Whether a template that knows no parts has written a list of them as Python writes one."""
-    return any(isinstance(m.get("content"), list) and str(m["content"]) in text for m in chat.messages)
+    return any(str(part) in text for m in chat.messages if isinstance(m.get("content"), list) for part in m["content"])
 
 
 def letters(

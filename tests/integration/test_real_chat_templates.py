@@ -1,5 +1,5 @@
-"""Chat templates that people use, as the `trl` wheel ships them: every chat is harvested, and the assistant's tokens are
-those that transformers finds by the marks of a template's training variant.
+"""Chat templates that people use, as the `trl` wheel ships them: every chat is harvested, and the assistant's tokens
+are those that transformers finds by the marks of a template's training variant.
 
 The wheel is fetched from PyPI into the temporary folder; nothing of it is in this repository.
 """
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipeline.corpora.messages import WithTools
 pytestmark = pytest.mark.slow
 
 WHEEL = "trl==1.16.0"
-CONTROL = r"<[|｜][^<>{}'\"\s]*?[|｜]>|<\|?[a-z_]+\|?>|</?s>|\[/?[A-Z_]+\]"
+CONTROL = r"<[|\uff5c][^<>{}'\"\s]*?[|\uff5c]>|<\|?[a-z_]+\|?>|</?s>|\[/?[A-Z_]+\]"
 
 USER = {"role": "user", "content": "How much grain is there?"}
 ANSWER = {"role": "assistant", "content": "Three sacks, and a half."}
@@ -63,7 +63,7 @@ TAKEN = {"single", "many", "thoughts"}
 """Chats that every template takes."""
 
 
-@lru_cache(maxsize=1)
+@cache
 def templates() -> dict[str, str]:
     """The text of each template of the wheel, by name; empty if it cannot be had."""
     folder = Path(tempfile.gettempdir()) / f"granary-{WHEEL.replace('==', '-')}"
@@ -77,9 +77,9 @@ def templates() -> dict[str, str]:
         return {Path(name).stem: files.read(name).decode() for name in names}
 
 
-@lru_cache(maxsize=None)
+@cache
 def tokenizer_of(name: str) -> Any:
-    """A byte-level tokenizer with merges, also of line ends, whose special tokens are the template's control strings."""
+    """A byte-level tokenizer with merges, also of line ends, and the template's control strings as special tokens."""
     source = templates()[name]
     control = sorted({"<s>", "</s>", *re.findall(CONTROL, source)} - {"<think>", "</think>"})
     bpe = Tokenizer(models.BPE())
@@ -112,7 +112,7 @@ def by_transformers(name: str, chat: str) -> tuple[list[int], Any] | None:
         found = tokenizer_of(name).apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
-    except Exception:  # whatever a template raises
+    except Exception:  # noqa: BLE001 (whatever a template raises)
         return None
     return list(found["input_ids"]), np.array(found["assistant_masks"], bool)
 
@@ -133,13 +133,14 @@ def test_every_chat_is_harvested_or_refused_by_its_template() -> None:
             assert UNCLEAR_ROLE not in roles, (name, chat)
             text = tokenizer_of(name).decode(tokens)
             answer = "42" if "many" in chat or "tools" in chat else "Three sacks"
-            theirs_answer = "".join(
+            by_role = "".join(
                 tokenizer_of(name).decode([t]) for t, role in zip(tokens, roles, strict=True) if role == "assistant"
             )
-            assert answer in text and answer in theirs_answer, (name, chat)
-            if theirs is not None and "selectattr" not in templates()[name] and "for line in" not in templates()[name]:
-                if not needs_day(tokenizer_of(name), {}, False):
-                    assert tokens.tolist() == theirs[0], (name, chat)
+            assert answer in text, (name, chat)
+            assert answer in by_role, (name, chat)
+            takes_texts = "selectattr" not in templates()[name] and "for line in" not in templates()[name]
+            if theirs is not None and takes_texts and not needs_day(tokenizer_of(name), {}, False):
+                assert tokens.tolist() == theirs[0], (name, chat)
     assert not [(name, chat) for name, chat in refused if chat in TAKEN]
     assert len(refused) < 25
 
