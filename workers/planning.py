@@ -126,7 +126,11 @@ def _day(settings: CorpusSettings, tokenizer: Any) -> str | None:
         return None
     if not needs_day(tokenizer, settings.template_arguments, settings.chat_date is not None):
         return None
-    return settings.chat_date or date.today().isoformat()
+    return settings.chat_date or today()
+
+
+def today() -> str:
+    return date.today().isoformat()
 
 
 def plan_rows(

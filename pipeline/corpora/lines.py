@@ -46,15 +46,18 @@ class JsonLines:
 
     def read(self, file: CorpusFile, piece: Piece) -> Iterator[Chunk]:
         seen: set[str] = set()
-        has_content = False
+        has_content = has_tools = False
         with file.open() as handle, reading(file.url):
             for first, lines in _grouped(_lines(handle, file, piece), piece.first_record):
                 chunk, keys = self._parse(first, lines, file)
                 seen.update(keys)
                 has_content |= len(chunk.numbers) > 0
+                has_tools |= self.columns.tools in keys
                 yield chunk
         if seen and not has_content:
             self.columns.check_present(sorted(seen), file.url)
+        if has_content and self.columns.tools is not None and not has_tools:
+            self.columns.check_present(sorted({*seen, *self.columns} - {self.columns.tools}), file.url)
 
     def _parse(self, first: int, lines: list[bytes], file: CorpusFile) -> tuple[Chunk, set[str]]:
         """A chunk, and keys that its records have."""
@@ -72,6 +75,8 @@ class JsonLines:
                 continue
             if len(keys) < KEYS_TOLD:
                 keys.update(record)
+            if self.columns.tools is not None and self.columns.tools in record:
+                keys.add(self.columns.tools)
             if self.columns.content in record:
                 numbers.append(number)
                 records.append(record)
