@@ -68,7 +68,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     check_harvest(info, spec.model, spec.harvest, spec.cluster)
     info.check_context(spec.corpus.context)
     source = open_source(spec.corpus, spec.model, info.vocabulary, info.revision)
-    store, jobs, is_whole = _existing(spec, info, source)
+    store, jobs, is_whole, source = _existing(spec, info, source)
     measured = None
     if store is not None and is_whole and options.measure_s is None:
         at = store.info
@@ -123,16 +123,18 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     }
 
 
-def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None, list[HarvestJob], bool]:
-    """The spec's store, if it is there; what is left to do in it as it is; whether it has all rows of the spec. Raises
-    what contradicts it; a store that has the beginning of the spec's rows does not."""
+def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None, list[HarvestJob], bool, Source]:
+    """The spec's store, if it is there; what is left to do in it as it is; whether it has all rows of the spec; the
+    source on the store's day. Raises what contradicts it; a store that has the beginning of the spec's rows does not.
+    """
     place = open_place(spec.store)
     if not (place / "zarr.json").exists():
         refuse_if_taken(place)
-        return None, [], False
+        return None, [], False, source
     store = open_store(place)
-    is_whole = growth_of(store, source.as_in(store).identity) is None
-    return store, prepare_harvests(store, spec.model, info, spec.harvest), is_whole
+    source = source.as_in(store)
+    is_whole = growth_of(store, source.identity) is None
+    return store, prepare_harvests(store, spec.model, info, spec.harvest), is_whole, source
 
 
 @dataclass(frozen=True)

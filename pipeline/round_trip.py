@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers.models import Unigram
 
+from pipeline.corpora.messages import WithTools
 from pipeline.errors import InputError
 
 TEXTS = 100
@@ -91,6 +92,8 @@ def sample_texts(contents: Iterable[Sequence[Any]], kind: str) -> list[str]:
 def _texts_of(content: Any, kind: str) -> list[str]:
     if kind == "text":
         return [_as_text(content)]
+    if isinstance(content, WithTools):
+        content = content.messages
     if not isinstance(content, list):
         return []
     messages = [message for message in content if isinstance(message, dict)]

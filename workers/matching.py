@@ -1,10 +1,14 @@
 """Whether the table of a store is the one that a spec describes, or the beginning of it."""
 
+from typing import Any
+
 from storage.errors import StoreMismatch
 from storage.records import Record, differences
 from storage.store import Store
 from workers.settings import CorpusSettings
 
+OPTIONAL: Record = {"columns": (), "markers": True, "tools": None, "template_arguments": {}}
+"""Settings that a plan holds only where they are not their defaults: stores made before they were there go on."""
 _OTHERWISE = "give the spec the stored values, or name another store"
 
 
@@ -14,13 +18,26 @@ def table_settings(corpus: CorpusSettings) -> Record:
     kind, column = corpus.content
     content = {name: column if name == kind else None for name in ("text", "tokens", "messages")}
     settings = {name: getattr(corpus, name) for name in names}
-    kept = {"columns": list(corpus.columns)} if corpus.columns else {}
-    return {**content, **settings, "labels": list(corpus.labels), "roles": list(corpus.roles), **kept}
+    optional = {name: getattr(corpus, name) for name, default in OPTIONAL.items()}
+    return {
+        **content,
+        **settings,
+        "labels": list(corpus.labels),
+        "roles": list(corpus.roles),
+        **{name: _listed(value) for name, value in optional.items() if value != OPTIONAL[name]},
+    }
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_settings(store: Store, corpus: CorpusSettings) -> None:
     """Raise StoreMismatch if the store's table was planned with other settings. Does not look at the corpus files."""
-    expected = table_settings(corpus)
+    defaults = {name: _listed(of) for name, of in OPTIONAL.items() if name in store.info.plan}
+    expected = {**defaults, **table_settings(corpus)}
+    if corpus.chat_date is not None and "chat_date" in store.info.plan:
+        expected["chat_date"] = corpus.chat_date
     stored = {name: store.info.plan.get(name) for name in expected}
     entries, stored_entries = len(corpus.path), len(store.info.plan["source"])
     if entries != stored_entries:

@@ -6,14 +6,16 @@ same result.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.corpora.chat import needs_day
 from pipeline.corpora.files import fingerprint
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus, check_label_names, open_corpora
-from pipeline.corpora.recipe import Recipe, make_encoder
+from pipeline.corpora.recipe import ChatOptions, Recipe, make_encoder
 from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
 from pipeline.models import (
@@ -61,6 +63,8 @@ class Source:
     """The token that contexts begin with."""
     excluded: tuple[int, ...]
     separator: int | None
+    day: str | None = None
+    """YYYY-MM-DD, for chat templates that ask for the day; None for a store that was made before its day was kept."""
     made_with: Record = field(default_factory=dict)
     """Where the tokenizer was found."""
     known_as: str | None = None
@@ -81,6 +85,7 @@ class Source:
             "tokenizer": self.known_as or tokenizer_digest(self.tokenizer),
             **self._tokens_as(),
             **self._chat_template(),
+            **({} if self.day is None else {"chat_date": self.day}),
             "source": [
                 fingerprint(corpus.files) if isinstance(corpus, Corpus) else corpus.identity for corpus in self.corpora
             ],
@@ -99,8 +104,11 @@ class Source:
         return {"chat_template": self.tokenizer.chat_template} if self.settings.messages else {}
 
     def as_in(self, store: Store) -> "Source":
-        """The same with the tokenizer as a store knows it. Raises InputError if the store was planned with another."""
-        return replace(self, known_as=check_tokenizer(store, self.tokenizer, self._tokenizer_name))
+        """The same with the tokenizer as a store knows it, and on the day on which it was planned unless the spec names
+        one. Raises InputError if the store was planned with another tokenizer."""
+        known_as = check_tokenizer(store, self.tokenizer, self._tokenizer_name)
+        keeps_day = self.day is None or self.settings.chat_date is not None
+        return replace(self, known_as=known_as, day=self.day if keeps_day else store.info.plan.get("chat_date"))
 
     @property
     def _tokenizer_name(self) -> str:
@@ -130,7 +138,14 @@ class Source:
             )
         settings = self.settings
         kind, _ = settings.content
-        encoder = make_encoder(kind, self.tokenizer, self.vocabulary, self.bos, settings.specials, self.separator)
+        chat = ChatOptions(
+            markers=settings.markers,
+            day=self.day,
+            names_day=settings.chat_date is not None,
+            arguments=settings.template_arguments,
+            roles_asked=bool(settings.roles),
+        )
+        encoder = make_encoder(kind, self.tokenizer, self.vocabulary, self.bos, settings.specials, self.separator, chat)
         policy = ContextPolicy(settings.context, settings.skip_first, self.bos, self.excluded)
         return Recipe(encoder, policy, settings.seed, settings.roles, self.vocabulary, settings.labels)
 
@@ -146,7 +161,7 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int,
     """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. `commit`: the model's, if
     it is known already. Raises InputError."""
     kind, column = settings.content
-    columns = Columns(column, kind, settings.labels, settings.columns)
+    columns = Columns(column, kind, settings.labels, settings.columns, settings.tools)
     corpora: Sequence[Corpus | NamedDataset]
     if settings.format == "datasets":
         check_label_names(columns)
@@ -166,8 +181,22 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int,
         bos=context_token(tokenizer, settings.bos),
         excluded=tuple(sorted(excluded)),
         separator=None if separator is None else vocabulary_token(tokenizer, separator, "corpus.separator"),
+        day=_day(settings, tokenizer),
         made_with={"tokenizer": name, "tokenizer_revision": revision},
     )
+
+
+def _day(settings: CorpusSettings, tokenizer: Any) -> str | None:
+    """The day for chats, where their template asks for one."""
+    if settings.messages is None or not getattr(tokenizer, "chat_template", None):
+        return None
+    if not needs_day(tokenizer, settings.template_arguments, settings.chat_date is not None):
+        return None
+    return settings.chat_date or today()
+
+
+def today() -> str:
+    return date.today().isoformat()
 
 
 def plan_rows(

@@ -3,10 +3,12 @@
 `jobs.spec` puts these together into the spec file; the stages in this package take the sections they need.
 """
 
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from datetime import date, datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
@@ -15,6 +17,17 @@ from workers.dictionary_settings import DictionarySettings
 from workers.section import Count, Names, Seconds, Seed, Settings, Sites, TokenNames
 
 RANGE_PATTERN = r"^[0-9]+-[0-9]+$"
+CHAT_KEYS = ("markers", "tools", "template_arguments", "chat_date")
+
+
+def _as_day(value: Any) -> Any:
+    """A day as YYYY-MM-DD; YAML reads one without quotes as a date."""
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return value.isoformat()
+    try:
+        return datetime.strptime(value, "%Y-%m-%d").date().isoformat()
+    except (TypeError, ValueError):
+        raise ValueError(f"a day is YYYY-MM-DD, as 2026-07-26, unlike {value}") from None
 
 
 class ModelSettings(Settings):
@@ -64,6 +77,14 @@ class CorpusSettings(Settings):
     """The column that holds chats, lists of {role, content}; they go through the tokenizer's chat template."""
     roles: Names = ()
     """With messages: the roles whose tokens are rows; all, if not given. All tokens are run."""
+    markers: bool = True
+    """With messages: whether what a template writes around a message counts with it; if not, its role is template."""
+    tools: str | None = None
+    """With messages: the column with the tools that a chat may call, for the chat template."""
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    """With messages: what the chat template is given besides, as {enable_thinking: false}."""
+    chat_date: Annotated[str, BeforeValidator(_as_day)] | None = None
+    """With messages: the day, YYYY-MM-DD, for chat templates that ask for it; that of planning, if not given."""
     labels: Names = ()
     """Columns whose values define subpopulations; each must have a value in every record."""
     columns: Names = ()
@@ -101,11 +122,28 @@ class CorpusSettings(Settings):
             raise ValueError(f"labels are kept beside documents anyway: leave {', '.join(both)} out of columns")
         if self.roles and self.messages is None:
             raise ValueError("roles are those of messages: give the column that holds the chats as messages")
+        if self.messages is None and (given := [name for name in CHAT_KEYS if name in self.model_fields_set]):
+            raise ValueError(
+                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for chats: give the column that holds "
+                "them as messages"
+            )
         if self.format == "datasets" and self.rows is None:
             raise ValueError("a dataset that is streamed has no known end: say how many rows to take from it with rows")
         if self.format == "datasets" and len(self.path) > 1:
             raise ValueError("a dataset that is streamed has no known end: nothing can come after it in path")
         return self
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _plain_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if taken := {"messages", "tools", "strftime_now", "now", "date_string"} & arguments.keys():
+            raise ValueError(f"{', '.join(sorted(taken))} come from corpus.messages, corpus.tools and corpus.chat_date")
+        for name, value in arguments.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} is {value!r}, and templates are given what JSON has: quote it") from None
+        return arguments
 
     @property
     def content(self) -> tuple[str, str]:

@@ -1,34 +1,50 @@
 """Chats: rendered with the tokenizer's chat template, and which of the rendered tokens belong to which role.
 
-A token's role is that of the message whose rendering put it there: the rendering of the first n messages must begin the
-rendering of the first n + 1. Its markers count with a message. Where a template rewrites earlier messages, its
-`{% generation %}` markers, if it has them, tell the assistant's tokens from the others (role `template`). Chats where
-neither works are counted and left out.
+A message's tokens have its role, its markers included unless `markers` is false; what the template adds by itself has
+the role `template` (`pipeline.corpora.chat_roles`). Control strings are tokens where the template wrote them, and text
+where a message has them (`pipeline.corpora.control_strings`), with `specials` "text". A chat whose roles cannot be
+told has the role `unclear`, or is counted and left out where roles are asked for.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import date
+from functools import cached_property
+from typing import Any, Literal
 
-import jinja2
 import numpy as np
 
+from pipeline.corpora.chat_roles import UNCLEAR_ROLE, Int64, Letters, letters, rendered
+from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template
 from pipeline.corpora.contents import UNDECODABLE, Encoded, is_unicode
+from pipeline.corpora.control_strings import ControlStrings
+from pipeline.corpora.messages import Chat, Message, read_chat
 from pipeline.errors import InputError
 
-NO_ROLE = "a message without a role"
-NO_MESSAGES = "empty"
 UNCLEAR = "the chat template does not show where each message ends"
+MOST_ROLES = 127
 REFUSED = "the chat template refuses the chat"
-TEMPLATE = "template"
 
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Renders and encodes chats, lists of {role, content}."""
+    """Renders and encodes chats: each a list of {role, content}, JSON of one, or `WithTools`."""
 
     tokenizer: Any
     bos: int | None
+    specials: Literal["text", "tokens"] = "text"
+    """What control strings in messages are."""
+    markers: bool = True
+    """Whether a template's markers have the role of their message."""
+    day: str | None = None
+    """YYYY-MM-DD: the day for templates that ask for it; today, if not given."""
+    names_day: bool = False
+    """Whether `date_string` is that day: where a person has given it. Without, some templates name one of their own."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Given to the template beside messages and tools."""
+    roles_asked: bool = False
+    """Whether chats whose roles cannot be told are left out."""
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -36,73 +52,135 @@ class ChatEncoder:
                 "corpus.messages: the tokenizer has no chat template, so there is no telling how it writes a chat; "
                 "give model.tokenizer one that has, or give texts instead (corpus.text)"
             )
+        if problem := check_template(template_source(self.tokenizer)):
+            raise InputError(f"corpus.messages: the tokenizer's chat template is no template: {problem}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # not what it has compiled
 
     def encode(self, contents: Sequence[Any]) -> Encoded:
         bad: dict[int, str] = {}
-        kept: list[int] = []
-        texts: list[str] = []
-        spans: list[list[tuple[int, str]]] = []
-        for number, messages in enumerate(contents):
-            problem, text, parts = self._render(messages)
-            if problem:
-                bad[number] = problem
+        chats: dict[int, _Rendered] = {}
+        for number, content in enumerate(contents):
+            found = self._render(content)
+            if isinstance(found, str):
+                bad[number] = found
             else:
-                kept.append(number)
-                texts.append(text)
-                spans.append(parts)
-        names: list[str] = sorted({role for parts in spans for _, role in parts})
-        code = {role: i for i, role in enumerate(names)}
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+                chats[number] = found
         tokens: list[Any] = [np.empty(0, np.int32)] * len(contents)
-        roles: list[Any] = [np.empty(0, np.int8)] * len(contents)
-        for number, encoding, parts in zip(kept, encodings, spans, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
-            message = np.searchsorted([stop for stop, _ in parts], starts, side="right").clip(max=len(parts) - 1)
-            of_token = np.array([code[role] for _, role in parts], dtype=np.int8)[message]
+        messages: list[Any] = [np.empty(0, np.int64)] * len(contents)
+        for (number, chat), (ids, starts, stops) in zip(
+            chats.items(), self._encoded(list(chats.values())), strict=True
+        ):
+            of_token = chat.letters.role_numbers(self._ranks(chat.letters.ranks, ids, starts, stops))
             first = int(len(ids) > 0 and ids[0] == self.bos)  # contexts get theirs: it is not doubled
-            tokens[number], roles[number] = ids[first:], of_token[first:]
+            tokens[number], messages[number] = ids[first:].astype(np.int32), of_token[first:]
+        used = {n: [chat.letters.roles[i] for i in np.unique(messages[n]).tolist()] for n, chat in chats.items()}
+        names = sorted({role for roles in used.values() for role in roles})
+        if len(names) > MOST_ROLES:
+            raise InputError(
+                f"corpus.messages: messages have more than {MOST_ROLES} roles, as {', '.join(names[:5])}: their key "
+                "role (or from) should hold a few names, as user and assistant"
+            )
+        code = {role: i for i, role in enumerate(names)}
+        roles: list[Any] = [np.empty(0, np.int8)] * len(contents)
+        for number, chat in chats.items():
+            roles[number] = np.array([code.get(role, -1) for role in chat.letters.roles], np.int8)[messages[number]]
         return Encoded.of(tokens, bad, roles, names)
 
-    def _render(self, messages: Any) -> tuple[str | None, str, list[tuple[int, str]]]:
-        """A problem, or the text of a chat and where in it each part ends, with the part's role."""
-        if not isinstance(messages, list) or not messages:
-            return NO_MESSAGES, "", []
-        if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and m["role"] for m in messages):
-            return NO_ROLE, "", []
-        # Arrow gives every message every key that any of them has; templates ask whether a key is there.
-        messages = [{key: value for key, value in m.items() if value is not None or key == "content"} for m in messages]
-        whole = self._text(messages)
-        if whole is None:
-            return REFUSED, "", []
-        if not all(map(is_unicode, [whole, *(message["role"] for message in messages)])):
-            return UNDECODABLE, "", []
-        parts: list[tuple[int, str]] = []
-        before = ""
-        for count, message in enumerate(messages, 1):
-            text = whole if count == len(messages) else self._text(messages[:count])
-            if text is None:  # a system message alone, say: its text goes with the next message
-                continue
-            if not (text.startswith(before) and whole.startswith(text)):
-                return self._by_markers(messages, whole)
-            parts.append((len(text), message["role"]))
-            before = text
-        return None, whole, parts
+    def _render(self, content: Any) -> "_Rendered | str":
+        """The text of a chat and whose each letter is, or why it has none."""
+        chat = read_chat(content)
+        if isinstance(chat, str):
+            return chat
+        template = self._template(chat.tools)
+        taken = rendered(template, chat)
+        if taken is None:
+            return REFUSED
+        chat, text = taken
+        if not all(map(is_unicode, [text, *(message["role"] for message in chat.messages)])):
+            return UNDECODABLE
+        ends = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        told = letters(template, chat, text, self.markers, ends, self._control.texts)
+        if told is None and self.roles_asked:
+            return UNCLEAR
+        if self.specials == "text" and (told is None or told.is_content is None) and self._has_control_strings(chat):
+            return UNCLEAR  # there is no telling a message's from the template's
+        return _Rendered(text, Letters([UNCLEAR_ROLE], np.zeros(len(text), np.int64), None) if told is None else told)
 
-    def _by_markers(self, messages: list[Any], whole: str) -> tuple[str | None, str, list[tuple[int, str]]]:
-        if "{% generation %}" not in self.tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}"):
-            return UNCLEAR, "", []
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        encoding = self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False)
-        if encoding.ids != list(rendered["input_ids"]):
-            return UNCLEAR, "", []
-        roles = ["assistant" if is_assistant else TEMPLATE for is_assistant in rendered["assistant_masks"]]
-        return None, whole, [(stop, role) for (_, stop), role in zip(encoding.offsets, roles, strict=True)]
+    def _encoded(self, chats: "list[_Rendered]") -> list[tuple[Int64, Int64, Int64]]:
+        """Of each chat the tokens, and where in its text each begins and ends."""
+        found = []
+        for encoding in self.tokenizer.backend_tokenizer.encode_batch(
+            [c.text for c in chats], add_special_tokens=False
+        ):
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            found.append((np.array(encoding.ids, np.int64), offsets[:, 0], offsets[:, 1]))
+        if self.specials == "text":
+            again = [number for number, chat in enumerate(chats) if self._holds_control(chat, *found[number])]
+            if again:
+                own = [chats[number].letters.is_content for number in again]
+                others = self._control.encode(
+                    [chats[number].text for number in again], [o for o in own if o is not None]
+                )
+                for number, other in zip(again, others, strict=True):
+                    found[number] = other
+        return found
 
-    def _text(self, messages: list[Any]) -> str | None:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except (jinja2.TemplateError, TypeError, KeyError):  # templates refuse with raise_exception
-            return None
+    def _holds_control(self, chat: "_Rendered", ids: Int64, starts: Int64, stops: Int64) -> bool:
+        """Whether a token that is a control string has some of a message's text."""
+        if chat.letters.is_content is None:
+            return False
+        at = np.flatnonzero(np.isin(ids, self._control.ids))
+        before = np.concatenate([[0], np.cumsum(chat.letters.is_content)])
+        return bool((before[stops[at]] > before[starts[at]]).any())
+
+    def _ranks(self, ranks: Int64, ids: Int64, starts: Int64, stops: Int64) -> Int64:
+        """Of each token the strongest rank of its letters; of a control string, which may have taken space from a
+        content beside it, the weakest."""
+        edges = np.stack([starts, np.maximum(stops, starts + 1)], axis=1).ravel()
+        padded = np.concatenate([ranks, [0, 0]])
+        strongest = np.maximum.reduceat(padded, edges)[::2] if len(ids) else ranks[:0]
+        weakest = np.minimum.reduceat(padded, edges)[::2] if len(ids) else ranks[:0]
+        return np.where(np.isin(ids, self._control.ids), weakest, strongest)
+
+    def _has_control_strings(self, chat: Chat) -> bool:
+        return self._control.is_in([json.dumps([chat.messages, chat.tools], ensure_ascii=False, default=str)])
+
+    @cached_property
+    def _control(self) -> ControlStrings:
+        return ControlStrings(self.tokenizer.backend_tokenizer)
+
+    @cached_property
+    def _templates(self) -> dict[str, ChatTemplate]:
+        return {}
+
+    def _template(self, tools: list[Message] | None) -> ChatTemplate:
+        source = template_source(self.tokenizer, tools)
+        if source not in self._templates:
+            day = date.today() if self.day is None else date.fromisoformat(self.day)
+            named = {DATE_TEXT: day.strftime("%d %b %Y")} if self.names_day else {}
+            variables = {**self.tokenizer.special_tokens_map, **named, **self.arguments}
+            self._templates[source] = ChatTemplate(source, tuple(variables.items()), day)
+        return self._templates[source]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    letters: Letters
+
+
+def template_source(tokenizer: Any, tools: list[Message] | None = None) -> str:
+    """The template of a tokenizer, which may have several. Raises InputError if none of them is for all chats."""
+    try:
+        return str(tokenizer.get_chat_template(None, tools))
+    except ValueError as error:
+        raise InputError(
+            f"corpus.messages: the tokenizer does not say which of its chat templates to take: {error}"
+        ) from None
+
+
+def needs_day(tokenizer: Any, arguments: Mapping[str, Any], day_is_given: bool) -> bool:
+    """Whether chats that are rendered with this tokenizer depend on the day."""
+    return asks_for_the_day(template_source(tokenizer), arguments, day_is_given)

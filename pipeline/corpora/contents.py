@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,7 @@ class Encoder(Protocol):
 class TextEncoder:
     tokenizer: Any
     bos: int | None
-    specials: str
+    specials: Literal["text", "tokens"]
     """text: control strings like <s> are read as the characters they are. tokens: as the tokens they name."""
 
     def encode(self, contents: Sequence[Any]) -> Encoded:

@@ -1,6 +1,7 @@
 """Records that are Python dictionaries already, as of JSON and of datasets by name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,18 @@ def chunk_of_objects(
         if name in of_folders or any(value is not MISSING for value in values):
             found.setdefault(name)
         labels[name] = [of_folders.get(name) if value is MISSING else value for value in values]
+    tools = None if columns.tools is None else [_tools(record, columns.tools, found) for record in objects]
     if columns.content in found:  # what has no content has no labels either, and is told by its content
-        columns.check_present(sorted(found), file.url)
-    return chunk_of(numbers, [_content(value, columns) for value in contents], labels, file, columns.kept)
+        replace(columns, tools=None).check_present(sorted(found), file.url)  # chats without tools may come first
+    return chunk_of(numbers, [_content(value, columns) for value in contents], labels, file, columns.kept, tools)
+
+
+def _tools(record: dict[str, Any] | Unreadable, column: str, found: dict[str, None]) -> Any:
+    value = MISSING if isinstance(record, Unreadable) else find(record, column)
+    if value is MISSING:
+        return None
+    found.setdefault(column)
+    return value
 
 
 def _content(value: Any, columns: Columns) -> Any:

@@ -1,7 +1,8 @@
 """From records to documents: which records of a chunk are in a range of keys, their tokens, their contexts."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -52,12 +53,29 @@ class Recipe:
         return records, document_keys(self.seed, records)
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """How chats are rendered and read: see ChatEncoder."""
+
+    markers: bool = True
+    day: str | None = None
+    names_day: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    roles_asked: bool = False
+
+
 def make_encoder(
-    kind: str, tokenizer: Any, vocabulary: int, bos: int | None, specials: str, separator: int | None
+    kind: str,
+    tokenizer: Any,
+    vocabulary: int,
+    bos: int | None,
+    specials: Literal["text", "tokens"],
+    separator: int | None,
+    chat: ChatOptions,
 ) -> Encoder:
     """`kind`: what the records hold: text, tokens or messages. Raises InputError for a tokenizer without template."""
     if kind == "messages":
-        return ChatEncoder(tokenizer, bos)
+        return ChatEncoder(tokenizer, bos, specials, **vars(chat))
     return TokensEncoder(vocabulary, bos, separator) if kind == "tokens" else TextEncoder(tokenizer, bos, specials)
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpora.files import CorpusFile
+from pipeline.corpora.messages import WithTools
 from pipeline.errors import InputError
 
 CHUNK_BYTES = 8 * 2**20
@@ -30,6 +31,8 @@ class Columns:
     labels: tuple[str, ...]
     kept: tuple[str, ...] = ()
     """Columns that are kept beside documents, whatever they hold."""
+    tools: str | None = None
+    """With messages: the column of the tools that a chat may call."""
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -46,6 +49,7 @@ class Columns:
             (self.kind, self.content),
             *(("labels", label) for label in self.labels),
             *(("columns", name) for name in self.kept),
+            *([] if self.tools is None else [("tools", self.tools)]),
         ]
 
     @property
@@ -111,19 +115,24 @@ def chunk_of(
     labels: Mapping[str, pa.Array | list[Any]],
     file: CorpusFile,
     kept: Collection[str] = (),
+    tools: Sequence[Any] | None = None,
 ) -> Chunk:
     """Make a chunk of records, some of which may be Unreadable: these are set aside, whatever their labels are.
 
     Labels are Arrow arrays, or lists of values as JSON has them. Raises InputError for those that are none; what is
-    `kept` without being a label may be missing.
+    `kept` without being a label may be missing. `tools`: those of each record's chat.
     """
+    if tools is not None:
+        contents = [c if isinstance(c, Unreadable) else WithTools(c, t) for c, t in zip(contents, tools, strict=True)]
     broken = [(int(n), c.reason) for n, c in zip(numbers, contents, strict=True) if isinstance(c, Unreadable)]
     if broken:
         sound = np.flatnonzero([not isinstance(content, Unreadable) for content in contents])
         labels = {name: _taken(values, sound) for name, values in labels.items()}
         numbers, contents = numbers[sound], [contents[i] for i in sound.tolist()]
     arrays = {
-        name: label_array(name, values, numbers, file) if isinstance(values, list) else values
+        name: label_array(name, values, numbers, file, "corpus.columns" if name in kept else "corpus.labels")
+        if isinstance(values, list)
+        else values
         for name, values in labels.items()
     }
     check_labels({name: values for name, values in arrays.items() if name not in kept}, numbers, file)
@@ -134,15 +143,17 @@ def _taken(values: pa.Array | list[Any], kept: npt.NDArray[np.int64]) -> pa.Arra
     return [values[i] for i in kept.tolist()] if isinstance(values, list) else values.take(pa.array(kept))
 
 
-def label_array(name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile) -> pa.Array:
+def label_array(
+    name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile, key: str = "corpus.labels"
+) -> pa.Array:
     """The values of a label in the records `numbers`, as JSON has them. Raises InputError for what is no label."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
         for number, value in zip(numbers.tolist(), values, strict=True):
             if problem := _no_label(value):
-                raise InputError(f"corpus.labels: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
-        raise InputError(f"corpus.labels: {name!r} has values of different types in {file.url}: {error}") from None
+                raise InputError(f"{key}: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
+        raise InputError(f"{key}: {name!r} has values of different types in {file.url}: {error}") from None
 
 
 def _no_label(value: Any) -> str | None:

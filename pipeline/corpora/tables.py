@@ -131,8 +131,17 @@ def _chunks(
     for batch in batches:
         numbers = np.arange(first, first + batch.num_rows)
         labels = {name: _labels(batch, routes[name], name, columns, file) for name in columns.beside}
-        yield chunk_of(numbers, _contents(batch, routes[columns.content], columns), labels, file, columns.kept)
+        tools = None if columns.tools is None else _values(batch, routes[columns.tools])
+        yield chunk_of(numbers, _contents(batch, routes[columns.content], columns), labels, file, columns.kept, tools)
         first += batch.num_rows
+
+
+def _values(batch: pa.RecordBatch, route: Route | str | None) -> list[Any]:
+    """Of each record what is at a place in it, in Python's types; None where there is nothing."""
+    assert isinstance(route, Route)
+    values = python_values(_array_at(batch, route))
+    found = [find(value, route.inside) for value in values] if route.inside else values
+    return [None if value is MISSING else value for value in found]
 
 
 def _contents(batch: pa.RecordBatch, route: Route | str | None, columns: Columns) -> list[Any]:

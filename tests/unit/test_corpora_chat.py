@@ -97,13 +97,25 @@ PLAIN_PARTS = [
 ]  # fmt: skip
 
 
+MARKED_PARTS = [
+    [("system", "<s><system>\nweigh</s>\n"), ("user", "<user>\nwhat was carried</s>\n"),
+     ("template", "<assistant>\n"), ("assistant", "every field"), ("template", "</s>\n"),
+     ("user", "<user>\nover the river</s>\n"),
+     ("template", "<assistant>\n"), ("assistant", "in summer café"), ("template", "</s>\n")],
+    [("user", "<s><user>\ncount the grain</s>\n"),
+     ("template", "<assistant>\n"), ("assistant", "three towns"), ("template", "</s>\n")],
+]  # fmt: skip
+"""Where a template says what the assistant wrote, its markers are not the assistant's."""
+
+
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_roles_are_those_of_the_messages(tmp_path: Path, chat_model: Any, template: str) -> None:
     folder = chat_model(template)
     table = plan(write(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200)
-    assert table.role_names == ["assistant", "system", "user"]
     (bucket,) = table.buckets
-    assert texts_by_role(bucket.documents, folder) == PLAIN_PARTS  # and BOS is there once
+    parts = PLAIN_PARTS if template == PLAIN else MARKED_PARTS
+    assert table.role_names == sorted({role for chat in parts for role, _ in chat})
+    assert texts_by_role(bucket.documents, folder) == parts  # and BOS is there once
     assert bucket.documents.sizes.rows == bucket.documents.sizes.context_tokens - 2
 
 
@@ -148,16 +160,18 @@ def test_chats_without_rows_of_those_roles_are_counted(tmp_path: Path, chat_mode
         plan(path, chat_model(PLAIN), messages="messages", roles="wizard")
 
 
-def test_a_message_the_template_puts_elsewhere_goes_with_the_next(tmp_path: Path, chat_model: Any) -> None:
+def test_a_message_that_the_template_puts_into_another_keeps_its_role(tmp_path: Path, chat_model: Any) -> None:
     folder = chat_model(SYSTEM_INSIDE)
     (bucket,) = plan(write(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200).buckets
-    assert texts_by_role(bucket.documents, folder)[1][:2] == [
-        ("user", "<s><user>weigh; what was carried</s>"),
+    assert texts_by_role(bucket.documents, folder)[0][:4] == [
+        ("user", "<s><user>"),
+        ("system", "weigh"),
+        ("user", "; what was carried</s>"),
         ("assistant", "<assistant>every field</s>"),
     ]
 
 
-def test_a_template_that_rewrites_messages_needs_markers(tmp_path: Path, chat_model: Any) -> None:
+def test_a_template_may_write_a_message_otherwise_when_another_follows(tmp_path: Path, chat_model: Any) -> None:
     path = write(tmp_path / "c.jsonl", CHATS)
     folder = chat_model(LAST_MARKED)
     (bucket,) = plan(path, folder, messages="messages", roles="assistant", context=200).buckets
@@ -165,8 +179,11 @@ def test_a_template_that_rewrites_messages_needs_markers(tmp_path: Path, chat_mo
         [("assistant", " three towns")],
         [("assistant", "every fieldin summer café")],
     ]
-    with pytest.raises(InputError, match="left out, 2 for 'the chat template does not show where each message ends' "):
-        plan(path, chat_model(LAST_ONLY), messages="messages")
+    (bucket,) = plan(path, chat_model(LAST_ONLY), messages="messages", roles="assistant", context=200).buckets
+    assert texts_by_role(bucket.documents, folder, rows_only=True) == [
+        [("assistant", "<assistant>(thinks) three towns</s>")],
+        [("assistant", "<assistant>every field</s><assistant>(thinks) in summer café</s>")],
+    ]
 
 
 def test_chats_that_cannot_be_used_are_counted(tmp_path: Path, chat_model: Any) -> None:
@@ -176,7 +193,8 @@ def test_chats_that_cannot_be_used_are_counted(tmp_path: Path, chat_model: Any) 
     table = plan(write(tmp_path / "c.jsonl", chats), chat_model(refusing), messages="messages")
     assert table.skipped.to_record() == {
         "a message without a role": {"count": 3, "first": ["c.jsonl:5", "c.jsonl:6", "c.jsonl:7"]},
-        "empty": {"count": 3, "first": ["c.jsonl:2", "c.jsonl:3", "c.jsonl:4"]},
+        "empty": {"count": 2, "first": ["c.jsonl:2", "c.jsonl:3"]},
+        "not a list of messages": {"count": 1, "first": ["c.jsonl:4"]},
         "the chat template refuses the chat": {"count": 1, "first": ["c.jsonl:8"]},
     }
 

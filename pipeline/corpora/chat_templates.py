@@ -1,0 +1,293 @@
+"""Chat templates: rendered as transformers renders them, but for the day, and watched while they write.
+
+A template is compiled twice, as it is and *watched*. The watched one writes a mark, a character of its own, wherever
+an iteration over the messages, a piece of the template or a `{% generation %}` block begins or ends, and notes what the
+mark stands for: `pipeline.corpora.chat_roles` reads from that which message a stretch of the text belongs to. A watched
+rendering says something only where it is, without its marks, the plain one: whoever uses it checks that.
+
+Templates come with models and are no more trusted than those: they run in jinja's sandbox and are given plain data.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pipeline.corpora.messages import Chat, Message
+
+MARK = "\U0010ffff"
+"""No character: Unicode keeps this number for uses like this."""
+WATCH, GENERATION = "granary_watch", "granary_generation"
+
+REFUSALS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template raises for chats that it does not take: its own raise_exception, and what its expressions raise."""
+DATE_CALLS = {"strftime_now", "now"}
+DATE_TEXT = "date_string"
+"""A variable with the day, which some templates (Llama 3) read if it is given."""
+Kind = Literal["message", "leave", "open", "close", "generate", "generated"]
+
+
+class Event(NamedTuple):
+    """What a mark stands for."""
+
+    kind: Kind
+    loop: int
+    message: int
+
+
+@dataclass
+class Watch:
+    """What a watched template calls while it writes."""
+
+    messages: Mapping[int, int]
+    """The number of each message, by the identity of its dictionary."""
+    events: list[Event] = field(default_factory=list)
+    _active: list[int] = field(default_factory=list)
+    """Loops that are in an iteration over messages, from the outside in."""
+
+    def __call__(self, kind: Kind, loop: int = -1, value: Any = None) -> str:
+        message = -1
+        if kind == "message":
+            message = self.messages.get(id(value), -1)
+            if message < 0:
+                return ""
+            if loop not in self._active:
+                self._active.append(loop)
+        elif kind == "leave":
+            if loop not in self._active:
+                return ""
+            del self._active[self._active.index(loop) :]
+        elif self._active:
+            return ""  # pieces matter only outside of iterations
+        self.events.append(Event(kind, loop, message))
+        return MARK
+
+    def generation(self, caller: Callable[[], str]) -> str:
+        self.events.append(Event("generate", -1, -1))
+        text = caller()
+        self.events.append(Event("generated", -1, -1))
+        return f"{MARK}{text}{MARK}"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template, and what it is given besides chats."""
+
+    source: str
+    variables: tuple[tuple[str, Any], ...]
+    """Names of special tokens, and arguments."""
+    day: date
+    learned: dict[str, str | None] = field(default_factory=dict, compare=False)
+    """For `pipeline.corpora.chat_roles`: what stands before the content of a message of a role, by role."""
+
+    def render(self, chat: Chat) -> str:
+        """The text of a chat. Raises one of REFUSALS."""
+        return self._plain.render(**self._given(chat), **{GENERATION: _unwatched})
+
+    def watched(self, chat: Chat) -> tuple[str, list[Event]]:
+        """The text with marks, and what each stands for, in order. Raises one of REFUSALS."""
+        watch = Watch({id(message): number for number, message in enumerate(chat.messages)})
+        text = self._watched.render(**self._given(chat), **{WATCH: watch, GENERATION: watch.generation})
+        return text, watch.events
+
+    @cached_property
+    def literals(self) -> tuple[str, ...]:
+        """Every text in the template's expressions: those that it may look for in contents are among them."""
+        found = {node.value for node in _environment().parse(self.source).find_all(nodes.Const)}
+        return tuple(sorted((text for text in found if isinstance(text, str) and text), key=len, reverse=True))
+
+    @cached_property
+    def _plain(self) -> jinja2.Template:
+        return _compiled(self.source, False)
+
+    @cached_property
+    def _watched(self) -> jinja2.Template:
+        return _compiled(self.source, True)
+
+    def _given(self, chat: Chat) -> dict[str, Any]:
+        now = datetime.combine(self.day, time())
+        # The names that transformers always gives, so that a template finds them defined.
+        standard = {"documents": None, "add_generation_prompt": False, "strftime_now": now.strftime, "now": lambda: now}
+        return {**standard, **dict(self.variables), "messages": chat.messages, "tools": chat.tools}
+
+
+def check_template(source: str) -> str | None:
+    """Why a template cannot be used, if it cannot."""
+    try:
+        _compiled(source, False)
+    except jinja2.TemplateError as error:
+        return str(error)
+    return None
+
+
+def asks_for_the_day(source: str, given: Mapping[str, Any], day_is_given: bool) -> bool:
+    """Whether what a template writes depends on the day. `date_string` counts if the day is given in the spec: without
+    one, templates write a day of their own."""
+    names = find_undeclared_variables(_environment().parse(source)) - set(given)
+    return bool(names & (DATE_CALLS | ({DATE_TEXT} if day_is_given else set())))
+
+
+def _unwatched(caller: Callable[[], str]) -> str:
+    return caller()
+
+
+class GenerationBlocks(Extension):
+    """`{% generation %}` ... `{% endgeneration %}`: what the assistant wrote."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja declares it as an attribute of instances)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = nodes.Call(nodes.Name(GENERATION, "load"), [], [], None, None)
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+
+class PlainNamespace(jinja2.utils.Namespace):
+    """A namespace in which a template cannot hide names that the sandbox would not let it read."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.TemplateError(f"a namespace has no name that begins with an underscore, as {name} does")
+        super().__setitem__(name, value)
+
+
+def _namespace(*args: Any, **kwargs: Any) -> PlainNamespace:
+    made = PlainNamespace()
+    for name, value in dict(*args, **kwargs).items():
+        made[name] = value
+    return made
+
+
+def _raise(message: Any) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Dictionaries:
+    """`dict` for templates: without the attributes of the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Message:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> Message:
+        return dict.fromkeys(*args)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
+    )
+    made.filters["tojson"] = _to_json
+    made.globals.update(raise_exception=_raise, namespace=_namespace, dict=_Dictionaries())
+    return made
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str, watched: bool) -> jinja2.Template:
+    environment = _environment()
+    tree = environment.parse(source)
+    if watched:
+        tree.body = _Watching().body(tree.body)
+        tree.set_environment(environment)
+    code = environment.compile(tree)
+    return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+class _Watching:
+    """Puts calls of the watch into a template. Macros and blocks that are kept in a variable are left alone: what they
+    give may be changed before it is written, and counts where it is written."""
+
+    def __init__(self) -> None:
+        self.loops = 0
+
+    def body(self, statements: list[nodes.Node]) -> list[nodes.Node]:
+        return [watched for statement in statements for watched in self.statement(statement)]
+
+    def statement(self, node: nodes.Node) -> list[nodes.Node]:
+        if isinstance(node, nodes.Output):
+            node.nodes = [_call("open"), *node.nodes, _call("close")]
+        elif isinstance(node, nodes.For):
+            return self.loop(node)
+        elif isinstance(node, nodes.If):
+            self.branches(node)
+        elif isinstance(node, nodes.With | nodes.Scope | nodes.ScopedEvalContextModifier) or _is_generation(node):
+            node.body = self.body(node.body)  # type: ignore[attr-defined]
+        return [node]
+
+    def branches(self, node: nodes.If) -> None:
+        asks_role = any(_asks_role(test) for test in (node.test, *(branch.test for branch in node.elif_)))
+        for branch in (node, *node.elif_):
+            branch.body = _piece(self.body(branch.body)) if asks_role else self.body(branch.body)
+        if node.else_:
+            node.else_ = _piece(self.body(node.else_)) if asks_role else self.body(node.else_)
+
+    def loop(self, node: nodes.For) -> list[nodes.Node]:
+        self.loops += 1
+        number = self.loops
+        inside: list[nodes.Node] = []
+        if isinstance(node.target, nodes.Name):
+            inside.append(_output(_call("message", number, node.target.name)))
+        for statement in node.body:
+            inside += self.statement(statement)
+            # Some templates count, and take the message by its number.
+            if isinstance(statement, nodes.Assign) and isinstance(statement.target, nodes.Name) and _is_item(statement):
+                inside.append(_output(_call("message", number, statement.target.name)))
+        node.body = inside
+        node.else_ = self.body(node.else_)
+        return [node, _output(_call("leave", number))]
+
+
+def _is_item(statement: nodes.Assign) -> bool:
+    """Whether what is assigned is an item that is taken by a variable: messages[i], not messages[i - 1]."""
+    value = statement.node
+    return isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Name)
+
+
+def _is_generation(node: nodes.Node) -> bool:
+    return (
+        isinstance(node, nodes.CallBlock)
+        and isinstance(node.call.node, nodes.Name)
+        and node.call.node.name == GENERATION
+    )
+
+
+def _asks_role(test: nodes.Node) -> bool:
+    """Whether a condition is about a message's role: what stands under it is written for that message."""
+    by_name = (node.attr == "role" for node in test.find_all(nodes.Getattr))
+    by_item = (isinstance(n.arg, nodes.Const) and n.arg.value == "role" for n in test.find_all(nodes.Getitem))
+    return any(by_name) or any(by_item)
+
+
+def _piece(body: list[nodes.Node]) -> list[nodes.Node]:
+    return [_output(_call("open")), *body, _output(_call("close"))]
+
+
+def _output(node: nodes.Expr) -> nodes.Output:
+    made = nodes.Output([node])
+    made.set_lineno(1)
+    return made
+
+
+def _call(kind: Kind, loop: int = -1, name: str | None = None) -> nodes.Expr:
+    arguments: list[nodes.Expr] = [nodes.Const(kind), nodes.Const(loop)]
+    if name is not None:
+        arguments.append(nodes.Name(name, "load"))
+    call = nodes.Call(nodes.Name(WATCH, "load"), arguments, [], None, None)
+    call.set_lineno(1)
+    return call

@@ -1,0 +1,186 @@
+"""The forms in which chats come, made into one: a list of {role, content} without None, and the tools it may call.
+
+Read are lists of dictionaries, JSON in a string, `{from, value}` conversations, contents that are a text, nothing (a
+message of tool calls), or a list of parts. Arrow gives every dictionary every key that any of them has, with None for
+those it lacks; templates ask whether a key is there, so keys with None are removed at every depth.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+NO_MESSAGES = "empty"
+NO_LIST = "not a list of messages"
+NO_ROLE = "a message without a role"
+NO_TEXT = "a message whose content is no text"
+BAD_TOOLS = "tools that are no list of dictionaries"
+TOO_DEEP = "messages nested too deeply"
+
+Message = dict[str, Any]
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""The names of `from` in `{from, value}` conversations, and the roles that templates know. Others stay as they are."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning; templates read the first, some the second, and transformers fills both."""
+
+
+@dataclass(frozen=True)
+class WithTools:
+    """The content of a record that has tools beside its messages."""
+
+    messages: Any
+    tools: Any
+
+
+@dataclass(frozen=True)
+class Chat:
+    messages: list[Message]
+    tools: list[Message] | None
+
+
+def read_chat(content: Any) -> Chat | str:
+    """A record's chat, or why it is none."""
+    given, tools = (content.messages, content.tools) if isinstance(content, WithTools) else (content, None)
+    try:
+        messages = _messages(_from_json(given))
+        if isinstance(messages, str):
+            return messages
+        found = _tools(tools)
+    except RecursionError:
+        return TOO_DEEP
+    return found if isinstance(found, str) else Chat(messages, found)
+
+
+def variants(chat: Chat) -> Iterator[Chat]:
+    """The chat, and then the ways to write the same that a template may take where it refuses another: a content that
+    is missing as None or as an empty text, and a tool call's arguments as a dictionary or as JSON in a text."""
+    yield chat
+    without = [m for m in chat.messages if "content" not in m]
+    for empty in (None, "") if without else ():
+        yield Chat([{"content": empty, **m} for m in chat.messages], chat.tools)
+    if any(m.get("tool_calls") for m in chat.messages):
+        other = [_other_arguments(m) for m in chat.messages]
+        yield Chat(other, chat.tools)
+        for empty in (None, "") if without else ():
+            yield Chat([{"content": empty, **m} for m in other], chat.tools)
+
+
+def joined_parts(chat: Chat) -> Chat:
+    """The chat with the texts of each list of them put together, for templates that know no parts."""
+    return Chat([{**m, "content": _joined(m["content"])} if "content" in m else m for m in chat.messages], chat.tools)
+
+
+def split_parts(chat: Chat) -> Chat:
+    """The chat with each content that is a text as a list of one part, for templates that know nothing else."""
+    return Chat(
+        [
+            {**m, "content": [{"type": "text", "text": m.get("content", "")}]}
+            if isinstance(m.get("content", ""), str)
+            else m
+            for m in chat.messages
+        ],
+        chat.tools,
+    )
+
+
+def _joined(content: Any) -> Any:
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _from_json(value: Any) -> Any:
+    """What JSON in a text or in bytes holds; other values, and texts that are no JSON, as they are."""
+    if not isinstance(value, str | bytes):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _messages(given: Any) -> list[Message] | str:
+    if given is None or given == []:
+        return NO_MESSAGES
+    if not isinstance(given, list):
+        return NO_LIST
+    messages = []
+    for one in map(_from_json, given):
+        message = _message(without_none(one)) if isinstance(one, dict) else NO_ROLE
+        if isinstance(message, str):
+            return message
+        messages.append(message)
+    return messages
+
+
+def _message(given: Message) -> Message | str:
+    message = dict(given)
+    if "role" not in message and isinstance(name := message.pop("from", None), str):
+        message = {"role": ROLES.get(name.lower(), name), **message}
+    if "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        return NO_ROLE
+    content = message.get("content")
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, list):
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        if not all(isinstance(part, dict) for part in content):
+            return NO_TEXT
+        message["content"] = content
+    elif content is not None and not isinstance(content, str):
+        return NO_TEXT
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _tools(given: Any) -> list[Message] | str | None:
+    given = _from_json(given)
+    if given is None or given == [] or given == "":
+        return None
+    tools = [without_none(_from_json(tool)) for tool in given] if isinstance(given, list) else [given]
+    return tools if all(isinstance(tool, dict) for tool in tools) else BAD_TOOLS
+
+
+def without_none(value: Any) -> Any:
+    """A value without the keys of dictionaries, at any depth, that have None."""
+    if isinstance(value, dict):
+        return {key: without_none(of) for key, of in value.items() if of is not None}
+    return [without_none(of) for of in value] if isinstance(value, list | tuple) else value
+
+
+def _other_arguments(message: Message) -> Message:
+    """A message whose tool calls have their arguments in the other form, where they have one."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_other_call(call) if isinstance(call, dict) else call for call in calls]}
+
+
+def _other_call(call: Message) -> Message:
+    if isinstance(function := call.get("function"), dict):
+        return {**call, "function": _other_call(function)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and isinstance(read := _from_json(arguments), dict):
+        return {**call, "arguments": read}
+    if isinstance(arguments, dict):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return call
