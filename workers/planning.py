@@ -7,6 +7,7 @@ same result.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ class Source:
                 fingerprint(corpus.files) if isinstance(corpus, Corpus) else corpus.identity for corpus in self.corpora
             ],
         }
+
+    def identity_beside(self, stored: Record) -> Record:
+        """The identity, to be compared with the plan of a store. Those made before files at URLs were told by their
+        versions hold samples of the content, which then have to be fetched (docs/decisions/0019)."""
+        pairs = zip(self.identity["source"], stored["source"], strict=False)
+        if stored == self.identity or not any("versions" in new and "sha256" in old for new, old in pairs):
+            return self.identity
+        source = [
+            fingerprint(corpus.files, by_content=True) if isinstance(corpus, Corpus) and "sha256" in old else new
+            for corpus, new, old in zip_longest(self.corpora, self.identity["source"], stored["source"], fillvalue={})
+            if new
+        ]
+        return {**self.identity, "source": source}
 
     def _chat_template(self) -> Record:
         return {"chat_template": self.tokenizer.chat_template} if self.settings.messages else {}
@@ -134,11 +148,12 @@ def ensure_store(
             settle(place)
         store = open_store(place)
         check_tokenizer(source.identity["tokenizer"], store.info.tokenizer_digest, model.tokenizer or model.id)
-        growth = growth_of(store, source.identity)
+        identity = source.identity_beside(store.info.plan)
+        growth = growth_of(store, identity)
         if growth is None:
             return store, False
         if not grow:
-            raise refuse_growth(store, source.identity, growth)
+            raise refuse_growth(store, identity, growth)
         return _grow(store, source, progress, check, source.tasks(connect)), True
     refuse_if_taken(place)  # before the corpus is read, which can take hours
     tasks = source.tasks(connect)
