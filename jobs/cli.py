@@ -14,6 +14,8 @@ from jobs.query import add_options as query_options
 
 GROW = "append to the store what it lacks of the spec's rows (more rows, or more entries of corpus.path)"
 
+ENV = "a variable of this environment that the job gets too, as HF_TOKEN; again for more (beside cluster.env)"
+
 ADDRESS = "the cluster, as head:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then this machine)"
 
 Verb = Callable[[argparse.Namespace], int]
@@ -134,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     submit.add_argument("spec", help="the spec file")
     submit.add_argument("--stage", choices=(*stages,), default="run", help="what the job runs (default: run)")
     submit.add_argument("--grow", action="store_true", help=GROW)
+    submit.add_argument("--env", action="append", default=[], metavar="NAME", help=ENV)
     submit.add_argument("--id", help="the job's id (default: one from the store's name and the time)")
     submit.add_argument("--follow", action="store_true", help="print the job's log and end with its exit status")
     listed = add("jobs", _jobs, "the jobs of a cluster", "granary jobs")
@@ -223,7 +226,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from jobs.spec import load_spec
     from jobs.submit import follow, submit
 
-    spec = load_spec(arguments.spec)
+    spec = load_spec(arguments.spec).with_env(arguments.env)
     job = submit(spec, stage=arguments.stage, job_id=arguments.id, address=arguments.address, grow=arguments.grow)
     print(f"submitted {job}; see it with: granary logs {job}", flush=True)
     return follow(job, arguments.address) if arguments.follow else 0

@@ -34,6 +34,7 @@ from storage.places import open_place
 from storage.records import Record
 from storage.store import Store, open_store
 from storage.unitsets import UnitRanges
+from workers.environment import values_of
 from workers.harvesting import HarvestJob, check_harvest, emulation_notice, layout_of, name_in_store, prepare_harvests
 from workers.matching import growth_of
 from workers.measuring import Measured, measure, sample
@@ -63,6 +64,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     that harvesting would, as far as they show without workers."""
     options = options or PlanOptions()
     prices = load_prices(options.prices)  # before anything that takes long
+    values_of(spec.cluster.env)
     check_place(open_place(spec.store))
     info = describe_model(spec.model.id, spec.model.revision)
     check_harvest(info, spec.model, spec.harvest, spec.cluster)
@@ -133,7 +135,7 @@ def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None
         return None, [], False, source
     store = open_store(place)
     source = source.as_in(store)
-    is_whole = growth_of(store, source.identity) is None
+    is_whole = growth_of(store, source.identity_beside(store.info.plan)) is None
     return store, prepare_harvests(store, spec.model, info, spec.harvest), is_whole, source
 
 

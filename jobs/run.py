@@ -18,6 +18,7 @@ from storage.sinks import extreme_rows
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.anchor_settings import AnchorSettings
+from workers.environment import values_of
 from workers.settings import TrainSettings
 
 STAGES = ("harvest", "anchors", "train", "evaluate")
@@ -40,7 +41,7 @@ class Cluster:
         harvest, train = self.spec.harvest, self.spec.train
         workers = harvest.workers if isinstance(harvest.workers, int) else harvest.worker_range.minimum
         cpus = max(workers * harvest.threads_per_worker, train.threads if train else 1)
-        self.stack.enter_context(connected(self.spec.cluster.address, cpus=cpus))
+        self.stack.enter_context(connected(self.spec.cluster.address, cpus=cpus, env=self.spec.cluster.env))
         for key, gpus in self.gpus_to_come().items():
             require_gpus(gpus, key)
 
@@ -85,7 +86,8 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
         raise SpecError(
             "corpus.holdout is 0, which leaves no rows to evaluate on: hold some out, or run the stages one by one"
         )
-    check_place(open_place(spec.store))  # before any model is read
+    values_of(spec.cluster.env)  # before any model is read, as is the place
+    check_place(open_place(spec.store))
     if "anchors" in stages:
         _check_anchor_files(spec)
 

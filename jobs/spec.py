@@ -1,7 +1,7 @@
 """The spec: one YAML file that describes an experiment. Every mistake in it is reported at once."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin
@@ -90,6 +90,11 @@ class Spec(Settings):
                 sites = ", ".join(self.harvest.sites)
                 problems.append(f"{where}.top.site: {top.site} is not one of harvest.sites ({sites})")
         return problems
+
+    def with_env(self, names: Sequence[str]) -> "Spec":
+        """The spec with more names in `cluster.env`."""
+        together = tuple(dict.fromkeys((*self.cluster.env, *names)))
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"env": together})})
 
     @property
     def scored_anchors(self) -> tuple[AnchorSettings, ...]:

@@ -2,9 +2,10 @@
 
 A job carries the code that submitted it, as its working directory, and the spec with its paths made absolute and its
 variables replaced; so the
-cluster needs Granary's dependencies but not Granary, and runs the very version that submitted. Nothing of this
-machine's environment goes along: credentials are the cluster's own. A job dies with its cluster and knows nothing of
-its progress, which is in the store: the same spec submitted again goes on from there.
+cluster needs Granary's dependencies but not Granary, and runs the very version that submitted. Of this machine's
+environment nothing goes along but the variables that `cluster.env` names, in Ray's runtime environment: the spec and
+the job's metadata hold their names alone. A job dies with its cluster and knows nothing of its progress, which is in
+the store: the same spec submitted again goes on from there.
 
 The driver runs on the head node, where it plans (tokenises), makes anchors and hands out work: the head must see the
 store, the corpus and the model, as every worker must.
@@ -30,6 +31,7 @@ from jobs.addresses import ADDRESS_VARIABLE, ClusterError, dashboard_address
 from jobs.ending import status_of
 from jobs.variables import escaped
 from storage.records import Record
+from workers.environment import values_of
 from workers.versions import versions
 
 if TYPE_CHECKING:
@@ -45,19 +47,21 @@ POLL_S = 0.25
 
 
 def submit(spec: "Spec", *, stage: str, job_id: str | None, address: str | None, grow: bool = False) -> str:
-    """Submit one stage of a spec (or `run`, all of them) and return the job's id. Raises ClusterError."""
+    """Submit one stage of a spec (or `run`, all of them) and return the job's id. Raises ClusterError, and InputError
+    for a variable of `cluster.env` that is not set here."""
     if grow and stage not in ("harvest", "run"):
         raise ClusterError(f"--grow belongs to the stages harvest and run, not to {stage}")
     job = job_id or _new_id(spec.store)
     if not JOB_ID.fullmatch(job):
         raise ClusterError(f"a job's id is made of letters, digits and _.- after a first letter or digit, not {job!r}")
+    variables = values_of(spec.cluster.env)
     with TemporaryDirectory(prefix="granary-job-") as folder, _job_server(address) as (client, url):
         _write_working_dir(Path(folder), spec)
         try:
             client.submit_job(
                 entrypoint=f"python -m jobs.cli {stage} spec.yaml{' --grow' if grow else ''}",
                 submission_id=job,
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": folder, **({"env_vars": variables} if variables else {})},
                 metadata={"granary": versions()["granary-activations"], "stage": stage, "store": spec.store},
                 # The driver mostly waits. If it held a CPU, a cluster of one CPU would have no room for a worker.
                 entrypoint_num_cpus=0,

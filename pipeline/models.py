@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 
+from pipeline import long_texts
 from pipeline.errors import InputError
 from pipeline.families import FAMILIES, TEXT_PARTS
 from pipeline.hub import find_file, local_folder, offline_folder, resolve_commit
@@ -234,8 +235,7 @@ def special_tokens_as(tokenizer: Any, specials: str) -> Iterator[None]:
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens, in parallel in the tokenizer's own threads."""
     # Straight to the Rust tokenizer: the wrapper warns of texts longer than a context, which we cut ourselves.
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    return long_texts.encode(tokenizer.backend_tokenizer, texts)
 
 
 def read_config(model_id: str, revision: str) -> Any:

@@ -5,13 +5,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from pipeline.errors import InputError
+from workers.environment import values_of
 from workers.stopping import GOES_ON, Stopped
 
 CONNECT_S = 10
@@ -20,12 +21,14 @@ DASHBOARD = ("http://", "https://")
 
 
 @contextmanager
-def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
+def connected(address: str, *, cpus: int = 0, env: Sequence[str] = ()) -> Iterator[None]:
     """Within the block Ray is up. `local` starts it on this machine with at least `cpus` CPUs and ends it afterwards.
+    `env`: variables of this process's environment that workers elsewhere get too.
 
     Inside a Ray job, whose cluster is in RAY_ADDRESS, `local` means that cluster: the same spec runs in both places.
     A RAY_ADDRESS that is a dashboard's, http://head:8265, is for submitting jobs and says nothing of a cluster to join.
-    Raises InputError when there is no cluster at `address`, and Stopped when SIGTERM comes meanwhile.
+    Raises InputError when there is no cluster at `address` or a variable is not set, and Stopped when SIGTERM comes
+    meanwhile.
     """
     if ray.is_initialized():
         yield
@@ -45,6 +48,8 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
         options["_system_config"] = {"worker_niceness": 0}
     else:
         options["address"] = "auto" if address == "local" else address
+        if env and not is_in_job():
+            options["runtime_env"] = {"env_vars": values_of(env)}
     if ":" in str(options["address"]):  # Ray itself would try for minutes, and print warnings of its own meanwhile
         host, _, port = options["address"].rpartition("/")[2].rpartition(":")
         try:
@@ -66,6 +71,11 @@ def connected(address: str, *, cpus: int = 0) -> Iterator[None]:
 def is_started_here(address: str) -> bool:
     """Whether a run with this cluster.address starts Ray itself, so that its workers are on this machine."""
     return address == "local" and not _joined()
+
+
+def is_in_job() -> bool:
+    """Whether this process is the driver of a submitted job, whose environment its workers are given by Ray."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _joined() -> str:

@@ -106,4 +106,5 @@ def source_words(source: Record) -> str:
     """What an entry of corpus.path is, in words."""
     if "dataset" in source:
         return f"the dataset {source['dataset']}, {source['subset'] or 'default'}, split {source['split']}"
-    return f"{source['files']} file(s) of {source['bytes']:,} bytes, {source['sha256'][:8]}"
+    told_by = source.get("versions") or source["sha256"]
+    return f"{source['files']} file(s) of {source['bytes']:,} bytes, {told_by[:8]}"

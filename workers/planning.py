@@ -100,6 +100,18 @@ class Source:
             **({} if self.separator is None else {"separator": self.separator}),
         }
 
+    def identity_beside(self, stored: Record) -> Record:
+        """The identity, to be compared with the plan of a store. Those made before files at URLs were told by their
+        versions hold samples of the content, which then have to be fetched (docs/decisions/0019)."""
+        pairs = zip(self.identity["source"], stored["source"], strict=False)
+        if stored == self.identity or not any("versions" in new and "sha256" in old for new, old in pairs):
+            return self.identity
+        source = list(self.identity["source"])
+        for number, (corpus, old) in enumerate(zip(self.corpora, stored["source"], strict=False)):
+            if isinstance(corpus, Corpus) and "sha256" in old:
+                source[number] = fingerprint(corpus.files, by_content=True)
+        return {**self.identity, "source": source}
+
     def _chat_template(self) -> Record:
         return {"chat_template": self.tokenizer.chat_template} if self.settings.messages else {}
 
@@ -233,11 +245,12 @@ def ensure_store(
             settle(place)
         store = open_store(place)
         source = source.as_in(store)
-        growth = growth_of(store, source.identity)
+        identity = source.identity_beside(store.info.plan)
+        growth = growth_of(store, identity)
         if growth is None:
             return store, False
         if not grow:
-            raise refuse_growth(store, source.identity, growth)
+            raise refuse_growth(store, identity, growth)
         return _grow(store, source, progress, check, source.tasks(connect)), True
     refuse_if_taken(place)  # before the corpus is read, which can take hours
     tasks = source.tasks(connect)

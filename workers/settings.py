@@ -14,6 +14,7 @@ from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
 from pipeline.sites import Site, parse_site
 from workers.dictionary_settings import DictionarySettings
+from workers.environment import problem_of
 from workers.section import Count, Names, Seconds, Seed, Settings, Sites, TokenNames
 
 RANGE_PATTERN = r"^[0-9]+-[0-9]+$"
@@ -308,6 +309,20 @@ class ClusterSettings(Settings):
     stop` itself waits 3 s unless the cluster has RAY_JOB_STOP_WAIT_TIME_S."""
     wait_s: Seconds = 1800.0
     """A run ends when the cluster has had no room for the least number of workers for so long."""
+    env: Names = ()
+    """Names of environment variables whose values, where granary is run, the workers get too."""
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _names_alone(cls, env: object) -> object:
+        # Before anything else looks at it: a message of pydantic's would show what was given, which may be a value.
+        names = [env] if isinstance(env, str) else env
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected a list of names of environment variables, and found something else")
+        for name in names:
+            if problem := problem_of(name):
+                raise ValueError(problem)
+        return env
 
 
 COMPILE_FROM_FLOPS = {"cpu": 1e14, "cuda": 1e17}

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus
+from pipeline.corpora.patience import Unread
 from pipeline.corpora.recipe import Recipe
 from pipeline.corpora.records import Piece
 from pipeline.errors import InputError
@@ -112,9 +113,16 @@ def plan_table(
     """Read, tokenise and order corpora, which follow one another. `roles`: those that have numbers already. Raises
     InputError, also when there are no rows, or fewer than `rows`."""
     reading = _Reading(tasks.share(recipe), rows, tasks, progress)
-    for segment, corpus in enumerate(corpora):
-        if rows is None or reading.rows < rows:
-            reading.read(corpus, segment, cuts)
+    try:
+        for segment, corpus in enumerate(corpora):
+            if rows is None or reading.rows < rows:
+                reading.read(corpus, segment, cuts)
+    except Unread as error:
+        said = getattr(error, "cause", error)  # Ray wraps what a task raised
+        of_all = "" if rows is None else f" of {rows:,}"
+        raise Unread(
+            f"{said}. Planning had found {reading.rows:,}{of_all} rows by then; nothing was written"
+        ) from error
     plan = reading.ordered(roles)
     found = plan.sizes.rows
     if found == 0:

@@ -1,6 +1,7 @@
 """The files of a corpus, on local disks or at any fsspec URL: which they are, reading them, telling them apart.
 
-Local files are opened as such, never through fsspec, which costs a copy of every block.
+Local files are opened as such, never through fsspec, which costs a copy of every block; the others by
+`pipeline.corpora.remote`.
 """
 
 import glob
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-
+from pipeline.corpora.patience import Unread
+from pipeline.corpora.remote import find_remote, open_remote
 from pipeline.errors import InputError
 
 HASHED_WHOLE_BYTES = 16 * 2**20
@@ -29,6 +30,8 @@ class CorpusFile:
     url: str
     """A local path, or an fsspec URL."""
     num_bytes: int
+    version: str = ""
+    """Of a file at a URL: what its server calls the present content, as an ETag; empty where nothing does."""
 
     @property
     def name(self) -> str:
@@ -44,20 +47,21 @@ class CorpusFile:
         return "://" not in self.url
 
     @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """Read its bytes within the block. Raises InputError when they cannot be read, now or later in the block."""
+    def open(self, **how: Any) -> Iterator[IO[bytes]]:
+        """Read its bytes within the block. Raises Unread when they cannot be read, now or later in the block. `how`:
+        options of fsspec's `open` for a file at a URL."""
         with reading(self.url):
             if self.is_local:
                 with Path(self.url).open("rb") as handle:
                     yield handle
             else:
-                with fsspec.open(self.url, "rb") as handle:
+                with open_remote(self.url, self.num_bytes, self.version, **how) as handle:
                     yield handle
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Within the block, failures to read become InputErrors that name `what`."""
+    """Within the block, failures to read become Unread errors that name `what`."""
     try:
         yield
     except InputError:
@@ -66,7 +70,7 @@ def reading(what: str) -> Iterator[None]:
         if not isinstance(error, OSError | EOFError | ImportError) and "://" not in what:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"corpus.path: {what} cannot be read: {reason[0]}") from error
+        raise Unread(f"corpus.path: {what} cannot be read: {reason[0]}") from error
 
 
 def find_files(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
@@ -99,33 +103,27 @@ def _find_local(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
 
 def _find_remote(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
     with reading(pattern):
-        system, path = fsspec.core.url_to_fs(pattern)
-        if any(c in path for c in "*?["):
-            found = system.glob(path, detail=True)
-        elif system.isdir(path):
-            listed = system.find(path, detail=True)
-            found = {name: about for name, about in listed.items() if name.lower().endswith(tuple(endings))}
-        elif system.exists(path):
-            found = {path: system.info(path)}
-        else:
-            found = {}
-        kept = {name: about for name, about in found.items() if about["type"] == "file"}
-        return [CorpusFile(system.unstrip_protocol(name), int(about["size"] or 0)) for name, about in kept.items()]
+        return [CorpusFile(*found) for found in find_remote(pattern, endings)]
 
 
-def fingerprint(files: Sequence[CorpusFile]) -> dict[str, Any]:
-    """Identify files by their sizes and contents, in their order: not by names, places or times."""
+def fingerprint(files: Sequence[CorpusFile], by_content: bool = False) -> dict[str, Any]:
+    """Identify files by their sizes and contents, in their order: not by names, places or times.
+
+    Of files at URLs the version that the server tells stands for the content, which would have to be fetched:
+    `versions` in place of `sha256`. `by_content`: fetch it, as stores have it that were made before versions were."""
+    told = [] if by_content else [file.version for file in files]
     with ThreadPoolExecutor(READERS) as readers:
-        hashes = list(readers.map(_content_hash, files))
+        contents = told if told and all(told) else list(readers.map(_content_hash, files))
     sha = hashlib.sha256()
-    for file, content in zip(files, hashes, strict=True):
+    for file, content in zip(files, contents, strict=True):
         sha.update(f"{file.num_bytes} {content}\n".encode())
-    return {"files": len(files), "bytes": sum(f.num_bytes for f in files), "sha256": sha.hexdigest()[:16]}
+    kind = "versions" if contents is told else "sha256"
+    return {"files": len(files), "bytes": sum(f.num_bytes for f in files), kind: sha.hexdigest()[:16]}
 
 
 def _content_hash(file: CorpusFile) -> str:
     sha = hashlib.sha256()
-    with file.open() as handle:
+    with file.open(cache_type="none") as handle:  # reading ahead would fetch 5 MiB for every block
         if file.num_bytes <= HASHED_WHOLE_BYTES:
             sha.update(handle.read())
         else:

@@ -1,0 +1,198 @@
+"""Token ids of texts of any length, in time that grows as the text does and memory that does not.
+
+A tokenizer that is given a text whole keeps hundreds of bytes for every character, and some take time that grows faster
+than the text. So a long text is encoded in windows that overlap, in the tokenizer's own threads, and the ids are those
+that the whole would have.
+
+Two windows are joined where both give the same tokens (ids, places, and beginnings of the pre-tokenizer's pieces) for
+`AGREEING` tokens before the join and after it. What comes before cannot depend on what follows the first window, nor
+what comes after on what precedes the second:
+
+- A pre-tokenizer goes through a text from left to right. From a common beginning of a piece on, it does the same in
+  both.
+- Within a piece longer than that, BPE: a boundary that is left at the end is one that no merge crossed, so each side is
+  what it is without the other. Whether a merge crosses depends on the tokens beside it alone, and a common token on the
+  right is what the whole has there. Unigram: the best path to a place does not depend on what follows, and paths that
+  have met go on together. (docs/decisions/0019-streams-and-long-texts.md)
+
+Where windows do not agree, as in long runs of a character whose tokens are counted from the beginning of the window,
+others are tried that begin a few characters earlier, or further back; then one of twice the length. In the worst case
+that is the whole text, as a tokenizer by itself would have it.
+"""
+
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LONG_CHARS = 2**19
+"""Texts of more characters are encoded in windows."""
+WINDOW_CHARS = 2**17
+OVERLAP_CHARS = 2**12
+WINDOWS_AT_ONCE = 8
+"""Encoded together, in threads."""
+AGREEING = 16
+"""Tokens on each side of a join that must be the same in both windows."""
+SHIFTS = 64
+"""Other beginnings of a window that are tried: more than the characters of most tokens."""
+LOOKBACKS = (4, 16)
+"""And these, in overlaps."""
+SAID_EVERY_S = 20.0
+
+Say = Callable[[str], None]
+
+
+def announce(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def encode(tokenizer: Any, texts: Sequence[str], say: Say = announce) -> list[list[int]]:
+    """The token ids of each text, without special tokens. `tokenizer`: of the library tokenizers. `say` is told how far
+    a text is that takes long."""
+    ids: list[list[int]] = [[]] * len(texts)
+    short = [number for number, text in enumerate(texts) if len(text) <= LONG_CHARS]
+    encodings = tokenizer.encode_batch_fast([texts[number] for number in short], add_special_tokens=False)
+    for number, encoding in zip(short, encodings, strict=True):
+        ids[number] = encoding.ids
+    del encodings
+    for number in sorted({*range(len(texts))}.difference(short)):
+        ids[number] = encode_long(tokenizer, texts[number], _Progress(len(texts[number]), say))
+    return ids
+
+
+def encode_long(tokenizer: Any, text: str, progress: Callable[[int], None] = lambda chars: None) -> list[int]:
+    """The token ids of one text. `progress` is told how many characters are done."""
+    starts = window_starts(text)
+    fetched = _fetched(tokenizer, text, starts)
+    ids: list[int] = []
+    current, at = next(fetched), 0  # what is not among the ids yet begins with its token `at`
+    while current.stop < len(text):
+        found = _next_window(tokenizer, text, current, at, next(fetched))
+        if found is not None:
+            following, end, begin = found
+            ids += current.ids[at:end]
+            current, at = following, begin
+            progress(current.start)
+            continue
+        wider = _encoded(tokenizer, text, [(current.start, _wider(text, starts, current))])[0]
+        if wider.tokens(0, at) != current.tokens(0, at):
+            return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        current = wider
+        fetched = _fetched(tokenizer, text, [start for start in starts if start + OVERLAP_CHARS >= current.stop])
+    return ids + current.ids[at:]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a text, encoded by itself."""
+
+    start: int
+    """In characters of the text."""
+    stop: int
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """Of each token the characters, counted from the beginning of the window."""
+    words: list[int | None]
+    """Of each token the number of its piece."""
+
+    def first_from(self, char: int) -> int:
+        """The first token that begins at a character of the text or after it."""
+        return bisect_left(self.offsets, (char - self.start,))
+
+    def tokens(self, first: int, last: int) -> list[tuple[int, int, int, bool]]:
+        """Of tokens: begin and end in the text, id, and whether a piece begins with it."""
+        return [
+            (begin + self.start, end + self.start, self.ids[i], i == 0 or self.words[i] != self.words[i - 1])
+            for i, (begin, end) in enumerate(self.offsets[first:last], first)
+        ]
+
+
+def join(before: Window, after: Window) -> tuple[int, int] | None:
+    """Where two windows that overlap can be joined: how many tokens of the first, and which of the second is next."""
+    i, j = before.first_from(after.start), 0
+    here = before.tokens(i, len(before.ids))
+    there = after.tokens(0, after.first_from(before.stop))
+    a = b = agreeing = 0
+    while a < len(here) and b < len(there):
+        if here[a] == there[b]:
+            agreeing += 1
+            if (
+                agreeing >= 2 * AGREEING and here[a - AGREEING][0] >= here[a - AGREEING - 1][1]
+            ):  # not within a character
+                return i + a - AGREEING, j + b - AGREEING
+            a, b = a + 1, b + 1
+            continue
+        agreeing = 0
+        step = here[a][0] - there[b][0]
+        a, b = a + (step <= 0), b + (step >= 0)
+    return None
+
+
+def window_starts(text: str) -> list[int]:
+    """Where windows begin: at a space or the end of a line, if there is one near."""
+    starts = [0]
+    for end in range(WINDOW_CHARS, len(text) - OVERLAP_CHARS, WINDOW_CHARS):
+        near = end - OVERLAP_CHARS // 2
+        starts.append(max(text.rfind(" ", near, end), text.rfind("\n", near, end), near))
+    return starts
+
+
+def _fetched(tokenizer: Any, text: str, starts: Sequence[int]) -> Iterator[Window]:
+    """The windows that begin at `starts`, each as long as it overlaps the next one."""
+    stops = [start + OVERLAP_CHARS for start in starts[1:]] + [len(text)]
+    spans = list(zip(starts, stops, strict=True))
+    for first in range(0, len(spans), WINDOWS_AT_ONCE):
+        yield from _encoded(tokenizer, text, spans[first : first + WINDOWS_AT_ONCE])
+
+
+def _encoded(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> list[Window]:
+    encodings = tokenizer.encode_batch([text[start:stop] for start, stop in spans], add_special_tokens=False)
+    return [
+        Window(start, stop, encoding.ids, encoding.offsets, encoding.word_ids)
+        for (start, stop), encoding in zip(spans, encodings, strict=True)
+    ]
+
+
+def _next_window(
+    tokenizer: Any, text: str, current: Window, at: int, following: Window
+) -> tuple[Window, int, int] | None:
+    """The window after `current`, how many tokens of `current` come before it, and which of its own is the first: the
+    `following` one, or one that begins earlier. `at`: the tokens of `current` that are taken already."""
+
+    def joined(window: Window) -> tuple[Window, int, int] | None:
+        place = join(current, window)
+        return (window, *place) if place is not None and place[0] >= at else None
+
+    if (found := joined(following)) is not None:
+        return found
+    lowest = current.start + current.offsets[at][0] if at < len(current.offsets) else current.stop
+    shifted = [start for start in range(following.start - 1, following.start - SHIFTS, -1) if start > lowest]
+    probes = _encoded(tokenizer, text, [(start, current.stop) for start in shifted])
+    starts = [probe.start for probe in probes if join(current, probe) is not None][:1]
+    starts += [start for back in LOOKBACKS if (start := current.stop - back * OVERLAP_CHARS) > lowest]
+    for start in starts:
+        (window,) = _encoded(tokenizer, text, [(start, following.stop)])
+        if (found := joined(window)) is not None:
+            return found
+    return None
+
+
+def _wider(text: str, starts: Sequence[int], current: Window) -> int:
+    """Where a window ends that begins as `current` does and is twice as long or more: where the next overlaps it."""
+    least = current.start + 2 * (current.stop - current.start)
+    return next((start + OVERLAP_CHARS for start in starts if start + OVERLAP_CHARS >= least), len(text))
+
+
+class _Progress:
+    """Says how far a text is, if it takes long."""
+
+    def __init__(self, num_chars: int, say: Say):
+        self.num_chars, self.say = num_chars, say
+        self.said = time.monotonic()
+
+    def __call__(self, chars: int) -> None:
+        if time.monotonic() - self.said > SAID_EVERY_S:
+            self.said = time.monotonic()
+            self.say(f"tokenising a text of {self.num_chars:,} characters: {100 * chars // self.num_chars} %")
