@@ -9,6 +9,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 from tokenizers.models import Unigram
@@ -18,6 +19,8 @@ from pipeline.errors import InputError
 
 TEXTS = 100
 """Texts that are tried."""
+RECORDS = 1000
+"""Records in which they are looked for."""
 TEXT_CHARACTERS = 2000
 """Characters of a text that are tried."""
 MOST = 0.5
@@ -81,21 +84,18 @@ def unknown_token(tokenizer: Any) -> str | None:
 def sample_texts(contents: Iterable[Sequence[Any]], kind: str) -> list[str]:
     """The first texts of a corpus, those of chats among them. `contents`: those of its records, some at a time."""
     texts: list[str] = []
-    for some in contents:
-        for content in some:
-            texts += [text for text in _texts_of(content, kind) if text.strip()]
-            if len(texts) >= TEXTS:
-                return texts[:TEXTS]
-    return texts
+    for content in islice(chain.from_iterable(contents), RECORDS):
+        texts += [text for text in _texts_of(content, kind) if text.strip()]
+        if len(texts) >= TEXTS:
+            break
+    return texts[:TEXTS]
 
 
 def _texts_of(content: Any, kind: str) -> list[str]:
-    if kind == "text":
-        return [_as_text(content)]
     if isinstance(content, WithTools):
         content = content.messages
-    if not isinstance(content, list):
-        return []
+    if kind == "text" or not isinstance(content, list):
+        return [_as_text(content)]
     messages = [message for message in content if isinstance(message, dict)]
     return [_as_text(message.get(key)) for message in messages for key in ("content", "value")]
 

@@ -14,6 +14,7 @@ import ray
 import torch
 from safetensors.torch import load, save
 
+from pipeline.hub import is_commit
 from pipeline.placement import check_dtype
 from pipeline.sdl.activations import BatchTopK
 from pipeline.sdl.anchoring import controlled
@@ -180,9 +181,15 @@ def anchors_of(store: Store, wanted: AnchoringSettings, config: DictionaryConfig
 
 
 def models_of(store: Store, config: DictionaryConfig) -> Record:
-    """The models whose activations the dictionary is of: name in the store -> its fingerprint, and the id it had."""
+    """The models whose activations the dictionary is of: name in the store -> its fingerprint, the id it had, and its
+    commit if it is on the hub."""
     harvests = [store.find(site)[0] for site in dict.fromkeys((*config.input, *config.output))]
-    return {
-        harvest.model: {**harvest.identity["model"], "id": harvest.made_with.get("model", harvest.model)}
-        for harvest in harvests
-    }
+    models = {}
+    for harvest in harvests:
+        revision = str(harvest.made_with.get("revision"))
+        models[harvest.model] = {
+            **harvest.identity["model"],
+            "id": harvest.made_with.get("model", harvest.model),
+            **({"revision": revision} if is_commit(revision) else {}),
+        }
+    return models

@@ -183,6 +183,7 @@ def test_both_ways_on_from_a_branch_that_moved(
         main(["harvest", str(lab.spec({"model.id": "a/tiny", "model.revision": now}))])
     settings = ModelSettings(id="a/tiny", revision=now, dtype="float32")
     store = open_store(lab.store)
+    assert find_model(store.harvests[0], [("a/tiny", "main")]).revision == then  # to audit it, and to repair it
     harvest_settings = HarvestSettings(sites=tuple(SITES), threads_per_worker=1)
     (job,) = prepare_harvests(store, settings, describe_model("a/tiny", now), harvest_settings)
     assert job.harvest.model not in {h.model for h in store.harvests}

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 
 from pipeline.errors import InputError
-from pipeline.round_trip import TEXTS, check_round_trip, sample_texts, unknown_token
+from pipeline.round_trip import RECORDS, TEXTS, check_round_trip, sample_texts, unknown_token
 from pipeline.same_tokenizer import PROBES
 
 BLANK = "\u2581"
@@ -265,7 +265,9 @@ def test_the_texts_that_are_tried() -> None:
     assert sample_texts([["a", b"b", None, 5, " ", "half \ud800 a pair"]], "text") == ["a", "b", "half  a pair"]
     assert sample_texts((["x"] for _ in range(10**9)), "text") == ["x"] * TEXTS
     chat = [{"role": "user", "content": "a"}, {"from": "human", "value": "b"}, {"content": [{"text": "c"}]}, 5]
-    assert sample_texts([[chat, None, "text"]], "messages") == ["a", "b"]
+    assert sample_texts([[chat, None, '[{"role": "user"}]']], "messages") == ["a", "b", '[{"role": "user"}]']
+    assert sample_texts(([None] for _ in range(10**9)), "messages") == []
+    assert sample_texts([[" "] * RECORDS, ["late"]], "text") == []
 
 
 @pytest.mark.parametrize("verb", ["harvest", "plan", "run"])
