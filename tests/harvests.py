@@ -25,7 +25,7 @@ from storage.unitsets import UnitRanges
 MODEL = Path(__file__).parents[1] / "jobs" / "demo" / "model"
 ROWS, ROWS_PER_UNIT = 40_000, 2048
 UNITS = -(-ROWS // ROWS_PER_UNIT)
-DEADLINE_S = 120
+DEADLINE_S = 600
 
 
 @pytest.fixture(scope="session")

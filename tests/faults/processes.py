@@ -28,7 +28,7 @@ from storage.store import open_store
 MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"
 ROWS, ROWS_PER_UNIT = 60_000, 2048
 UNITS = -(-ROWS // ROWS_PER_UNIT)
-DEADLINE_S = 180
+DEADLINE_S = 600
 QUICK = {"hang_s": 4}
 """Settings of the cluster section that make a hang known soon; nothing here changes the bytes."""
 KINDS = ("corpus", "activations", "norms", "moments")

@@ -31,7 +31,7 @@ from workers.training_plan import plan_training
 
 ROOT = Path(__file__).parents[2]
 SITES = ["resid_post.1", "mlp_in.0"]
-DEADLINE_S = 120
+DEADLINE_S = 600
 SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 STEPS = 10**6
 """More than any test has the time for."""

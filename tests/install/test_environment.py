@@ -100,14 +100,14 @@ class Machine:
     def make(self, *words: str) -> str:
         """Run `make environment`, which succeeds; return what it printed."""
         process = self.start(*words)
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out
         return out
 
     def refused(self, *words: str) -> str:
         """Run `make environment`, which fails with one sentence, the last line before make's own; return it."""
         process = self.start(*words)
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode != 0, out
         *_, sentence, _ = out.splitlines()
         assert sentence.startswith("granary: ")
@@ -201,7 +201,7 @@ def test_interrupted_twice_then_made_by_two_at_once(machine: Machine) -> None:
     (machine.folder / "slow").unlink()
 
     both = [machine.start(), machine.start()]
-    outputs = [process.communicate(timeout=200)[0] for process in both]
+    outputs = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     made, waited = sorted(outputs, key=len, reverse=True)
     phases = [ANEW, "[1/3] making .venv with Python 3.1", "[2/3] fetching", "[3/3] unpacking", "ready after "]

@@ -135,7 +135,7 @@ def test_a_cluster_that_does_not_answer(stored: Lab) -> None:
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         spec = stored.spec({"train": TRAIN, "cluster.address": address})
         command = [sys.executable, "-m", "jobs.cli", "train", str(spec)]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=25)
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     check_message(done.stderr)
     assert f"cluster.address: no Ray cluster at '{address}'" in done.stderr

@@ -19,7 +19,7 @@ import yaml
 import granary
 from jobs.demo.demo import HERE
 
-DEADLINE_S = 400
+DEADLINE_S = 1200
 OWN_RUNS = ("calm", "killed")
 pytestmark = pytest.mark.slow
 

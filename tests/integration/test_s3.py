@@ -120,7 +120,7 @@ def test_a_killed_driver(tmp_path: Path, library: Path, local: Store, whole: Pat
     spec = spec_at(tmp_path, library, f"{s3_server.make_bucket()}/acts")
     place, run = open_place(url_of(spec)), Run.start("harvest", spec)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not any(re.fullmatch(r"\w+/\d+/[\d-]+\.json", name) for name in objects_of(place / "commits")):
             assert not run.is_over, run.log.read_text()
             assert time.monotonic() < deadline

@@ -228,7 +228,7 @@ def test_presence_goes_on_beside_a_record_that_cannot_be_read(
     digest, units = half.harvests[0].digest, half.info.units
     driver_path(half.root, digest, "x").write(content)
     with Presence(half.root, digest, Driver("me"), units, committed_units(half.root, digest, units)) as presence:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while presence.news is None and time.monotonic() < deadline:
             time.sleep(0.02)
         assert presence.news is not None
