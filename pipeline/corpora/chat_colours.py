@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.corpora.chat_templates import MARK, REFUSALS, ChatTemplate, Event
+from pipeline.corpora.chat_templates import MARK, MARK_BASE, MARK_DIGITS, MARK_ZERO, REFUSALS, ChatTemplate, Event
 from pipeline.corpora.messages import Chat
 
 Int32 = npt.NDArray[np.int32]
@@ -97,11 +97,10 @@ def coloured(template: ChatTemplate, chat: Chat, text: str, control: Sequence[st
         except REFUSALS:
             continue
         points = _points(watched)
-        is_mark = points == ord(MARK)
-        marks = np.flatnonzero(is_mark)
-        bare = points[~is_mark]
-        if len(marks) != len(events) or len(bare) != len(plain):
+        found = _unmarked(points, events)
+        if found is None or len(found[0]) != len(plain):
             continue
+        bare, told, places = found
         owner = bare - FIRST_COLOUR
         owner[(owner < 0) | (owner > len(chat.messages))] = NOBODY
         if not way.colours:
@@ -110,8 +109,21 @@ def coloured(template: ChatTemplate, chat: Chat, text: str, control: Sequence[st
         if ((bare == plain) | space)[owner == NOBODY].all():
             _give_space(owner, space)
             if _extend(owner, text, chat, painted):
-                return Coloured(text, owner, way.colours, events, marks - np.arange(len(marks)))
+                return Coloured(text, owner, way.colours, told, places)
     return None
+
+
+def _unmarked(points: Int32, events: list[Event]) -> tuple[Int32, list[Event], Int64] | None:
+    """A watched text without its marks, what they stand for, and where in it each was; None if they are spoilt."""
+    marks = np.flatnonzero(points == ord(MARK))
+    if len(marks) and marks[-1] + MARK_DIGITS >= len(points):
+        return None
+    digits = points[marks[:, None] + np.arange(1, 1 + MARK_DIGITS)].astype(np.int64) - MARK_ZERO
+    numbers = digits[:, 0] * MARK_BASE + digits[:, 1]
+    if ((numbers < 0) | (numbers >= len(events))).any():
+        return None
+    bare = np.delete(points, (marks[:, None] + np.arange(1 + MARK_DIGITS)).ravel())
+    return bare, [events[n] for n in numbers.tolist()], marks - np.arange(len(marks)) * (1 + MARK_DIGITS)
 
 
 def _ways(template: ChatTemplate, text: str, control: Sequence[str]) -> Iterator[Way]:

@@ -65,7 +65,7 @@ def rendered(template: ChatTemplate, chat: Chat) -> tuple[Chat, str] | None:
             and _written(other := _first(template, form), texts) > best
         ):
             taken, best = other, _written(other, texts)
-    return taken
+    return taken if best >= 0 else None
 
 
 def _written(taken: tuple[Chat, str] | None, texts: Sequence[str]) -> int:
@@ -156,7 +156,7 @@ class _Stretches:
                 start = start if depth else place
                 depth += 1
             elif event.kind == "close":
-                depth -= 1
+                depth = max(0, depth - 1)
                 if not depth:
                     pieces.append((start, place))
             else:

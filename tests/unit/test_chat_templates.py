@@ -211,6 +211,28 @@ def test_a_message_without_content_is_written_as_the_template_can(template: str)
     assert only in [("assistant", "<turn></turn><turn>b</turn>"), ("assistant", "<turn>none</turn><turn>b</turn>")]
 
 
+def test_what_a_template_keeps_and_writes_later() -> None:
+    kept = "{% set answers %}{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    kept += "{% endgeneration %};{% endfor %}{% endset %}{% for m in messages %}{{ m.role + ' ' }}{% endfor %}"
+    assert told(kept + "{{ answers }}", turns("a", "b", "c", "d")) == [
+        ("user", "user "),
+        ("template", "assistant "),
+        ("user", "user "),
+        ("template", "assistant "),
+        ("assistant", "b"),
+        ("template", ";"),
+        ("assistant", "d"),
+        ("template", ";"),
+    ]
+
+
+def test_contents_that_a_template_would_write_as_python_does_are_refused() -> None:
+    parts = [{"type": "image", "image": "x.png"}]
+    assert told(CHATML.replace("m.content", "m.content | string"), [{"role": "user", "content": parts}]) == (
+        "the chat template refuses the chat"
+    )
+
+
 PARTS = [{"type": "text", "text": "hello", "image": None}]
 
 
