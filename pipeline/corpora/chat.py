@@ -6,7 +6,6 @@ where a message has them (`pipeline.corpora.control_strings`), with `specials` "
 told has the role `unclear`, or is counted and left out where roles are asked for.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
@@ -15,14 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.corpora.chat_roles import UNCLEAR_ROLE, Int64, Letters, letters, rendered
+from pipeline.corpora.chat_roles import UNCLEAR_ROLE, Int32, Letters, letters, rendered
 from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template
 from pipeline.corpora.contents import UNDECODABLE, Encoded, is_unicode
-from pipeline.corpora.control_strings import ControlStrings
-from pipeline.corpora.messages import Chat, Message, read_chat
+from pipeline.corpora.control_strings import ControlStrings, Int64
+from pipeline.corpora.messages import Chat, Message, read_chat, texts_in
 from pipeline.errors import InputError
 
 UNCLEAR = "the chat template does not show where each message ends"
+CONTROL_ROLE = "a role that holds a control string"
 MOST_ROLES = 127
 REFUSED = "the chat template refuses the chat"
 
@@ -68,7 +68,7 @@ class ChatEncoder:
             else:
                 chats[number] = found
         tokens: list[Any] = [np.empty(0, np.int32)] * len(contents)
-        messages: list[Any] = [np.empty(0, np.int64)] * len(contents)
+        messages: list[Any] = [np.empty(0, np.int32)] * len(contents)
         for (number, chat), (ids, starts, stops) in zip(
             chats.items(), self._encoded(list(chats.values())), strict=True
         ):
@@ -100,13 +100,15 @@ class ChatEncoder:
         chat, text = taken
         if not all(map(is_unicode, [text, *(message["role"] for message in chat.messages)])):
             return UNDECODABLE
+        if self.specials == "text" and self._control.is_in([message["role"] for message in chat.messages]):
+            return CONTROL_ROLE
         ends = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
         told = letters(template, chat, text, self.markers, ends, self._control.texts)
         if told is None and self.roles_asked:
             return UNCLEAR
         if self.specials == "text" and (told is None or told.is_content is None) and self._has_control_strings(chat):
             return UNCLEAR  # there is no telling a message's from the template's
-        return _Rendered(text, Letters([UNCLEAR_ROLE], np.zeros(len(text), np.int64), None) if told is None else told)
+        return _Rendered(text, Letters([UNCLEAR_ROLE], np.zeros(len(text), np.int32), None) if told is None else told)
 
     def _encoded(self, chats: "list[_Rendered]") -> list[tuple[Int64, Int64, Int64]]:
         """Of each chat the tokens, and where in its text each begins and ends."""
@@ -135,17 +137,17 @@ class ChatEncoder:
         before = np.concatenate([[0], np.cumsum(chat.letters.is_content)])
         return bool((before[stops[at]] > before[starts[at]]).any())
 
-    def _ranks(self, ranks: Int64, ids: Int64, starts: Int64, stops: Int64) -> Int64:
+    def _ranks(self, ranks: Int32, ids: Int64, starts: Int64, stops: Int64) -> Int32:
         """Of each token the strongest rank of its letters; of a control string, which may have taken space from a
         content beside it, the weakest."""
         edges = np.stack([starts, np.maximum(stops, starts + 1)], axis=1).ravel()
-        padded = np.concatenate([ranks, [0, 0]])
+        padded = np.append(ranks, ranks.dtype.type(0))
         strongest = np.maximum.reduceat(padded, edges)[::2] if len(ids) else ranks[:0]
         weakest = np.minimum.reduceat(padded, edges)[::2] if len(ids) else ranks[:0]
         return np.where(np.isin(ids, self._control.ids), weakest, strongest)
 
     def _has_control_strings(self, chat: Chat) -> bool:
-        return self._control.is_in([json.dumps([chat.messages, chat.tools], ensure_ascii=False, default=str)])
+        return self._control.is_in(list(texts_in([chat.messages, chat.tools])))
 
     @cached_property
     def _control(self) -> ControlStrings:
@@ -183,4 +185,8 @@ def template_source(tokenizer: Any, tools: list[Message] | None = None) -> str:
 
 def needs_day(tokenizer: Any, arguments: Mapping[str, Any], day_is_given: bool) -> bool:
     """Whether chats that are rendered with this tokenizer depend on the day."""
-    return asks_for_the_day(template_source(tokenizer), arguments, day_is_given)
+    of_all = tokenizer.chat_template
+    sources = list(of_all.values()) if isinstance(of_all, dict) else [of_all]
+    return any(
+        asks_for_the_day(source, arguments, day_is_given) for source in sources if check_template(source) is None
+    )

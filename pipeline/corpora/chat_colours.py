@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.corpora.chat_templates import MARK, REFUSALS, ChatTemplate, Event
+from pipeline.corpora.chat_templates import MARK, MARK_BASE, MARK_DIGITS, MARK_ZERO, REFUSALS, ChatTemplate, Event
 from pipeline.corpora.messages import Chat
 
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 FIRST_COLOUR = 0xF0000
@@ -39,7 +40,7 @@ class Coloured:
     """A rendered chat, letter by letter."""
 
     text: str
-    owner: Int64
+    owner: Int32
     """Of each character the message that it is from, the number of messages for the tools, or NOBODY."""
     is_located: bool
     """Whether contents were coloured; if not, nobody owns anything."""
@@ -96,11 +97,10 @@ def coloured(template: ChatTemplate, chat: Chat, text: str, control: Sequence[st
         except REFUSALS:
             continue
         points = _points(watched)
-        is_mark = points == ord(MARK)
-        marks = np.flatnonzero(is_mark)
-        bare = points[~is_mark]
-        if len(marks) != len(events) or len(bare) != len(plain):
+        found = _unmarked(points, events)
+        if found is None or len(found[0]) != len(plain):
             continue
+        bare, told, places = found
         owner = bare - FIRST_COLOUR
         owner[(owner < 0) | (owner > len(chat.messages))] = NOBODY
         if not way.colours:
@@ -109,8 +109,21 @@ def coloured(template: ChatTemplate, chat: Chat, text: str, control: Sequence[st
         if ((bare == plain) | space)[owner == NOBODY].all():
             _give_space(owner, space)
             if _extend(owner, text, chat, painted):
-                return Coloured(text, owner, way.colours, events, marks - np.arange(len(marks)))
+                return Coloured(text, owner, way.colours, told, places)
     return None
+
+
+def _unmarked(points: Int32, events: list[Event]) -> tuple[Int32, list[Event], Int64] | None:
+    """A watched text without its marks, what they stand for, and where in it each was; None if they are spoilt."""
+    marks = np.flatnonzero(points == ord(MARK))
+    if len(marks) and marks[-1] + MARK_DIGITS >= len(points):
+        return None
+    digits = points[marks[:, None] + np.arange(1, 1 + MARK_DIGITS)].astype(np.int64) - MARK_ZERO
+    numbers = digits[:, 0] * MARK_BASE + digits[:, 1]
+    if ((numbers < 0) | (numbers >= len(events))).any():
+        return None
+    bare = np.delete(points, (marks[:, None] + np.arange(1 + MARK_DIGITS)).ravel())
+    return bare, [events[n] for n in numbers.tolist()], marks - np.arange(len(marks)) * (1 + MARK_DIGITS)
 
 
 def _ways(template: ChatTemplate, text: str, control: Sequence[str]) -> Iterator[Way]:
@@ -127,7 +140,7 @@ def _ways(template: ChatTemplate, text: str, control: Sequence[str]) -> Iterator
     yield Way(None, colours=False)
 
 
-def _give_space(owner: Int64, space: npt.NDArray[np.bool_]) -> None:
+def _give_space(owner: Int32, space: npt.NDArray[np.bool_]) -> None:
     """Give space at a text's end to the message whose text is beside it."""
     edges = np.flatnonzero(np.diff(space, prepend=False, append=False)).tolist()
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
@@ -135,8 +148,8 @@ def _give_space(owner: Int64, space: npt.NDArray[np.bool_]) -> None:
         owner[start:stop] = beside[0] if beside else NOBODY
 
 
-def _points(text: str) -> Int64:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+def _points(text: str) -> Int32:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int32)
 
 
 def _painted(value: Any, colour: str, way: Way) -> Any:
@@ -174,7 +187,7 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(part)
 
 
-def _extend(owner: Int64, text: str, chat: Chat, painted: Chat) -> bool:
+def _extend(owner: Int32, text: str, chat: Chat, painted: Chat) -> bool:
     """Give the messages the characters of their texts that were kept: those between two stretches that follow one
     another in a text, and those at a text's ends, if all of them stand there. Whether all stretches can be theirs."""
     sources = [_Source(message, other) for message, other in zip(chat.messages, painted.messages, strict=True)]
@@ -197,7 +210,7 @@ class _Source:
         self.end = -1
         """Where in the rendering the last stretch ended."""
 
-    def meet(self, owner: Int64, text: str, start: int, stop: int, number: int) -> bool:
+    def meet(self, owner: Int32, text: str, start: int, stop: int, number: int) -> bool:
         """Take a stretch of the rendering that has the message's colour; whether it can be the message's."""
         stretch = text[start:stop]
         begin = self._after_kept(self.at)
@@ -227,7 +240,7 @@ class _Source:
             at += 1
         return at
 
-    def _lead(self, owner: Int64, text: str, start: int, begin: int, number: int) -> None:
+    def _lead(self, owner: Int32, text: str, start: int, begin: int, number: int) -> None:
         first = begin
         while self._is_kept(first - 1):
             first -= 1
@@ -237,7 +250,7 @@ class _Source:
             if (stretch == NOBODY).all():
                 stretch[:] = number
 
-    def _trail(self, owner: Int64, text: str, number: int) -> None:
+    def _trail(self, owner: Int32, text: str, number: int) -> None:
         last = self.at
         while self._is_kept(last):
             last += 1

@@ -20,7 +20,7 @@ from pipeline.corpora.chat_colours import NOBODY, Coloured, coloured
 from pipeline.corpora.chat_templates import REFUSALS, ChatTemplate
 from pipeline.corpora.messages import Chat, joined_parts, split_parts, variants
 
-Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 
 TEMPLATE = "template"
@@ -37,15 +37,15 @@ class Letters:
 
     roles: list[str]
     """Of the messages, and last the template's."""
-    ranks: Int64
+    ranks: Int32
     """Of each letter. The larger, the stronger it belongs (see above), then the earlier its message."""
     is_content: Bool | None
     """Which letters are the messages' or tools' own text; None where that cannot be told."""
 
-    def role_numbers(self, ranks: Int64) -> Int64:
+    def role_numbers(self, ranks: Int32) -> Int32:
         """From ranks to indices of `roles`."""
         last = len(self.roles) - 1
-        numbers: Int64 = last - ranks % (last + 1)
+        numbers: Int32 = last - ranks % (last + 1)
         return numbers
 
 
@@ -65,7 +65,7 @@ def rendered(template: ChatTemplate, chat: Chat) -> tuple[Chat, str] | None:
             and _written(other := _first(template, form), texts) > best
         ):
             taken, best = other, _written(other, texts)
-    return taken
+    return taken if best >= 0 else None
 
 
 def _written(taken: tuple[Chat, str] | None, texts: Sequence[str]) -> int:
@@ -126,7 +126,7 @@ def letters(
 class _Stretches:
     """What was being written, letter by letter."""
 
-    iteration: Int64
+    iteration: Int32
     """The message of the iteration; NOBODY outside of iterations."""
     generated: Bool | None
     """Whether within `{% generation %}`; None if the template has none."""
@@ -135,7 +135,7 @@ class _Stretches:
 
     @classmethod
     def of(cls, found: Coloured) -> "_Stretches":
-        iteration = np.full(len(found.text), NOBODY, np.int64)
+        iteration = np.full(len(found.text), NOBODY, np.int32)
         generated = np.zeros(len(found.text), np.bool_)
         pieces: list[tuple[int, int]] = []
         active: list[tuple[int, int]] = []  # loop and message, from the outside in
@@ -156,7 +156,7 @@ class _Stretches:
                 start = start if depth else place
                 depth += 1
             elif event.kind == "close":
-                depth -= 1
+                depth = max(0, depth - 1)
                 if not depth:
                     pieces.append((start, place))
             else:
@@ -166,10 +166,10 @@ class _Stretches:
 
 def _belonging(
     template: ChatTemplate, found: Coloured, stretches: _Stretches, roles: Sequence[str]
-) -> tuple[Int64, Int64]:
+) -> tuple[Int32, Int32]:
     """Of each letter the message that it belongs to, and how."""
     count = len(roles)
-    message, kind = stretches.iteration.copy(), np.where(stretches.iteration >= 0, MARKER, NOTHING)
+    message, kind = stretches.iteration.copy(), np.where(stretches.iteration >= 0, MARKER, NOTHING).astype(np.int32)
     for start, stop in stretches.pieces:
         outside = start + np.flatnonzero(stretches.iteration[start:stop] == NOBODY)
         own = outside[found.owner[outside] >= 0]
@@ -188,7 +188,7 @@ def _belonging(
     return message, kind
 
 
-def _by_generation(message: Int64, kind: Int64, stretches: _Stretches, roles: Sequence[str], markers: bool) -> None:
+def _by_generation(message: Int32, kind: Int32, stretches: _Stretches, roles: Sequence[str], markers: bool) -> None:
     """Give the assistant what the template says that it wrote, and nothing else."""
     assert stretches.generated is not None
     writers = {number for number in np.unique(stretches.iteration[stretches.generated]).tolist() if number >= 0}

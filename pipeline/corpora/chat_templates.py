@@ -1,7 +1,7 @@
 """Chat templates: rendered as transformers renders them, but for the day, and watched while they write.
 
-A template is compiled twice, as it is and *watched*. The watched one writes a mark, a character of its own, wherever
-an iteration over the messages, a piece of the template or a `{% generation %}` block begins or ends, and notes what the
+A template is compiled twice, as it is and *watched*. The watched one writes a mark, with a number, wherever an
+iteration over the messages, a piece of the template or a `{% generation %}` block begins or ends, and notes what the
 mark stands for: `pipeline.corpora.chat_roles` reads from that which message a stretch of the text belongs to. A watched
 rendering says something only where it is, without its marks, the plain one: whoever uses it checks that.
 
@@ -25,7 +25,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pipeline.corpora.messages import Chat, Message
 
 MARK = "\U0010ffff"
-"""No character: Unicode keeps this number for uses like this."""
+"""No character: Unicode keeps this number for uses like this. A mark is this and the digits of its number."""
+MARK_DIGITS = 2
+MARK_BASE, MARK_ZERO = 1 << 16, 0x10000
+"""A digit d is the character MARK_ZERO + d."""
 WATCH, GENERATION = "granary_watch", "granary_generation"
 
 REFUSALS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -68,14 +71,16 @@ class Watch:
             del self._active[self._active.index(loop) :]
         elif self._active:
             return ""  # pieces matter only outside of iterations
-        self.events.append(Event(kind, loop, message))
-        return MARK
+        return self._mark(Event(kind, loop, message))
 
     def generation(self, caller: Callable[[], str]) -> str:
-        self.events.append(Event("generate", -1, -1))
-        text = caller()
-        self.events.append(Event("generated", -1, -1))
-        return f"{MARK}{text}{MARK}"
+        before = self._mark(Event("generate", -1, -1))
+        return f"{before}{caller()}{self._mark(Event('generated', -1, -1))}"
+
+    def _mark(self, event: Event) -> str:
+        high, low = divmod(len(self.events), MARK_BASE)
+        self.events.append(event)
+        return f"{MARK}{chr(MARK_ZERO + high)}{chr(MARK_ZERO + low)}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,10 @@ class ChatTemplate:
         return self._plain.render(**self._given(chat), **{GENERATION: _unwatched})
 
     def watched(self, chat: Chat) -> tuple[str, list[Event]]:
-        """The text with marks, and what each stands for, in order. Raises one of REFUSALS."""
+        """The text with marks, and what each stands for, by its number. Raises one of REFUSALS.
+
+        A template may write what it has kept in a variable later, more than once or never.
+        """
         watch = Watch({id(message): number for number, message in enumerate(chat.messages)})
         text = self._watched.render(**self._given(chat), **{WATCH: watch, GENERATION: watch.generation})
         return text, watch.events

@@ -167,6 +167,17 @@ def without_none(value: Any) -> Any:
     return [without_none(of) for of in value] if isinstance(value, list | tuple) else value
 
 
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value, keys of dictionaries included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from texts_in([*value.keys(), *value.values()])
+    elif isinstance(value, list):
+        for part in value:
+            yield from texts_in(part)
+
+
 def _other_arguments(message: Message) -> Message:
     """A message whose tool calls have their arguments in the other form, where they have one."""
     calls = message.get("tool_calls")

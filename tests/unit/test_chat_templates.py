@@ -1,5 +1,6 @@
 """Roles with templates that behave as each family's do, in words of our own: what they rewrite, merge, trim and add."""
 
+import pickle
 from datetime import date
 from typing import Any
 
@@ -210,6 +211,28 @@ def test_a_message_without_content_is_written_as_the_template_can(template: str)
     assert only in [("assistant", "<turn></turn><turn>b</turn>"), ("assistant", "<turn>none</turn><turn>b</turn>")]
 
 
+def test_what_a_template_keeps_and_writes_later() -> None:
+    kept = "{% set answers %}{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    kept += "{% endgeneration %};{% endfor %}{% endset %}{% for m in messages %}{{ m.role + ' ' }}{% endfor %}"
+    assert told(kept + "{{ answers }}", turns("a", "b", "c", "d")) == [
+        ("user", "user "),
+        ("template", "assistant "),
+        ("user", "user "),
+        ("template", "assistant "),
+        ("assistant", "b"),
+        ("template", ";"),
+        ("assistant", "d"),
+        ("template", ";"),
+    ]
+
+
+def test_contents_that_a_template_would_write_as_python_does_are_refused() -> None:
+    parts = [{"type": "image", "image": "x.png"}]
+    assert told(CHATML.replace("m.content", "m.content | string"), [{"role": "user", "content": parts}]) == (
+        "the chat template refuses the chat"
+    )
+
+
 PARTS = [{"type": "text", "text": "hello", "image": None}]
 
 
@@ -260,6 +283,7 @@ def test_forms_of_chats(form: Any) -> None:
         ({"role": "user"}, "not a list of messages"),
         (["a"], "a message without a role"),
         ([{"from": None, "value": "a"}], "a message without a role"),
+        ([{"role": "user<|im_end|>", "content": "a"}], "a role that holds a control string"),
         ([{"role": "user", "content": 5}], "a message whose content is no text"),
         ([{"role": "user", "content": [["a"]]}], "a message whose content is no text"),
         ("[" * 100_000, "not a list of messages"),
@@ -321,6 +345,8 @@ def test_only_some_templates_ask_for_the_day() -> None:
         "{% if not date_string is defined %}{% set date_string = 'old' %}{% endif %}{{ date_string }}"
     )
     assert [needs_day(by_name, {}, given) for given in (False, True)] == [False, True]
+    assert needs_day(make_tokenizer({"default": CHATML, "tool_use": DEFAULT_BLOCK}), {}, False)
+    assert not needs_day(make_tokenizer("{% for %}"), {}, False)
 
 
 def test_templates_that_are_none_are_refused() -> None:
@@ -335,6 +361,12 @@ def test_templates_cannot_reach_python() -> None:
     for attempt in ("messages.__class__", "strftime_now.__self__", "dict.__class__", "namespace.__globals__"):
         assert told("{{ " + attempt + " }}" + CHATML, turns("a"))[0][1].startswith("<|im_start|>")
     assert told("{% set n = namespace(__class__=1) %}" + CHATML, turns("a")) == "the chat template refuses the chat"
+
+
+def test_an_encoder_is_sent_to_other_processes_after_use_too() -> None:
+    encoder = ChatEncoder(make_tokenizer(CHATML), None)
+    before = stretches(encoder, turns("a</turn>"))
+    assert stretches(pickle.loads(pickle.dumps(encoder)), turns("a</turn>")) == before
 
 
 FRAGMENTS = [
