@@ -49,6 +49,7 @@ def make_tokenizer(kind: str, vocabulary: int = VOCABULARY, chars: int = TRAINED
         vocab_size=vocabulary,
         special_tokens=specials + (bytes_as_tokens if kind in ("llama2", "metaspace") else []),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if kind in ("bytes", "gpt4") else [],
+        max_token_length=16,
         show_progress=False,
     )
     if kind in ("bytes", "gpt4"):

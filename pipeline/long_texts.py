@@ -13,7 +13,7 @@ what comes after on what precedes the second:
 - Within a piece longer than that, BPE: a boundary that is left at the end is one that no merge crossed, so each side is
   what it is without the other. Whether a merge crosses depends on the tokens beside it alone, and a common token on the
   right is what the whole has there. Unigram: the best path to a place does not depend on what follows, and paths that
-  have met go on together. (docs/decisions/0019-streams-and-long-texts.md)
+  have met go on together, but for ties. (docs/decisions/0019-streams-and-long-texts.md)
 
 Where windows do not agree, as in long runs of a character whose tokens are counted from the beginning of the window,
 others are tried that begin a few characters earlier, or further back; then one of twice the length. In the worst case
@@ -37,8 +37,13 @@ AGREEING = 16
 """Tokens on each side of a join that must be the same in both windows."""
 SHIFTS = 64
 """Other beginnings of a window that are tried: more than the characters of most tokens."""
-LOOKBACKS = (4, 16)
-"""And these, in overlaps."""
+LOOKBACKS = (1, 4, 16)
+"""And so many overlaps before the end of the window before, at the beginning of a token."""
+VARIED = 8
+"""Different tokens among those that agree, where a tokenizer takes the best of all paths (Unigram): in a run of one
+token paths of the same score differ in where they put what is left over."""
+MOST_VARIED_CHARS = 8 * WINDOW_CHARS
+"""But for longer windows than this, which are runs of one thing: there one of those paths is as good as another."""
 SAID_EVERY_S = 20.0
 
 Say = Callable[[str], None]
@@ -109,8 +114,9 @@ class Window:
         ]
 
 
-def join(before: Window, after: Window) -> tuple[int, int] | None:
-    """Where two windows that overlap can be joined: how many tokens of the first, and which of the second is next."""
+def join(before: Window, after: Window, varied: int = 1) -> tuple[int, int] | None:
+    """Where two windows that overlap can be joined: how many tokens of the first, and which of the second is next.
+    `varied`: how many different tokens must agree at least."""
     i, j = before.first_from(after.start), 0
     here = before.tokens(i, len(before.ids))
     there = after.tokens(0, after.first_from(before.stop))
@@ -128,6 +134,11 @@ def join(before: Window, after: Window) -> tuple[int, int] | None:
         step = here[a][0] - there[b][0]
         a, b = a + (step <= 0), b + (step >= 0)
     return None
+
+
+def _kinds(tokens: list[tuple[int, int, int, bool]], last: int, varied: int) -> int:
+    """How many different tokens there are among those that agree, if that is asked for."""
+    return len({token[2] for token in tokens[last + 1 - 2 * AGREEING : last + 1]}) if varied > 1 else 1
 
 
 def window_starts(text: str) -> list[int]:
@@ -161,8 +172,11 @@ def _next_window(
     """The window after `current`, how many tokens of `current` come before it, and which of its own is the first: the
     `following` one, or one that begins earlier. `at`: the tokens of `current` that are taken already."""
 
+    is_best_path = type(tokenizer.model).__name__ == "Unigram" and current.stop - current.start < MOST_VARIED_CHARS
+    varied = VARIED if is_best_path else 1
+
     def joined(window: Window) -> tuple[Window, int, int] | None:
-        place = join(current, window)
+        place = join(current, window, varied)
         return (window, *place) if place is not None and place[0] >= at else None
 
     if (found := joined(following)) is not None:
@@ -170,8 +184,11 @@ def _next_window(
     lowest = current.start + current.offsets[at][0] if at < len(current.offsets) else current.stop
     shifted = [start for start in range(following.start - 1, following.start - SHIFTS, -1) if start > lowest]
     probes = _encoded(tokenizer, text, [(start, current.stop) for start in shifted])
-    starts = [probe.start for probe in probes if join(current, probe) is not None][:1]
-    starts += [start for back in LOOKBACKS if (start := current.stop - back * OVERLAP_CHARS) > lowest]
+    starts = [probe.start for probe in probes if join(current, probe, varied) is not None][:1]
+    for back in LOOKBACKS:
+        token = current.first_from(current.stop - back * OVERLAP_CHARS)
+        if token < len(current.offsets) and (start := current.start + current.offsets[token][0]) > lowest:
+            starts.append(start)
     for start in starts:
         (window,) = _encoded(tokenizer, text, [(start, following.stop)])
         if (found := joined(window)) is not None:

@@ -3,6 +3,9 @@
 A stream has no size and no pieces: its records are taken in its own order until they give enough rows. What interrupts
 it is waited for (`pipeline.corpora.patience`), after the tries of `datasets` and `huggingface_hub` themselves, which
 take seconds to minutes; then it goes on after the last record that came.
+
+Where that is, the library knows (`state_dict`), exactly in some versions and kinds of streams and nearly in others. So
+it is set to a place a little before, and what comes must be what came before.
 """
 
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ import numpy as np
 
 from pipeline.corpora.files import CorpusFile, reading
 from pipeline.corpora.objects import chunk_of_objects
-from pipeline.corpora.patience import Patience, Unread, failure_of, words_of
+from pipeline.corpora.patience import Patience, Unread, chain_of, failure_of, words_of
 from pipeline.corpora.records import Chunk, Columns
 from pipeline.errors import InputError
 
@@ -62,22 +65,20 @@ class NamedDataset:
         """The records, whatever interrupts them: each once, in the order of the stream. The dataset is opened once, so
         all are of one commit. Raises Unread when an interruption is long."""
         patience = Patience(self._name)
-        dataset: Any = None
-        taken = 0
+        stream: _Stream | None = None
         while True:
             try:
-                if dataset is None:
-                    dataset = self._open()
-                for record in _after(dataset, taken) if taken else dataset:
-                    taken += 1
+                if stream is None:
+                    stream = _Stream(self._open(), tuple(self.columns))
+                for record in stream.rest():
                     patience.progressed()
                     yield record
                 return
             except InputError:
                 raise
             except Exception as error:
-                so_far = f"it gave {taken:,} records"
-                if not patience.waits_for(error, so_far):
+                so_far = f"it gave {0 if stream is None else stream.taken:,} records"
+                if not patience.waits_for(error if stream is None else _as_interruption(error), so_far):
                     raise Unread(f"corpus.path: {self._name} cannot be read: {words_of(error)}; {so_far}") from error
 
     def _open(self) -> Any:
@@ -96,10 +97,55 @@ class NamedDataset:
             raise InputError(f"corpus.path: the dataset {self.path} cannot be streamed: {reason}") from None
 
 
-def _after(dataset: Any, taken: int) -> Any:
-    """A dataset without the records that were taken from it, those of whole files not read again."""
-    try:
-        dataset.load_state_dict(dataset.state_dict())
-    except (NotImplementedError, RuntimeError):  # a kind of stream that cannot tell where it is
-        return dataset.skip(taken)
-    return dataset
+class _Stream:
+    """The records of a dataset, which may be taken up again where they were interrupted."""
+
+    def __init__(self, dataset: Any, columns: tuple[str, ...]):
+        self.taken = 0
+        self._dataset = self._current = dataset
+        self._columns = columns
+        self._marks: list[tuple[int, Any]] = []
+        """Two places that were passed: how many records had been taken, and the state of the dataset."""
+        self._kept: list[list[Any]] = []
+        """The columns of the records from the first mark on."""
+
+    def rest(self) -> Iterator[dict[str, Any]]:
+        """The records after those that were taken."""
+        for record in self._resumed() if self.taken else iter(self._current):
+            self.taken += 1
+            self._kept.append(self._told(record))
+            yield record
+            if self.taken % RECORDS_AT_ONCE == 0:
+                self._mark()
+
+    def _resumed(self) -> Iterator[dict[str, Any]]:
+        if self._marks:
+            self._current.load_state_dict(self._marks[0][1])
+            records = iter(self._current)
+            if [self._told(record) for record in islice(records, len(self._kept))] == self._kept:
+                return records
+        self._marks, self._kept = [], []
+        self._current = self._dataset.skip(self.taken)  # all that came is fetched again
+        return iter(self._current)
+
+    def _mark(self) -> None:
+        try:
+            self._marks.append((self.taken, self._current.state_dict()))
+        except (NotImplementedError, RuntimeError):  # a kind of stream that cannot tell where it is
+            return
+        if len(self._marks) > 2:
+            del self._marks[0]
+            self._kept = self._kept[-RECORDS_AT_ONCE:]
+        elif len(self._marks) == 1:
+            self._kept = []
+
+    def _told(self, record: dict[str, Any]) -> list[Any]:
+        return [record.get(name) for name in self._columns]
+
+
+def _as_interruption(error: Exception) -> Exception:
+    """What fails after a dataset was opened, as what it may be: for a file at an HTTP server that is busy, fsspec says
+    that there is none, and then asks for a folder of that name without http://."""
+    chain = list(chain_of(error))
+    is_missing = all(type(each).__name__ in ("FileNotFoundError", "NonHttpUrlClientError") for each in chain)
+    return ConnectionError(f"a file is not found now: {words_of(error)}") if is_missing else error

@@ -71,7 +71,7 @@ class Failure:
 
 def failure_of(error: BaseException) -> Failure | None:
     """What failed, if it may pass: told by the outermost HTTP status of a chain of errors, else by their kinds."""
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     if any(_names(each) & LASTING_CLASSES for each in chain):
         return None
     for each in chain:
@@ -101,15 +101,16 @@ class Patience:
         """`what`: the place, as sentences name it. `say`: told when a wait is long, and when it is over."""
         self.what, self._say = what, say
         self._has_worked = False
-        self._since: float | None = None
+        self._waited: float | None = None
+        self._resumed = 0.0
         self._pause = FIRST_PAUSE_S
         self._is_said = False
 
     def progressed(self) -> None:
         """Something came: what was waited before does not count any longer."""
         self._has_worked = True
-        if self._since is not None:
-            self._since, self._pause = None, FIRST_PAUSE_S
+        if self._waited is not None:
+            self._waited, self._pause = None, FIRST_PAUSE_S
             if self._is_said:
                 self._is_said = False
                 self._say(f"going on: {self.what} answers again")
@@ -120,9 +121,11 @@ class Patience:
         failure = failure_of(error)
         if failure is None:
             return False
-        now = time.monotonic()
-        self._since = now if self._since is None else self._since
-        waited = now - self._since
+        if self._waited is None:
+            self._waited = 0.0
+        else:  # a try that lasted long was reading again what had come before, which says nothing against the server
+            self._waited += min(time.monotonic() - self._resumed, LONGEST_PAUSE_S)
+        waited = self._waited
         limit = patience_s()
         if not (self._has_worked or failure.answered):
             limit = min(limit, FIRST_PATIENCE_S)
@@ -135,6 +138,7 @@ class Patience:
             self._is_said = True
             self._say(f"waiting: {self.what}: {failure.sentence}{f'; {so_far}' if so_far else ''}")
         time.sleep(pause)
+        self._waited, self._resumed = waited + pause, time.monotonic()
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         return True
 
@@ -150,7 +154,7 @@ class Patience:
         )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
     """An error and those that it came from, the outermost first."""
     seen: set[int] = set()
     found: BaseException | None = error

@@ -12,7 +12,7 @@ from benchmarks.long_texts import KINDS, TEXTS, make_text, make_tokenizer
 from pipeline import long_texts
 from pipeline.models import encode_texts
 
-SMALL = {"LONG_CHARS": 300, "WINDOW_CHARS": 400, "OVERLAP_CHARS": 160}
+SMALL = {"LONG_CHARS": 300, "WINDOW_CHARS": 400, "OVERLAP_CHARS": 160, "MOST_VARIED_CHARS": 3200}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def tokenizer(kind: str) -> Tokenizer:
-    return make_tokenizer(kind, vocabulary=1200, chars=60_000)
+    return make_tokenizer(kind, vocabulary=800, chars=20_000)
 
 
 def whole(of: Tokenizer, text: str) -> list[int]:
@@ -46,7 +46,7 @@ PARTS = st.one_of(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(parts=st.lists(PARTS, max_size=8))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
 def test_the_ids_are_those_of_the_whole_text(kind: str, parts: list[str]) -> None:
     text = "".join(parts)
     assert long_texts.encode_long(tokenizer(kind), text) == whole(tokenizer(kind), text)
@@ -135,13 +135,13 @@ def test_memory_of_a_window_does_not_grow_with_the_text(monkeypatch: pytest.Monk
         for text in TEXTS:
             longest.clear()
             long_texts.encode_long(tokenizer(kind), make_text(text, 20_000))
-            assert max(longest) <= 4 * (SMALL["WINDOW_CHARS"] + SMALL["OVERLAP_CHARS"]), (kind, text)
-            assert sum(longest) < 12 * 20_000, (kind, text)
+            assert max(longest) <= 2 * SMALL["MOST_VARIED_CHARS"], (kind, text)
+            assert sum(longest) < 30 * 20_000, (kind, text)
 
 
 def test_how_far_a_text_is_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_texts, "SAID_EVERY_S", 0)
     said: list[str] = []
     long_texts.encode(tokenizer("bytes"), [make_text("words", 4000), "short"], said.append)
-    assert said[0].startswith("tokenising a text of 4,000 characters: 1")
+    assert said[0].startswith("tokenising a text of 4,000 characters: 9 %")
     assert len(said) >= 8
