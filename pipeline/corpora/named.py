@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.corpora.files import CorpusFile, reading
 from pipeline.corpora.objects import chunk_of_objects
 from pipeline.corpora.patience import Patience, Unread, chain_of, failure_of, words_of
+from pipeline.corpora.paths import find
 from pipeline.corpora.records import Chunk, Columns
 from pipeline.errors import InputError
 
@@ -69,7 +70,7 @@ class NamedDataset:
         while True:
             try:
                 if stream is None:
-                    stream = _Stream(self._open(), tuple(self.columns))
+                    stream = _Stream(self._open(), self.columns.names)
                 for record in stream.rest():
                     patience.progressed()
                     yield record
@@ -126,7 +127,8 @@ class _Stream:
                 return records
         self._marks, self._kept = [], []
         self._current = self._dataset.skip(self.taken)  # all that came is fetched again
-        return iter(self._current)
+        afresh: Iterator[dict[str, Any]] = iter(self._current)
+        return afresh
 
     def _mark(self) -> None:
         try:
@@ -140,7 +142,7 @@ class _Stream:
             self._kept = []
 
     def _told(self, record: dict[str, Any]) -> list[Any]:
-        return [record.get(name) for name in self._columns]
+        return [find(record, name) for name in self._columns]
 
 
 def _as_interruption(error: Exception) -> Exception:
