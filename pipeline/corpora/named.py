@@ -17,8 +17,8 @@ import numpy as np
 
 from pipeline.corpora.files import CorpusFile, reading
 from pipeline.corpora.objects import chunk_of_objects
-from pipeline.corpora.patience import Patience, Unread, chain_of, failure_of, words_of
 from pipeline.corpora.paths import find
+from pipeline.corpora.patience import Patience, Unread, chain_of, failure_of, words_of
 from pipeline.corpora.records import Chunk, Columns
 from pipeline.errors import InputError
 
@@ -122,7 +122,7 @@ class _Stream:
     def _resumed(self) -> Iterator[dict[str, Any]]:
         if self._marks:
             self._current.load_state_dict(self._marks[0][1])
-            records = iter(self._current)
+            records: Iterator[dict[str, Any]] = iter(self._current)
             if [self._told(record) for record in islice(records, len(self._kept))] == self._kept:
                 return records
         self._marks, self._kept = [], []
