@@ -146,10 +146,10 @@ def test_tools_of_each_record_reach_the_template(tmp_path: Path, chat_model: Any
 def test_tools_as_structs_and_as_a_label_too(tmp_path: Path) -> None:
     use = [[{"name": "weigh"}]]
     pq.write_table(pa.table({"messages": CHATS[:1], "use": use, "kind": ["a"]}), tmp_path / "c.parquet")
-    corpus = open_corpus(str(tmp_path / "c.parquet"), Columns("messages", "messages", ("kind",), "use"))
+    corpus = open_corpus(str(tmp_path / "c.parquet"), Columns("messages", "messages", ("kind",), tools="use"))
     (chunk,) = (chunk for piece in corpus.pieces() for chunk in corpus.chunks(piece))
-    assert chunk.tools == use
-    assert list(Columns("messages", "messages", ("kind",), "kind")) == ["messages", "kind"]
+    assert [content.tools for content in chunk.contents] == use
+    assert Columns("messages", "messages", ("kind",), tools="kind").names == ("messages", "kind")
     assert read_corpus(tmp_path / "c.parquet", "messages", kind="messages").contents == CHATS[:1]
 
 
