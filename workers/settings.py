@@ -49,7 +49,8 @@ class CorpusSettings(Settings):
     roles: Names = ()
     """With messages: the roles whose tokens are rows; all, if not given. All tokens are run."""
     labels: Names = ()
-    """Columns whose values define subpopulations; each must have a value in every record."""
+    """Columns whose values define subpopulations; each must have a value in every record. Lists of spans, or of one
+    value for each token id, label rows instead of documents."""
     context: Annotated[int, Field(gt=1)] = 1024
     """Most tokens of a context, BOS included."""
     rows: Count | None = None

@@ -1,14 +1,16 @@
 """From the contents of records to tokens: texts through the tokenizer, and token ids as they are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.corpora.extents import encode_with_extents
 from pipeline.errors import InputError
 from pipeline.models import encode_texts
+from pipeline.token_labels import TokenLabels
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -30,6 +32,12 @@ class Encoded:
     roles: Int8 | None = None
     """Of each token, an index into `role_names`; None where contents are no chats."""
     role_names: list[str] = field(default_factory=list)
+    labels: TokenLabels = field(default_factory=TokenLabels)
+    extents: Int64 | None = None
+    """Where in its record's content each token lies, [tokens, 2]: characters of a text, or places in a list of token
+    ids. Of encoders that are `with_extents`."""
+    sizes: Int64 | None = None
+    """With extents: characters, or token ids, of each record's content."""
 
     @classmethod
     def of(
@@ -43,6 +51,11 @@ class Encoded:
         lengths = np.array([len(t) for t in tokens], dtype=np.int64)
         of_tokens = None if roles is None else np.concatenate([np.empty(0, np.int8), *roles])
         return cls(flat, lengths, bad, of_tokens, list(role_names))
+
+    def at(self, extents: Sequence[Int64], sizes: Sequence[int]) -> "Encoded":
+        """The same, with the extents of each record's tokens."""
+        flat = np.concatenate([np.empty((0, 2), np.int64), *extents])
+        return replace(self, extents=flat, sizes=np.array(sizes, dtype=np.int64))
 
 
 class BadContent(InputError):
@@ -62,6 +75,7 @@ class Encoder(Protocol):
 @dataclass(frozen=True)
 class TextEncoder:
     tokenizer: Any
+    with_extents: bool = False
 
     def encode(self, contents: Sequence[Any]) -> Encoded:
         bad: dict[int, str] = {}
@@ -80,6 +94,10 @@ class TextEncoder:
             elif not is_unicode(text):
                 bad[number], text = UNDECODABLE, ""
             texts.append(text)
+        if self.with_extents:
+            ids, extents = encode_with_extents(self.tokenizer, texts)
+            encoded = Encoded.of([np.array(i, dtype=np.int32) for i in ids], bad)
+            return encoded.at(extents, [len(text) for text in texts])
         ids = encode_texts(self.tokenizer, texts)
         return Encoded.of([np.array(i, dtype=np.int32) for i in ids], bad)
 
@@ -97,10 +115,12 @@ def is_unicode(text: str) -> bool:
 class TokensEncoder:
     vocabulary: int
     bos: int | None
+    with_extents: bool = False
 
     def encode(self, contents: Sequence[Any]) -> Encoded:
         bad: dict[int, str] = {}
         tokens: list[Int32] = []
+        sizes: list[int] = []
         for number, content in enumerate(contents):
             try:
                 ids = np.asarray([] if content is None else content)
@@ -115,9 +135,14 @@ class TokensEncoder:
                     f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}: the corpus was "
                     "made with another tokenizer",
                 )
+            sizes.append(len(ids))
             if self.bos is not None and len(ids) and ids[0] == self.bos:
                 ids = ids[1:]  # contexts get theirs: it is not doubled
             if not len(ids):
                 bad.setdefault(number, EMPTY)
             tokens.append(ids.reshape(-1).astype(np.int32))
-        return Encoded.of(tokens, bad)
+        encoded = Encoded.of(tokens, bad)
+        if not self.with_extents:
+            return encoded
+        places = [np.arange(size - len(ids), size) for ids, size in zip(tokens, sizes, strict=True)]
+        return encoded.at([np.stack([place, place + 1], axis=1) for place in places], sizes)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_labels, label_array
+from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, parted_labels
 from pipeline.errors import InputError
 
 PIECE_BYTES = 64 * 2**20
@@ -78,9 +78,9 @@ class JsonLines:
             else:
                 broken.append((number, f"no key {self.columns.content!r}"))
         at = np.array(numbers, dtype=np.int64)
-        labels = {name: label_array(name, [r.get(name) for r in records], at, file) for name in self.columns.labels}
-        check_labels(labels, at, file)
-        return Chunk(at, [r[self.columns.content] for r in records], labels, broken), keys
+        found = {name: [record.get(name) for record in records] for name in self.columns.labels}
+        labels, aligned = parted_labels(self.columns, found, at, file)
+        return Chunk(at, [r[self.columns.content] for r in records], labels, broken, aligned), keys
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import Chunk, Columns, check_labels, label_array
+from pipeline.corpora.records import Chunk, Columns, parted_labels
 from pipeline.errors import InputError
 
 RECORDS_AT_ONCE = 256
@@ -55,10 +55,8 @@ class NamedDataset:
             while records := list(islice(stream, RECORDS_AT_ONCE)):
                 self.columns.check_present(sorted(records[0]), f"the dataset {self.path}")
                 numbers = np.arange(first, first + len(records))
-                labels = {
-                    name: label_array(name, [r.get(name) for r in records], numbers, self.file)
-                    for name in self.columns.labels
-                }
-                check_labels(labels, numbers, self.file)
-                yield Chunk(numbers, [r.get(self.columns.content) for r in records], labels)
+                found = {name: [record.get(name) for record in records] for name in self.columns.labels}
+                labels, aligned = parted_labels(self.columns, found, numbers, self.file)
+                contents = [r.get(self.columns.content) for r in records]
+                yield Chunk(numbers, contents, labels, aligned=aligned)
                 first += len(records)

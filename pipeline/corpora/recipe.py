@@ -11,6 +11,7 @@ from pipeline.corpora.chat import ChatEncoder
 from pipeline.corpora.contents import BadContent, Encoder, TextEncoder, TokensEncoder
 from pipeline.corpora.files import CorpusFile
 from pipeline.corpora.records import FILE_SHIFT, Chunk
+from pipeline.corpora.spans import labelled
 from pipeline.errors import InputError
 from pipeline.layout import Documents, cut, document_keys, left_out
 from pipeline.rows import ContextPolicy
@@ -31,10 +32,17 @@ class Recipe:
         kept = np.flatnonzero(_between(keys, low, high))
         sources = pa.array([f"{file.name}:{chunk.numbers[i]}" for i in kept.tolist()], pa.string())
         labels = {name: values.take(pa.array(kept)) for name, values in chunk.labels.items()}
+        aligned = {name: label.take(kept.tolist()) for name, label in chunk.aligned.items()}
+        encoder = self.encoder
+        if aligned:  # chats have none: refused where they are read
+            assert isinstance(encoder, TextEncoder | TokensEncoder)
+            encoder = replace(encoder, with_extents=True)
         try:
-            encoded = self.encoder.encode([chunk.contents[i] for i in kept.tolist()])
+            encoded = encoder.encode([chunk.contents[i] for i in kept.tolist()])
         except BadContent as bad:
             raise InputError(f"record {sources[bad.index]} of {file.url}: {bad}") from None
+        if aligned:
+            encoded = labelled(encoded, aligned)
         about = pa.table({"source": sources, **labels})
         documents = cut(encoded, records[kept], keys[kept], about, self.policy, self.roles)
         if not chunk.broken:

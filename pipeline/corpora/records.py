@@ -1,6 +1,6 @@
 """What every format gives: pieces that can be read apart from one another, and records in chunks of bounded size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.corpora.aligned import AlignedLabel, aligned_label, check_names
 from pipeline.corpora.files import CorpusFile
 from pipeline.errors import InputError
 
@@ -63,6 +64,8 @@ class Chunk:
     labels: dict[str, pa.Array]
     broken: list[tuple[int, str]] = field(default_factory=list)
     """Records that could not be read: number and reason."""
+    aligned: dict[str, AlignedLabel] = field(default_factory=dict)
+    """Labels of spans or tokens."""
 
 
 class Format(Protocol):
@@ -77,6 +80,23 @@ class Format(Protocol):
         ...
 
 
+def parted_labels(
+    columns: Columns, found: Mapping[str, pa.Array | list[Any]], numbers: npt.NDArray[np.int64], file: CorpusFile
+) -> tuple[dict[str, pa.Array], dict[str, AlignedLabel]]:
+    """Part the label columns of the records `numbers`, Arrow's or lists as JSON has them, into labels of documents and
+    labels of spans or tokens. Raises InputError for what is neither."""
+    labels: dict[str, pa.Array] = {}
+    aligned: dict[str, AlignedLabel] = {}
+    for name, column in found.items() if len(numbers) else ():
+        if (label := aligned_label(column, columns.kind)) is not None:
+            check_names(name, columns.labels, columns.kind, file.url)
+            aligned[name] = label
+        else:
+            labels[name] = label_array(name, column, numbers, file) if isinstance(column, list) else column
+    check_labels(labels, numbers, file)
+    return labels, aligned
+
+
 def label_array(name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile) -> pa.Array:
     """The values of a label in the records `numbers`, as JSON has them. Raises InputError for what is no label."""
     try:
@@ -88,7 +108,10 @@ def label_array(name: str, values: list[Any], numbers: npt.NDArray[np.int64], fi
         raise InputError(f"corpus.labels: {name!r} has values of different types in {file.url}: {error}") from None
 
 
-TAKEN = "labels are texts, numbers or truth values: turn such values into those, or leave the label out"
+TAKEN = (
+    "labels are texts, numbers or truth values (or spans, {start, stop, value}): turn such values into those, or leave "
+    "the label out"
+)
 
 
 def _no_label(value: Any) -> str | None:

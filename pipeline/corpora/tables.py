@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpora.files import CorpusFile, reading
-from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_kind, check_labels, content_list
+from pipeline.corpora.records import CHUNK_BYTES, Chunk, Columns, Piece, check_kind, content_list, parted_labels
 from pipeline.errors import InputError
 
 MOST_RECORDS = 8192
@@ -82,9 +82,10 @@ def _check_schema(columns: Columns, schema: pa.Schema, file: CorpusFile) -> None
 def _chunks(batches: Iterator[pa.RecordBatch], first: int, columns: Columns, file: CorpusFile) -> Iterator[Chunk]:
     for batch in batches:
         numbers = np.arange(first, first + batch.num_rows)
-        labels = {name: _decoded(batch.column(name)) for name in columns.labels}
-        check_labels(labels, numbers, file)
-        yield Chunk(numbers, content_list(batch.column(columns.content), columns.kind), labels)
+        found = {name: _decoded(batch.column(name)) for name in columns.labels}
+        labels, aligned = parted_labels(columns, found, numbers, file)
+        contents = content_list(batch.column(columns.content), columns.kind)
+        yield Chunk(numbers, contents, labels, aligned=aligned)
         first += batch.num_rows
 
 
