@@ -7,8 +7,10 @@ every row of the unit is filled exactly once (checked).
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
@@ -175,7 +177,7 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
     norms = torch.empty(len(acts))
     moments = []
     for start, stop in segments:
-        total = torch.zeros(2, acts.values.shape[1], dtype=torch.float64)
+        total = _no_sums(acts)
         for first in range(start, stop, SUMMED_AT_ONCE):
             last = min(first + SUMMED_AT_ONCE, stop)
             values = acts[first:last].float()
@@ -190,6 +192,30 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
             "stored type is too narrow; compute and store in bfloat16 or float32"
         )
     return norms, moments
+
+
+@torch.inference_mode()
+def value_moments(acts: Rounded, codes: npt.NDArray[np.signedinteger[Any]]) -> dict[int, RawMoments]:
+    """The moments of the rows of each value of a label of rows. `codes` [rows] has the number of each row's value, -1
+    where it has none. Added in the order of rows, so that the sums have one value."""
+    order = np.argsort(codes, kind="stable")
+    values, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
+    moments = {}
+    for value, start, count in zip(values.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        if value < 0:
+            continue
+        rows = torch.from_numpy(order[start : start + count])
+        total = _no_sums(acts)
+        for some in rows.split(SUMMED_AT_ONCE):
+            wide = acts[some].float()
+            total += torch.stack([wide.sum(0), wide.square().sum(0)])
+        moments[value] = RawMoments(count, total[0], total[1])
+    return moments
+
+
+def _no_sums(acts: Rounded) -> Tensor:
+    """A sum and a sum of squares to add to, float64 [2, d_model]."""
+    return torch.zeros(2, acts.values.shape[1], dtype=torch.float64)
 
 
 def group_moments(
