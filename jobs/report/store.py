@@ -138,8 +138,8 @@ def subpopulations_section(store: Store, status: Record, runs: Sequence[RunView]
     intro = (
         "A subpopulation is the rows whose document carries one value of a label, or which lie in a span that does. "
         "Its <em>anchor</em> is the mean of its training rows minus the mean of all training rows: the direction in "
-        "which its rows differ. Subpopulations may also be those of conditions (where) or the rows strongest in a direction "
-        "(top), and vectors may be given. The map shows "
+        "which its rows differ. Subpopulations may also be those of conditions (where) or the rows strongest in a "
+        "direction (top), and vectors may be given. The map shows "
         "the cosine between every two anchors: 1 (full colour) for the same direction, 0 (no colour) for unrelated, "
         "&minus;1 (the other colour) for opposite directions. The diagonal is 1 by definition."
     )
