@@ -197,20 +197,22 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
 @torch.inference_mode()
 def value_moments(acts: Rounded, codes: npt.NDArray[np.signedinteger[Any]]) -> dict[int, RawMoments]:
     """The moments of the rows of each value of a label of rows. `codes` [rows] has the number of each row's value, -1
-    where it has none. Added in the order of rows, so that the sums have one value."""
+    where it has none. Added value by value in the order of rows, so that the sums have one value."""
     order = np.argsort(codes, kind="stable")
-    values, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
-    moments = {}
-    for value, start, count in zip(values.tolist(), starts.tolist(), counts.tolist(), strict=True):
-        if value < 0:
-            continue
-        rows = torch.from_numpy(order[start : start + count])
-        total = _no_sums(acts)
-        for some in rows.split(SUMMED_AT_ONCE):
-            wide = acts[some].float()
-            total += torch.stack([wide.sum(0), wide.square().sum(0)])
-        moments[value] = RawMoments(count, total[0], total[1])
-    return moments
+    order = order[codes[order] >= 0]
+    totals: dict[int, Tensor] = {}
+    for first in range(0, len(order), SUMMED_AT_ONCE):  # rows of several values, where they have few
+        rows = order[first : first + SUMMED_AT_ONCE]
+        wide = acts[torch.from_numpy(rows)].float()
+        squares = wide.square()
+        values, starts = np.unique(codes[rows], return_index=True)
+        for value, start, stop in zip(values.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+            if value not in totals:
+                totals[value] = _no_sums(acts)
+            totals[value][0] += wide[start:stop].sum(0)
+            totals[value][1] += squares[start:stop].sum(0)
+    counts = np.bincount(codes[order])
+    return {value: RawMoments(int(counts[value]), total[0], total[1]) for value, total in totals.items()}
 
 
 def _no_sums(acts: Rounded) -> Tensor:

@@ -40,7 +40,7 @@ def aligned_label(column: pa.Array | list[Any], kind: str) -> AlignedLabel | Non
     if isinstance(column, list):
         are_tags = _form_of_values(column)
         values = column
-    elif isinstance(column.type, pa.JsonType):
+    elif getattr(column.type, "extension_name", None) == "arrow.json":  # Arrow's JSON type, of pyarrow 19 and later
         values = [None if text is None else json.loads(text) for text in column.to_pylist()]
         are_tags = _form_of_values(values)
     else:
