@@ -18,6 +18,8 @@ START_KEYS = ("start", "begin", "start_offset")
 STOP_KEYS = ("stop", "end", "end_offset")
 VALUE_KEYS = ("label", "entity_group", "entity_type", "entity", "tag", "type", "value")
 """The first that is there counts: where there is a label besides, `value` is often the text of the span."""
+TEXT_KEY = "text"
+"""Where a span may have its own text, which shows whether it counts as we do."""
 OWN_COLUMNS = ("row", "token", "position", "context", "role")
 """Names that labels of rows cannot have besides those that no label can: they are columns of the rows already."""
 

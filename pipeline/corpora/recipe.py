@@ -37,12 +37,13 @@ class Recipe:
         if aligned:  # chats have none: refused where they are read
             assert isinstance(encoder, TextEncoder | TokensEncoder)
             encoder = replace(encoder, with_extents=True)
+        contents = [chunk.contents[i] for i in kept.tolist()]
         try:
-            encoded = encoder.encode([chunk.contents[i] for i in kept.tolist()])
+            encoded = encoder.encode(contents)
         except BadContent as bad:
             raise InputError(f"record {sources[bad.index]} of {file.url}: {bad}") from None
         if aligned:
-            encoded = labelled(encoded, aligned)
+            encoded = labelled(encoded, aligned, contents)
         about = pa.table({"source": sources, **labels})
         documents = cut(encoded, records[kept], keys[kept], about, self.policy, self.roles)
         if not chunk.broken:

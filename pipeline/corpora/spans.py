@@ -6,7 +6,7 @@ content is left out with the reason: its rows would be given to the wrong subpop
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.corpora.aligned import START_KEYS, STOP_KEYS, VALUE_KEYS, AlignedLabel
+from pipeline.corpora.aligned import START_KEYS, STOP_KEYS, TEXT_KEY, VALUE_KEYS, AlignedLabel
 from pipeline.corpora.contents import Encoded, is_unicode
 from pipeline.token_labels import NONE, TokenLabels, all_names
 
@@ -26,6 +26,7 @@ NO_ENDS = "a span without start and stop (whole numbers)"
 NO_VALUE = "a span without a value"
 REVERSED = "a span that ends before it starts"
 BEYOND = "a span beyond the end of the content"
+ELSEWHERE = "a span whose own text is not at its place (starts and stops count characters)"
 UNEVEN = "not one value for each token"
 NOT_PLAIN = "a value that is no text, number or truth value"
 
@@ -34,9 +35,9 @@ class BadSpans(Exception):
     """Why a record's spans cannot be taken; counted, never shown as an error."""
 
 
-def labelled(encoded: Encoded, aligned: Mapping[str, AlignedLabel]) -> Encoded:
-    """Give tokens their labels. `encoded` has the extents of its tokens. Records with bad spans lose their tokens.
-    Raises InputError for a label of too many values."""
+def labelled(encoded: Encoded, aligned: Mapping[str, AlignedLabel], contents: Sequence[Any]) -> Encoded:
+    """Give tokens their labels. `encoded` has the extents of its tokens, which are those of `contents`. Records with
+    bad spans lose their tokens. Raises InputError for a label of too many values."""
     assert encoded.extents is not None
     assert encoded.sizes is not None
     bounds = np.concatenate([[0], np.cumsum(encoded.lengths)]).tolist()
@@ -49,7 +50,7 @@ def labelled(encoded: Encoded, aligned: Mapping[str, AlignedLabel]) -> Encoded:
         extents, size = encoded.extents[start:stop], int(encoded.sizes[record])
         for name, label in aligned.items():
             try:
-                values = _values_of(label, record, size)
+                values = _values_of(label, record, contents[record], size)
             except BadSpans as problem:
                 bad.setdefault(record, f"{name}: {problem}")
                 continue
@@ -98,7 +99,7 @@ Value = tuple[int, int, str | None]
 """Start, stop and value of a span; None where a token has none."""
 
 
-def _values_of(label: AlignedLabel, record: int, size: int) -> list[Value]:
+def _values_of(label: AlignedLabel, record: int, content: Any, size: int) -> list[Value]:
     """A record's spans, or the values of its tokens. Raises BadSpans."""
     given = label.values[record]
     if label.are_tags:
@@ -109,10 +110,11 @@ def _values_of(label: AlignedLabel, record: int, size: int) -> list[Value]:
         given = _lines(given)
     if not isinstance(given, list):
         raise BadSpans(NO_LIST)
-    return [_span(one, size) for one in given]
+    text = content.decode("utf-8") if given and isinstance(content, bytes) else content
+    return [_span(one, text, size) for one in given]
 
 
-def _span(given: Any, size: int) -> Value:
+def _span(given: Any, text: Any, size: int) -> Value:
     if isinstance(given, dict):
         start, stop, value = (_first(given, keys) for keys in (START_KEYS, STOP_KEYS, VALUE_KEYS))
     elif isinstance(given, list) and len(given) == 3:
@@ -128,6 +130,9 @@ def _span(given: Any, size: int) -> Value:
         raise BadSpans(BEYOND)
     if _is_missing(value):
         raise BadSpans(NO_VALUE)
+    own = given.get(TEXT_KEY) if isinstance(given, dict) else None
+    if own and isinstance(own, str) and isinstance(text, str) and own.split() != text[first:last].split():
+        raise BadSpans(ELSEWHERE)
     return first, last, _plain(value)
 
 
@@ -154,7 +159,7 @@ def _plain(value: Any) -> str:
 
 def _lines(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Spans of one {start: [...], end: [...], label: [...]}."""
-    known = (*START_KEYS, *STOP_KEYS, *VALUE_KEYS)
+    known = (*START_KEYS, *STOP_KEYS, *VALUE_KEYS, TEXT_KEY)
     columns = {key: value for key, value in given.items() if key in known and isinstance(value, list)}
     if len({len(value) for value in columns.values()}) != 1:
         raise BadSpans(NO_LIST)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import start_harvest
+from lab import Lab
 from spans import ENTITIES, records, stored_values, write_lines
 
 from jobs.report import report_page
@@ -211,3 +212,41 @@ def test_a_store_that_grows(tmp_path: Path, store: Store, llama: Path, lines: Pa
         for key, found in ours.items():
             assert found.count == theirs[key].count
             np.testing.assert_allclose(found.sum, theirs[key].sum, rtol=1e-6, atol=1e-6)
+
+
+# ---- refused, with nothing written
+
+
+@pytest.mark.parametrize(
+    ("spans", "corpus", "expected"),
+    [
+        (
+            [{"start": 0, "end": 999, "label": "PER"}],
+            {},
+            "the corpus gives no rows: its records are left out, 40 for 'ner: a span beyond the end of the content'",
+        ),
+        ([{"start": 0, "end": 3}], {}, "40 for 'ner: a span without a value'"),
+        (["PER", "O"], {}, "corpus.labels: 'ner' is no single value but list<"),
+        (
+            None,
+            {"corpus.labels": ["token"]},
+            "corpus.labels: token is a column of Granary's own rows; rename the label",
+        ),
+        (None, {"corpus.labels": ["row_start"]}, "corpus.labels: row_start is a column of Granary's own"),
+    ],
+)
+def test_labels_of_rows_that_cannot_be(
+    lab: Lab, no_ray: None, spans: Any, corpus: dict[str, Any], expected: str
+) -> None:
+    lines = [{"text": "the grain was carried", "ner": spans, "token": [], "row_start": []} for _ in range(40)]
+    write_lines(lab.folder / "c.jsonl", lines)
+    spec = lab.spec({"corpus.path": str(lab.folder / "c.jsonl"), "corpus.labels": ["ner"], **corpus})
+    for verb in ("plan", "harvest"):
+        assert expected in lab.refused(verb, spec)
+
+
+def test_anchors_by_a_label_that_the_store_has_not(lab: Lab, no_ray: None) -> None:
+    write_lines(lab.folder / "c.jsonl", records(40))
+    changes = {"corpus.path": str(lab.folder / "c.jsonl"), "corpus.labels": ["entities"]}
+    err = lab.refused("harvest", lab.spec({**changes, "anchors": {"name": "a", "by": ["entity"]}}))
+    assert "anchors.by: 'entity' is not one of corpus.labels (entities)" in err

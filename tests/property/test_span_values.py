@@ -67,7 +67,7 @@ def test_rows_have_the_values_of_their_characters(
     texts = [text for text, _ in given_texts]
     aligned = {"span": AlignedLabel([[list(span) for span in spans] for _, spans in given_texts], are_tags=False)}
     plain = TextEncoder(encoder.tokenizer).encode(texts)
-    encoded = labelled(encoder.encode(texts), aligned)
+    encoded = labelled(encoder.encode(texts), aligned, texts)
     assert encoded.tokens.tolist() == plain.tokens.tolist()  # offsets change no token
     assert (encoded.lengths.tolist(), encoded.bad) == (plain.lengths.tolist(), plain.bad)
     offsets = encoder.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -97,7 +97,8 @@ def test_rows_have_the_values_of_their_characters(
 @given(st.lists(st.lists(st.sampled_from([None, "x", "y", 3]), max_size=6), max_size=4), st.booleans())
 def test_tags_are_those_of_their_tokens(tags: list[list[object]], has_bos: bool) -> None:
     ids = [[0 if has_bos and n == 0 else 1 + n for n in range(len(of_record))] for of_record in tags]
-    encoded = labelled(TokensEncoder(99, 0, with_extents=True).encode(ids), {"tag": AlignedLabel(list(tags), True)})
+    aligned = {"tag": AlignedLabel(list(tags), are_tags=True)}
+    encoded = labelled(TokensEncoder(99, 0, with_extents=True).encode(ids), aligned, ids)
     names = encoded.labels.names["tag"]
     wanted = [tag for of_record in tags for tag in of_record[int(has_bos) :]]
     found = [None if c == NONE else names[c] for c in encoded.labels.codes["tag"].tolist()]

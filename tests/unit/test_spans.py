@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,7 +70,7 @@ def as_layout(layout: str) -> Any:
         return [{"start": float(a), "end": float(b), "label": value} for a, b, value in SPANS]
     assert layout == "columns"
     starts, ends, values = zip(*SPANS, strict=True)
-    return {"start": list(starts), "end": list(ends), "label": list(values), "text": ["?"]}
+    return {"start": list(starts), "end": list(ends), "label": list(values), "text": [TEXT[a:b] for a, b, _ in SPANS]}
 
 
 LAYOUTS = ("start end label", "start stop value", "pipeline", "offsets", "label and value", "floats", "columns")
@@ -99,6 +100,31 @@ def test_spans_in_every_layout_are_the_same_column(tmp_path: Path, llama: Path, 
     counts = store.sql("select ner, count(*) n from rows group by 1 order by 1 nulls last").fetchall()
     assert counts == [(value, values.count(value)) for value in ("LOC", "PER", None)]
     assert store.sql("select count(*) from rows where ner = 'LOC'").fetchall() == [(values.count("LOC"),)]
+
+
+@pytest.mark.parametrize("sequence", ["list of structs", "struct of lists"])
+def test_data_sets_of_hugging_face_saved_and_streamed(tmp_path: Path, llama: Path, sequence: str) -> None:
+    """A sequence of structs is stored as a struct of sequences; class labels are their numbers."""
+    span = {
+        "start": datasets.Value("int32"),
+        "end": datasets.Value("int32"),
+        "label": datasets.ClassLabel(names=["PER", "LOC"]),
+    }
+    inner = [span] if sequence == "list of structs" else {key: [feature] for key, feature in span.items()}
+    features = datasets.Features({"text": datasets.Value("string"), "ner": inner})
+    given = as_layout("start end label" if sequence == "list of structs" else "columns")
+    if isinstance(given, dict):
+        del given["text"]
+    made = datasets.Dataset.from_list([{"text": TEXT, "ner": given}] * 2, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    (tmp_path / "named").mkdir()
+    made.to_parquet(tmp_path / "named" / "train.parquet")
+    numbers = {"PER": "0", "LOC": "1", None: None}
+    wanted = [numbers[value] for value in expected(llama, TEXT, SPANS)]
+    saved = store_of(tmp_path / "a", tmp_path / "saved", llama, labels=("ner",))
+    assert stored_values(saved, "ner") == wanted * 2
+    named = store_of(tmp_path / "b", tmp_path / "named", llama, labels=("ner",), format="datasets", rows=len(wanted))
+    assert stored_values(named, "ner") == wanted
 
 
 @pytest.mark.parametrize("kind", ["list", "large_list", "list_view"])
@@ -210,6 +236,36 @@ def test_records_with_bad_spans_are_left_out_by_reason(tmp_path: Path, llama: Pa
         wanted[f"ner: {reason}"] = (len(bad) + (reason == spans.NO_LIST), f"c.jsonl:{at}")
         at += len(bad)
     assert found == wanted
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_spans_that_do_not_count_characters_are_found_by_their_own_text(
+    tmp_path: Path, llama: Path, format: str
+) -> None:
+    """Offsets of bytes and of UTF-16, in texts beyond ASCII; white space is not compared."""
+
+    def line(text: str, word: str, unit: str, width: int) -> dict[str, Any]:
+        start, stop = (len(text[:at].encode(unit)) // width for at in (text.index(word), text.index(word) + len(word)))
+        return {"text": text, "ner": [{"start": start, "end": stop, "label": "PER", "text": word}]}
+
+    lines = [
+        line("Körner met Ada there", "Ada", "utf-8", 1),
+        line("plain Ada there", "Ada", "utf-8", 1),
+        line("😀 met Ada there", "Ada", "utf-16-le", 2),
+        line("Körner met Ada there", "Ada", "utf-16-le", 2),
+        {"text": "a  b c", "ner": [{"start": 0, "end": 4, "label": "PER", "text": " a b"}]},
+        {"text": "a b c", "ner": [{"start": 0, "end": 4, "label": "PER", "text": ""}]},
+    ]
+    path = tmp_path / f"c.{format}"
+    if format == "jsonl":
+        write_lines(path, lines)
+    else:
+        pq.write_table(pa.Table.from_pylist(lines), path)
+    first = 1 if format == "jsonl" else 0
+    table = plan(path, llama, labels=("ner",))
+    assert table.skipped.to_record() == {
+        f"ner: {spans.ELSEWHERE}": {"count": 2, "first": [f"c.{format}:{first}", f"c.{format}:{first + 2}"]}
+    }
 
 
 def test_what_cannot_be_a_label_of_rows(tmp_path: Path, llama: Path) -> None:
