@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import transformers
 from conftest import WORDS
 
+from storage.findings import Fault
 from storage.store import Store
+from storage.verify import verify
 
 ENTITIES = ("LOC", "ORG", "PER")
 Span = tuple[int, int, str]
@@ -51,3 +55,52 @@ def stored_values(store: Store, label: str) -> list[str | None]:
     codes = store.columns(0, store.num_rows, [name])[name]
     assert str(codes.dtype) == "int16"
     return [None if code < 0 else values[code] for code in codes.tolist()]
+
+
+TEXT = "Ada Lovelace met Körner in London"
+SPANS = [(0, 12, "PER"), (17, 23, "PER"), (27, 33, "LOC")]
+
+
+def table_values(store: Store, label: str) -> dict[str, list[str | None]]:
+    """Of each document, by its source, the values of its rows."""
+    values = np.array(stored_values(store, label), dtype=object)
+    document = store.columns(0, store.num_rows, ["document"])["document"]
+    sources = store.documents.column("source").to_pylist()
+    return {source: values[document == n].tolist() for n, source in enumerate(sources)}
+
+
+def expected(llama: Path, text: str, given: list[tuple[int, int, str]]) -> list[str | None]:
+    """The values of the tokens of a text, character by character: of spans that do not overlap."""
+    of_character: dict[int, str] = {at: value for start, stop, value in given for at in range(start, stop)}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    found: list[str | None] = []
+    for start, stop in encoding["offset_mapping"]:
+        solid = [at for at in range(start, stop) if not text[at].isspace()] or list(range(start, stop))
+        found.append(next((of_character[at] for at in solid if at in of_character), None))
+    return found
+
+
+def faults(store: Store) -> list[Fault]:
+    return [finding for finding in verify(store.root) if isinstance(finding, Fault)]
+
+
+def as_layout(layout: str) -> Any:
+    """SPANS as data sets have them."""
+    keys = {
+        "start end label": ("start", "end", "label"),
+        "start stop value": ("start", "stop", "value"),
+        "pipeline": ("start", "end", "entity_group"),
+        "offsets": ("start_offset", "end_offset", "label"),
+    }
+    if layout in keys:
+        return [dict(zip(keys[layout], span, strict=True)) for span in SPANS]
+    if layout == "triples":
+        return [list(span) for span in SPANS]
+    if layout == "label and value":
+        return [{"value": TEXT[a:b], "start": a, "end": b, "label": value} for a, b, value in SPANS]
+    if layout == "floats":
+        return [{"start": float(a), "end": float(b), "label": value} for a, b, value in SPANS]
+    assert layout == "columns"
+    starts, ends, values = zip(*SPANS, strict=True)
+    return {"start": list(starts), "end": list(ends), "label": list(values), "text": [TEXT[a:b] for a, b, _ in SPANS]}

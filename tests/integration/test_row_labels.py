@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import start_harvest
 from lab import Lab
-from spans import ENTITIES, records, stored_values, write_lines
+from spans import ENTITIES, faults, records, stored_values, write_lines
 
 from jobs.report import report_page
 from jobs.status import status_record, status_text
@@ -17,11 +17,9 @@ from pipeline.errors import InputError
 from pipeline.models import describe_model
 from storage.anchors import AnchorSet
 from storage.commits import committed_units
-from storage.findings import Fault
 from storage.held_out import values_without_held_out_rows
 from storage.moments import MomentKey, merged_moments, training_units
 from storage.store import Store, open_store
-from storage.verify import verify
 from workers.anchor_settings import AnchorSettings
 from workers.anchoring import make_anchors
 from workers.dictionary_settings import DictionarySettings
@@ -56,10 +54,6 @@ def store(tmp_path: Path, made: Store) -> Store:
 
 def of_rows(store: Store) -> np.ndarray:
     return np.array(stored_values(store, "entities"), dtype=object)
-
-
-def faults(store: Store) -> list[Fault]:
-    return [finding for finding in verify(store.root) if isinstance(finding, Fault)]
 
 
 def test_the_moments_are_those_of_the_rows(made: Store) -> None:
@@ -250,3 +244,20 @@ def test_anchors_by_a_label_that_the_store_has_not(lab: Lab, no_ray: None) -> No
     changes = {"corpus.path": str(lab.folder / "c.jsonl"), "corpus.labels": ["entities"]}
     err = lab.refused("harvest", lab.spec({**changes, "anchors": {"name": "a", "by": ["entity"]}}))
     assert "anchors.by: 'entity' is not one of corpus.labels (entities)" in err
+
+
+def test_a_label_that_no_row_has(tmp_path: Path, llama: Path) -> None:
+    """Spans are there, and all empty: a column without values, which is no error until anchors are asked for."""
+    lines = [{**line, "entities": []} for line in records(30)]
+    start_harvest(tmp_path / "store", llama, write_lines(tmp_path / "c.jsonl", lines), SITES, **OPTIONS).run()
+    made = open_store(tmp_path / "store")
+    assert made.info.row_labels == [{"label": "entities", "values": []}]
+    assert made.sql("select entities, count(*) from rows group by 1").fetchall() == [(None, made.num_rows)]
+    assert made.sql("select count(*) from rows where entities = 'PER'").fetchall() == [(0,)]
+    assert values_without_held_out_rows(made) == {}
+    assert faults(made) == []
+    with pytest.raises(InputError, match="no value of entities has at least 10 training rows"):
+        make_anchors(made, AnchorSettings(name="none", by=("entities",), min_rows=10), SITES)
+    make_anchors(
+        made, AnchorSettings(name="null", where={"none": "entities is null and position > 3"}, min_rows=10), SITES
+    )
