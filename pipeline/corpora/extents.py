@@ -28,12 +28,16 @@ def trimmed(offsets: Int64, text: str) -> Int64:
     if not len(offsets):
         return offsets
     solid = ~np.isin(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), SPACES)
-    places = np.arange(len(solid))
-    end = len(solid)
-    following = np.append(np.minimum.accumulate(np.where(solid, places, end)[::-1])[::-1], end)
-    preceding = np.insert(np.maximum.accumulate(np.where(solid, places, -1)), 0, -1)  # before each place
-    starts, stops = offsets[:, 0].clip(max=end), offsets[:, 1].clip(max=end)
-    has_solid = following[starts] < stops
-    return np.stack(
-        [np.where(has_solid, following[starts], starts), np.where(has_solid, preceding[stops] + 1, stops)], axis=1
-    )
+    before = np.insert(np.cumsum(solid, dtype=np.int32), 0, 0)  # solid characters in front of each place
+    starts, stops = offsets.clip(max=len(solid)).T.copy()
+    mixed = np.flatnonzero(before[starts] < before[stops])
+    # Only what has white space at an end goes on, character by character: linear in the white space.
+    leading = mixed[~solid[starts[mixed]]]
+    while len(leading):
+        starts[leading] += 1
+        leading = leading[~solid[starts[leading]]]
+    trailing = mixed[~solid[stops[mixed] - 1]]
+    while len(trailing):
+        stops[trailing] -= 1
+        trailing = trailing[~solid[stops[trailing] - 1]]
+    return np.stack([starts, stops], axis=1)

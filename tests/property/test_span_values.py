@@ -17,7 +17,10 @@ from pipeline.models import encode_texts
 from pipeline.rows import ContextPolicy
 from pipeline.token_labels import NONE, TokenLabels, joined_labels
 
-TEXTS = st.text(st.sampled_from("ab cé雨😀\u0301\n\u00a0\u3000ﬁ.") | st.characters(codec="utf-8"), max_size=30)
+CHARACTERS = st.text(st.sampled_from("ab cé雨😀\u0301\n\u00a0\u3000ﬁ.") | st.characters(codec="utf-8"), max_size=30)
+MARKS = st.lists(st.sampled_from(["<s>", "</s>", "ab ", " é", "<0x41>"]), max_size=6).map("".join)
+"""Strings that tokenizers may take for tokens."""
+TEXTS = CHARACTERS | MARKS
 
 
 def spans_in(text: str) -> st.SearchStrategy[list[tuple[int, int, str]]]:
