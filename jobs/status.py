@@ -40,6 +40,7 @@ def status_record(store: Store) -> Record:
         "documents": info.num_documents,
         "labels": info.labels,
         "columns": info.plan.get("columns", []),
+        "row_labels": {label: len(values) for label, values in info.values_of_rows.items()},
         "left_out": info.skipped,
         "units": info.num_units,
         "held_out_rows": info.num_rows - info.held_out_start,
@@ -91,12 +92,19 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
     }
 
 
+def _label_words(record: Record) -> list[str]:
+    return [
+        *record["labels"],
+        *(f"{label} (of rows, {counted(number, 'value')})" for label, number in record["row_labels"].items()),
+    ]
+
+
 def status_text(record: Record) -> str:
     lines = [
         f"store     {record['store']}",
         f"rows      {record['rows']:,} of {record['documents']:,} documents in {record['contexts']:,} contexts; "
         f"{record['units']} units; {record['held_out_rows']:,} rows held out",
-        f"labels    {', '.join(record['labels']) or 'none'}",
+        f"labels    {', '.join(_label_words(record)) or 'none'}",
         *([f"columns   {', '.join(record['columns'])}"] if record["columns"] else []),
     ]
     if len(record["segments"]) > 1:

@@ -9,7 +9,7 @@ Everything here is on flat arrays: nothing is done token by token or document by
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.corpora.contents import Encoded
 from pipeline.rows import ContextPolicy
+from pipeline.token_labels import TokenLabels, joined_labels
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -64,6 +65,8 @@ class Documents:
     role_names: tuple[str, ...]
     left_out: pa.Table
     """Records that gave no rows, as LEFT_OUT."""
+    labels: TokenLabels = field(default_factory=TokenLabels)
+    """Of each token, from spans."""
 
     @property
     def sizes(self) -> Sizes:
@@ -107,6 +110,7 @@ def cut(
         is_row &= ~np.isin(tokens, policy.excluded)
         only_excluded[:] = True
         only_excluded[np.repeat(document, context_lengths)[is_row]] = False
+    labels = encoded.labels.with_none_at(starts - np.arange(len(starts))) if lead else encoded.labels
     if of_tokens is not None:
         if lead:  # BOS counts with the token after it
             of_tokens = np.insert(
@@ -129,6 +133,7 @@ def cut(
         roles=None if of_tokens is None else of_tokens[kept],
         role_names=tuple(encoded.role_names),
         left_out=_left_out(encoded, records, keys, about, contexts, lead, policy, only_excluded),
+        labels=labels[kept],
     )
 
 
@@ -187,6 +192,7 @@ def joined(parts: Sequence[Documents], role_names: Sequence[str]) -> Documents:
         roles=np.concatenate(roles) if roles else None,
         role_names=tuple(role_names),
         left_out=pa.concat_tables([part.left_out for part in parts]),
+        labels=joined_labels([part.labels for part in parts], [len(part.tokens) for part in parts]),
     )
 
 
@@ -216,6 +222,7 @@ def _take(documents: Documents, order: Int64) -> Documents:
         tokens=_gathered(documents.tokens, tokens),
         is_row=_gathered(documents.is_row, tokens),
         roles=None if documents.roles is None else _gathered(documents.roles, tokens),
+        labels=documents.labels.map(lambda codes: _gathered(codes, tokens)),
     )
 
 
@@ -271,6 +278,7 @@ def first_rows(documents: Documents, num_rows: int) -> Documents:
         tokens=documents.tokens[:tokens],
         is_row=documents.is_row[:tokens],
         roles=None if documents.roles is None else documents.roles[:tokens],
+        labels=documents.labels[:tokens],
         left_out=documents.left_out.filter(pa.array(seen)),
     )
 
@@ -304,6 +312,7 @@ def rows_between(documents: Documents, before: Sizes, start: int, stop: int) -> 
         tokens=documents.tokens[begin : begin + len(is_row)],
         is_row=is_row,
         roles=None if documents.roles is None else documents.roles[begin : begin + len(is_row)],
+        labels=documents.labels[begin : begin + len(is_row)],
     )
     return part, Sizes(before.documents + document, before.contexts + first, before.context_tokens + begin, start)
 
@@ -316,6 +325,8 @@ def row_column(documents: Documents, name: str, before: Sizes) -> Any:
     if name == "role":
         assert documents.roles is not None
         return documents.roles[is_row]
+    if name in documents.labels.codes:
+        return documents.labels.codes[name][is_row]
     if name == "position":
         starts = _starts(lengths).astype(np.int32)  # a bucket has fewer tokens than 2^31
         return (np.arange(len(is_row), dtype=np.int32) - np.repeat(starts, lengths))[is_row]

@@ -28,7 +28,7 @@ class Rounded:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, rows: slice) -> "Rounded":
+    def __getitem__(self, rows: slice | Tensor) -> "Rounded":
         return Rounded(self.values[rows], None if self.scales is None else self.scales[rows])
 
     @property

@@ -7,8 +7,10 @@ every row of the unit is filled exactly once (checked).
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch._dynamo.config
 from torch import Tensor, nn
@@ -177,7 +179,7 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
     norms = torch.empty(len(acts))
     moments = []
     for start, stop in segments:
-        total = torch.zeros(2, acts.values.shape[1], dtype=torch.float64)
+        total = _no_sums(acts)
         for first in range(start, stop, SUMMED_AT_ONCE):
             last = min(first + SUMMED_AT_ONCE, stop)
             values = acts[first:last].float()
@@ -192,6 +194,32 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
             "stored type is too narrow; compute and store in bfloat16 or float32"
         )
     return norms, moments
+
+
+@torch.inference_mode()
+def value_moments(acts: Rounded, codes: npt.NDArray[np.signedinteger[Any]]) -> dict[int, RawMoments]:
+    """The moments of the rows of each value of a label of rows. `codes` [rows] has the number of each row's value, -1
+    where it has none. Added value by value in the order of rows, so that the sums have one value."""
+    order = np.argsort(codes, kind="stable")
+    order = order[codes[order] >= 0]
+    totals: dict[int, Tensor] = {}
+    for first in range(0, len(order), SUMMED_AT_ONCE):  # rows of several values, where they have few
+        rows = order[first : first + SUMMED_AT_ONCE]
+        wide = acts[torch.from_numpy(rows)].float()
+        squares = wide.square()
+        values, starts = np.unique(codes[rows], return_index=True)
+        for value, start, stop in zip(values.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+            if value not in totals:
+                totals[value] = _no_sums(acts)
+            totals[value][0] += wide[start:stop].sum(0)
+            totals[value][1] += squares[start:stop].sum(0)
+    counts = np.bincount(codes[order])
+    return {value: RawMoments(int(counts[value]), total[0], total[1]) for value, total in totals.items()}
+
+
+def _no_sums(acts: Rounded) -> Tensor:
+    """A sum and a sum of squares to add to, float64 [2, d_model]."""
+    return torch.zeros(2, acts.values.shape[1], dtype=torch.float64)
 
 
 def group_moments(

@@ -42,10 +42,16 @@ class TableSizes:
     num_context_tokens: int
     num_documents: int
     has_roles: bool
+    row_labels: tuple[str, ...] = ()
+    """The names of the labels of rows."""
+
+    @property
+    def row_columns(self) -> dict[str, str]:
+        return row_columns(self.has_roles, self.row_labels)
 
     def arrays(self) -> dict[str, tuple[int, str]]:
         """The arrays under corpus/: name -> length and data type."""
-        rows = {name: (self.num_rows, dtype) for name, dtype in row_columns(self.has_roles).items()}
+        rows = {name: (self.num_rows, dtype) for name, dtype in self.row_columns.items()}
         lengths = {"context_token": self.num_context_tokens, "context_start": self.num_contexts + 1}
         return rows | {name: (lengths[name], dtype) for name, dtype in CONTEXT_COLUMNS.items()}
 
@@ -197,6 +203,8 @@ class Table:
     """int64 [num_contexts + 1]: context c is context_token[context_start[c] : context_start[c + 1]]."""
     documents: pa.Table
     """document, row_start, row_stop, source, and the label columns."""
+    row_labels: tuple[str, ...] = ()
+    """The names of the labels of rows, whose numbers are the columns label.0, label.1, ..."""
 
     @property
     def sizes(self) -> TableSizes:
@@ -206,6 +214,7 @@ class Table:
             num_context_tokens=len(self.context_token),
             num_documents=self.documents.num_rows,
             has_roles="role" in self.columns,
+            row_labels=self.row_labels,
         )
 
     @property

@@ -147,7 +147,12 @@ def settle(root: Place) -> CorpusInfo:
 def sizes_of(info: CorpusInfo) -> TableSizes:
     """The sizes of a store's table."""
     return TableSizes(
-        info.num_rows, info.num_contexts, info.num_context_tokens, info.num_documents, has_roles=bool(info.roles)
+        info.num_rows,
+        info.num_contexts,
+        info.num_context_tokens,
+        info.num_documents,
+        has_roles=bool(info.roles),
+        row_labels=tuple(info.values_of_rows),
     )
 
 

@@ -24,7 +24,8 @@ Float64 = npt.NDArray[np.float64]
 
 
 class MomentKey(NamedTuple):
-    """Whose moments: of a site, over the rows whose document has `value` in `label`; both are None for all rows."""
+    """Whose moments: of a site, over the rows whose document, or which themselves, have `value` in `label`; both are
+    None for all rows."""
 
     site: str
     label: str | None = None

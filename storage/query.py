@@ -1,9 +1,9 @@
 """SQL over a store, through DuckDB.
 
-Tables: `documents`, `rows` (row, token, position, document, context, and role where the corpus is chat), `tokens`
-(token, piece), `units` (one line a unit and harvest) and `sites`. A table is loaded when the query names it: `rows`
-takes 24 bytes a row of memory. A query reads these tables and nothing else, and changes nothing (storage.sandbox); it
-ends within bounds of time and memory (storage.bounded).
+Tables: `documents`, `rows` (row, token, position, document, context, role where the corpus is chat, and a column for
+each label of spans or tokens), `tokens` (token, piece), `units` (one line a unit and harvest) and `sites`. A table is
+loaded when the query names it: `rows` takes 24 bytes a row of memory. A query reads these tables and nothing else, and
+changes nothing (storage.sandbox); it ends within bounds of time and memory (storage.bounded).
 """
 
 import re
@@ -22,6 +22,7 @@ from storage.commits import committed_units, read_commit
 from storage.errors import StorageError
 from storage.files import write_file
 from storage.harvests import read_harvests
+from storage.root import label_columns
 from storage.sandbox import check_statement, open_sandbox
 from storage.store import Store, as_float32
 from storage.token_pieces import token_pieces
@@ -123,6 +124,11 @@ def rows_table(store: Store, start: int, stop: int) -> pa.Table:
     columns: dict[str, Any] = dict(store.columns(start, stop))
     if store.info.roles:
         columns["role"] = pa.DictionaryArray.from_arrays(columns["role"], store.info.roles)
+    values = store.info.values_of_rows
+    for name, label in label_columns(values).items():
+        codes = columns.pop(name)
+        numbers = pa.array(codes, mask=codes < 0)  # no value is NULL
+        columns[label] = pa.DictionaryArray.from_arrays(numbers, pa.array(values[label], pa.string()))
     return pa.table({"row": np.arange(start, stop), **columns})
 
 

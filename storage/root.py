@@ -1,6 +1,7 @@
 """The root record: what a store says of its table of rows."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from storage.errors import NotAStore, StorageError
@@ -13,6 +14,8 @@ ROW_COLUMNS = {"token": "int32", "position": "int32", "document": "int64", "cont
 """The row columns under corpus/ and their data types."""
 ROLE_COLUMN = {"role": "int8"}
 """The row column that corpora of chats have besides: a number, named in the root record."""
+LABEL_TYPE = "int16"
+"""Of the row columns that labels of spans or tokens have besides: a number, named in the root record, or -1."""
 CONTEXT_COLUMNS = {"context_token": "int32", "context_start": "int64"}
 """The other arrays under corpus/: the tokens of the contexts, and where each begins."""
 
@@ -51,6 +54,9 @@ class CorpusInfo:
     """What each entry of corpus.path gave: rows, documents, and what its files amount to."""
     grown_from: list[Record] = field(default_factory=list)
     """The tables the store had before, oldest first: corpus_digest, num_rows and folder of each."""
+    row_labels: list[Record] = field(default_factory=list)
+    """The labels of rows, from spans or tokens: `label`, and `values` in the order of their numbers. The n-th has the
+    row column `label.n`. The record of a store without any does not have this field."""
 
     @property
     def generation(self) -> int:
@@ -80,7 +86,17 @@ class CorpusInfo:
     @property
     def row_columns(self) -> dict[str, str]:
         """The row columns of this store: name -> data type."""
-        return row_columns(bool(self.roles))
+        return row_columns(bool(self.roles), self.values_of_rows)
+
+    @property
+    def values_of_rows(self) -> dict[str, list[str]]:
+        """The labels of rows, in order: name -> values."""
+        return {entry["label"]: entry["values"] for entry in self.row_labels}
+
+    @property
+    def all_labels(self) -> list[str]:
+        """The labels of documents, then those of rows: all that name subpopulations."""
+        return [*self.labels, *self.values_of_rows]
 
     @property
     def units(self) -> UnitRanges:
@@ -100,7 +116,10 @@ class CorpusInfo:
         return len(units) * self.rows_per_unit - (short if self.num_units - 1 in units else 0)
 
     def to_record(self) -> Record:
-        return {"format": FORMAT, **asdict(self)}
+        record = {"format": FORMAT, **asdict(self)}
+        if not self.row_labels:  # as it was before there were such labels
+            del record["row_labels"]
+        return record
 
     @classmethod
     def of(cls, record: Record) -> "CorpusInfo":
@@ -108,8 +127,14 @@ class CorpusInfo:
         return cls(**{name: value for name, value in record.items() if name != "format"})
 
 
-def row_columns(has_roles: bool) -> dict[str, str]:
-    return ROW_COLUMNS | ROLE_COLUMN if has_roles else dict(ROW_COLUMNS)
+def row_columns(has_roles: bool, row_labels: Iterable[str] = ()) -> dict[str, str]:
+    """The row columns of a store, name -> data type. `row_labels`: the names of its labels of rows."""
+    return ROW_COLUMNS | (ROLE_COLUMN if has_roles else {}) | dict.fromkeys(label_columns(row_labels), LABEL_TYPE)
+
+
+def label_columns(row_labels: Iterable[str]) -> dict[str, str]:
+    """The row columns of labels of rows: name of the column -> that of the label, which may be any text."""
+    return {f"label.{number}": label for number, label in enumerate(row_labels)}
 
 
 def read_root(path: Place) -> CorpusInfo:

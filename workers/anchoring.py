@@ -51,11 +51,12 @@ def plan_anchors(store: Store, settings: AnchorSettings, sites: Sequence[str]) -
     }
     counted = {"min_rows": settings.least_rows}
     if settings.source == "by":
-        unknown = [label for label in settings.by if label not in store.info.labels]
+        unknown = [label for label in settings.by if label not in store.info.all_labels]
         if unknown:
+            known = ", ".join(store.info.all_labels) or "none"
             raise InputError(
-                f"anchors.by: the store has no label {', '.join(unknown)}; it has "
-                f"{', '.join(store.info.labels) or 'none'} (labels are named in corpus.labels when the store is made)"
+                f"anchors.by: the store has no label {', '.join(unknown)}; it has {known} (labels are named in "
+                "corpus.labels when the store is made)"
             )
         return AnchorPlan(settings, tuple(sites), {**base, "by": list(settings.by), **counted})
     if settings.source == "where":

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from storage.records import Record
+from storage.root import label_columns
 from storage.store import Store
 
 FREE_LATENTS = 12
@@ -49,13 +50,15 @@ class TopContexts:
     def __init__(self, store: Store, start: int, stop: int):
         self.store = store
         self.start = start
-        self.columns = store.columns(start, stop, ["position", "context", "document"])
+        self.labels = label_columns(store.info.values_of_rows)
+        self.columns = store.columns(start, stop, ["position", "context", "document", *self.labels])
         self.tokenizer = Tokenizer.from_buffer(store.corpus_file("tokenizer/tokenizer.json"))
 
     def of(self, activations: Tensor) -> list[Record]:
         """The contexts with a latent's strongest activations (`activations` [stop - start]), strongest first.
 
-        One entry a context: the tokens around the peak as text, the activation of each, the document's source, labels.
+        One entry a context: the tokens around the peak as text, the activation of each, the document's source, labels,
+        and those of the peak's row that it has.
         """
         found: list[Record] = []
         seen: set[int] = set()
@@ -79,13 +82,18 @@ class TopContexts:
                     "row": self.start + offset,
                     "document": document,
                     "source": about["source"],
-                    "labels": {label: str(about[label]) for label in self.store.info.labels},
+                    "labels": {label: str(about[label]) for label in self.store.info.labels} | self._labels_of(offset),
                     "tokens": [self._piece(int(token)) for token in tokens[first:]],
                     # positions that are no rows have none, and are shown as text around the others
                     "activations": [round(fires.get(p, 0.0), 4) for p in range(first, len(tokens))],
                 }
             )
         return found
+
+    def _labels_of(self, offset: int) -> dict[str, str]:
+        """The labels of one row, those that it has."""
+        codes = {label: int(self.columns[name][offset]) for name, label in self.labels.items()}
+        return {label: self.store.info.values_of_rows[label][code] for label, code in codes.items() if code >= 0}
 
     def _piece(self, token: int) -> str:
         return str(self.tokenizer.decode([token], skip_special_tokens=False))

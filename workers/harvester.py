@@ -21,13 +21,14 @@ from pipeline.placement import Placement
 from pipeline.rounding import Rounded
 from pipeline.rows import ContextRows, contexts_of_rows
 from pipeline.sites import parse_site
-from pipeline.unit import Activations, UnitRunner, group_moments, summarise
+from pipeline.unit import Activations, RawMoments, UnitRunner, group_moments, summarise, value_moments
 from storage.arrays import Array
 from storage.harvests import Harvest, writer_id
 from storage.moments import MomentKey, Moments
 from storage.patience import Waiting
 from storage.places import open_place
 from storage.records import Record
+from storage.root import label_columns
 from storage.store import Store, open_store
 from storage.units import UnitBlock, write_unit
 from workers.schedule import UNITS_IN_FLIGHT
@@ -130,8 +131,8 @@ class Harvester:
         """Compute one unit. Its arrays are buffers that belong to the caller within the block only."""
         started = time.time()
         start, stop = self.store.info.unit_rows(unit)
-        contexts, document = read_contexts(self.store, start, stop)
-        summarise = partial(self._summarise, document)
+        contexts, groups = read_contexts(self.store, start, stop)
+        summarise = partial(self._summarise, groups)
         with self._computer.computing(contexts, stop - start, summarise) as (activations, block):
             about = {
                 "positions_run": activations.positions_run,
@@ -174,9 +175,9 @@ class Harvester:
             blocks=setup.blocks,
         )
 
-    def _summarise(self, document: Array, computed: Activations) -> UnitBlock:
+    def _summarise(self, groups: "RowGroups", computed: Activations) -> UnitBlock:
         sites = {str(site): acts for site, acts in computed.sites.items()}
-        return unit_block(self.store, document, sites, self.on_step)
+        return unit_block(self.store, groups, sites, self.on_step)
 
 
 def rounding_of(run: Activations, block: UnitBlock) -> Record:
@@ -190,14 +191,24 @@ def rounding_of(run: Activations, block: UnitBlock) -> Record:
     }
 
 
+@dataclass(frozen=True)
+class RowGroups:
+    """What tells the subpopulations of a unit's rows."""
+
+    document: Array
+    """The document of each row, [rows]."""
+    labels: dict[str, Array]
+    """Of each label of rows the number of each row's value, [rows]; -1 where it has none."""
+
+
 def unit_block(
-    store: Store, document: Array, sites: Mapping[str, Rounded], on_step: Callable[[], None] = _no_step
+    store: Store, groups_of_rows: RowGroups, sites: Mapping[str, Rounded], on_step: Callable[[], None] = _no_step
 ) -> UnitBlock:
     """A unit as it is stored: its rows with their norms, and the moments of all rows and of each subpopulation.
 
-    `document` [rows] is each row's; `sites` has the rows of each site as they are stored, [rows, d_model]; `on_step` is
-    called after each site.
+    `sites` has the rows of each site as they are stored, [rows, d_model]; `on_step` is called after each site.
     """
+    document = groups_of_rows.document
     documents = store.documents_between(int(document[0]), int(document[-1]), store.info.labels)
     bounds = [0, *(1 + (document[1:] != document[:-1]).nonzero()[0]).tolist(), len(document)]
     segments = list(pairwise(bounds))
@@ -214,13 +225,32 @@ def unit_block(
         norms[site] = row_norms.numpy()
         on_step()
         for (label, value), raw in group_moments(per_document, groups).items():
-            moments[MomentKey(site, label, value)] = Moments(raw.count, raw.sum.numpy(), raw.sum_squares.numpy())
+            moments[MomentKey(site, label, value)] = _as_stored(raw)
+        for name, codes in groups_of_rows.labels.items():
+            values = store.info.values_of_rows[name]
+            for number, raw in value_moments(acts, codes).items():
+                moments[MomentKey(site, name, values[number])] = _as_stored(raw)
     return UnitBlock(activations, norms, moments, scales)
 
 
-def read_contexts(store: Store, start: int, stop: int) -> tuple[list[ContextRows], Array]:
-    """Read what is needed to compute rows [start, stop): their contexts, and the document of each row."""
-    columns = store.columns(start, stop, ["position", "context", "document"])
+def _as_stored(raw: RawMoments) -> Moments:
+    return Moments(raw.count, raw.sum.numpy(), raw.sum_squares.numpy())
+
+
+def read_groups(store: Store, start: int, stop: int) -> RowGroups:
+    """Read what tells the subpopulations of rows [start, stop)."""
+    labels = label_columns(store.info.values_of_rows)
+    return _groups(store.columns(start, stop, ["document", *labels]), labels)
+
+
+def _groups(columns: Mapping[str, Array], labels: Mapping[str, str]) -> RowGroups:
+    return RowGroups(columns["document"], {label: columns[name] for name, label in labels.items()})
+
+
+def read_contexts(store: Store, start: int, stop: int) -> tuple[list[ContextRows], RowGroups]:
+    """Read what is needed to compute rows [start, stop): their contexts, and what tells their subpopulations."""
+    labels = label_columns(store.info.values_of_rows)
+    columns = store.columns(start, stop, ["position", "context", "document", *labels])
     context = columns["context"]
     tokens = store.context_tokens(int(context[0]), int(context[-1]))
-    return contexts_of_rows(columns["position"], context, tokens), columns["document"]
+    return contexts_of_rows(columns["position"], context, tokens), _groups(columns, labels)

@@ -29,6 +29,7 @@ from pipeline.models import (
 )
 from pipeline.round_trip import check_round_trip, sample_texts
 from pipeline.rows import ContextPolicy
+from pipeline.token_labels import Names
 from storage.create import TableFiles, corpus_digest, new_store, refuse_if_taken
 from storage.growth import grown_table, settle
 from storage.places import Place, open_place
@@ -212,11 +213,17 @@ def today() -> str:
 
 
 def plan_rows(
-    source: Source, progress: Progress, tasks: Tasks, cuts: Cuts | None = None, roles: Sequence[str] = ()
+    source: Source,
+    progress: Progress,
+    tasks: Tasks,
+    cuts: Cuts | None = None,
+    roles: Sequence[str] = (),
+    labels: Names | None = None,
 ) -> TablePlan:
-    """Read, tokenise and lay out the corpus; write nothing. `roles`: see `plan_table`. Raises InputError."""
+    """Read, tokenise and lay out the corpus; write nothing. `roles`, `labels`: see `plan_table`. Raises InputError."""
     source.check_round_trip()
-    return plan_table(source.corpora, source.recipe(), source.settings.rows, tasks, progress, cuts or Cuts(), roles)
+    recipe, rows = source.recipe(), source.settings.rows
+    return plan_table(source.corpora, recipe, rows, tasks, progress, cuts or Cuts(), roles, labels)
 
 
 def ensure_store(
@@ -268,7 +275,7 @@ def write_plan(place: Place, source: Source, plan: TablePlan, tasks: Tasks) -> S
 
 def _grow(store: Store, source: Source, progress: Progress, check: Callable[[int], None], tasks: Tasks) -> Store:
     """Plan the whole table again, and put it in place of the store's, of which it must be a continuation."""
-    plan = plan_rows(source, progress, tasks, roles=store.info.roles)
+    plan = plan_rows(source, progress, tasks, roles=store.info.roles, labels=store.info.values_of_rows)
     check(plan.sizes.rows - store.num_rows)
     with grown_table(store) as draft:
         files = draft.begin_table(plan.table_sizes)
@@ -290,7 +297,7 @@ def _write(source: Source, plan: TablePlan, files: TableFiles, tasks: Tasks, uni
         context=settings.context,
         skip_first=settings.skip_first,
         held_out_start=held_out_start(sizes.rows, unit_size, settings.holdout),
-        labels=list(settings.labels),
+        labels=[label for label in settings.labels if label not in plan.label_names],
         roles=plan.role_names,
         corpus_digest=corpus_digest(digests),
         tokenizer_digest=source.identity["tokenizer"],
@@ -301,6 +308,7 @@ def _write(source: Source, plan: TablePlan, files: TableFiles, tasks: Tasks, uni
             {"rows": segment.rows, "documents": segment.documents, "of": source_words(of)}
             for segment, of in zip(segments, source.identity["source"], strict=True)
         ],
+        row_labels=[{"label": label, "values": list(values)} for label, values in plan.label_names.items()],
     )
 
 

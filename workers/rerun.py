@@ -26,7 +26,7 @@ from storage.moments import read_unit_moments, same_moments
 from storage.scaled import SiteRows, unscaled
 from storage.store import Store
 from storage.units import UnitBlock, rewrite_unit
-from workers.harvester import Harvester, HarvesterSetup, unit_block
+from workers.harvester import Harvester, HarvesterSetup, read_groups, unit_block
 from workers.harvesting import blocks_of
 from workers.known_models import is_of_model
 from workers.tensors import to_torch
@@ -199,13 +199,12 @@ def repair_from_rows(store: Store, harvest: Harvest, unit: int, writer: str) -> 
     if threads is not None:
         torch.set_num_threads(threads)
     start, stop = store.info.unit_rows(unit)
-    document = store.columns(start, stop, ["document"])["document"]
     rows = {}
     for site in harvest.sites:
         arrays = harvest.arrays(store.root, store.num_rows, site)
         scales = torch.from_numpy(arrays["scales"].read(start, stop)) if "scales" in arrays else None
         rows[site] = Rounded(to_torch(arrays["activations"].read(start, stop)), scales)
-    block = unit_block(store, document, rows)
+    block = unit_block(store, read_groups(store, start, stop), rows)
     rewrite_unit(store, harvest, unit, block, writer=writer, about={})
 
 

@@ -87,7 +87,8 @@ class CorpusSettings(Settings):
     chat_date: Annotated[str, BeforeValidator(_as_day)] | None = None
     """With messages: the day, YYYY-MM-DD, for chat templates that ask for it; that of planning, if not given."""
     labels: Names = ()
-    """Columns whose values define subpopulations; each must have a value in every record."""
+    """Columns whose values define subpopulations; each must have a value in every record. Lists of spans, or of one
+    value for each token id, label rows instead of documents."""
     columns: Names = ()
     """Columns kept beside each document without being subpopulations: ids, urls, dates."""
     bos: Literal["auto"] | bool = "auto"

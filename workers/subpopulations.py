@@ -12,6 +12,7 @@ from storage.anchors import AnchorSet, read_anchors
 from storage.arrays import Array
 from storage.conditions import Conditions
 from storage.records import Record
+from storage.root import label_columns
 from storage.store import Store
 
 
@@ -59,12 +60,20 @@ def members(store: Store, anchors: AnchorSet, start: int, document: Array) -> np
         ):
             member[rows - start, i] = True
         return member
-    first, last = int(document[0]), int(document[-1])
-    documents = store.documents_between(first, last, sorted({*anchors.labels}))
-    carried = {
-        label: np.array([str(v) for v in documents.column(label).to_pylist()])[document - first]
-        for label in set(anchors.labels)
-    }
+    carried = {label: _values(store, label, start, document) for label in set(anchors.labels)}
     for i, (label, value) in enumerate(zip(anchors.labels, anchors.values, strict=True)):
         member[:, i] = carried[label] == value
     return member
+
+
+def _values(store: Store, label: str, start: int, document: Array) -> npt.NDArray[np.object_]:
+    """The value of a label that each of these rows has, as text; None where it has none."""
+    for name, of_rows in label_columns(store.info.values_of_rows).items():
+        if of_rows == label:
+            values = np.array([*store.info.values_of_rows[label], None], dtype=object)
+            codes = store.columns(start, start + len(document), [name])[name]
+            return values.take(codes, mode="wrap")  # -1, no value, is the last
+    first, last = int(document[0]), int(document[-1])
+    documents = store.documents_between(first, last, [label])
+    of_documents = np.array([str(v) for v in documents.column(label).to_pylist()], dtype=object)
+    return of_documents.take(document - first)

@@ -5,20 +5,35 @@ follow. What is in a chunk does not depend on the buckets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.layout import Documents, Sizes, context_starts, documents_table, row_column, rows_between
+from pipeline.token_labels import Names
+from storage.arrays import DTYPES
 from storage.create import COLUMN_CHUNK_ROWS, TableFiles
-from storage.root import row_columns
+from storage.root import label_columns
 from storage.table import DOCUMENTS_PER_FILE
 from workers.tabling import TablePlan
 from workers.tasks import Tasks
 
 WRITE_ROWS = 8 * COLUMN_CHUNK_ROWS
 """Rows whose columns are made and written at once: little against the tokens of a bucket."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What the whole plan says of columns."""
+
+    schema: pa.Schema
+    """Of what is known of documents."""
+    label_names: Names
+    """The values of each label of tokens, in the order of their numbers."""
+
+
 Written = tuple[dict[str, list[str]]]
 """Array name, or documents -> the digests of what was written, in order."""
 
@@ -26,6 +41,7 @@ Written = tuple[dict[str, list[str]]]
 def write_table(plan: TablePlan, files: TableFiles, tasks: Tasks) -> dict[str, list[str]]:
     """Write every array and documents file. Return their digests, as `storage.create.corpus_digest` takes them."""
     before = list(accumulate((bucket.sizes for bucket in plan.buckets), initial=Sizes(0, 0, 0, 0)))
+    naming = Naming(plan.schema, plan.label_names)
     digests: dict[str, list[str]] = {}
     cuts: list[tuple[Callable[..., Written], list[int], int]] = [
         (write_rows, [size.rows for size in before], COLUMN_CHUNK_ROWS),
@@ -37,7 +53,7 @@ def write_table(plan: TablePlan, files: TableFiles, tasks: Tasks) -> dict[str, l
         calls = []
         for start, stop, first, last in _aligned(offsets, align):
             handles = [bucket.documents for bucket in plan.buckets[first:last]]
-            calls += tasks.call(write, files, start, stop, before[first:last], plan.schema, *handles, returns=1)
+            calls += tasks.call(write, files, start, stop, before[first:last], naming, *handles, returns=1)
         for written in tasks.get(calls):
             for name, of_chunks in written.items():
                 digests.setdefault(name, []).extend(of_chunks)
@@ -55,28 +71,32 @@ def _aligned(offsets: Sequence[int], align: int) -> Iterator[tuple[int, int, int
 
 
 def write_rows(
-    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], schema: pa.Schema, *buckets: Documents
+    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], plan: Naming, *buckets: Documents
 ) -> Written:
     """Write the row columns of rows [start, stop), which lie in these buckets; return the digests of the chunks."""
     written: dict[str, list[str]] = {}
     for first in range(start, stop, WRITE_ROWS):
         last = min(first + WRITE_ROWS, stop)
-        parts = [part for b, d in _pairs(before, buckets) if (part := rows_between(d, b, first, last))]
-        for name in row_columns(files.sizes.has_roles):
-            values = np.concatenate([row_column(documents, name, sizes) for documents, sizes in parts])
+        found = [part for b, d in _pairs(before, buckets) if (part := rows_between(d, b, first, last))]
+        parts = [(replace(d, labels=d.labels.numbered(plan.label_names)), b) for d, b in found]
+        labels = label_columns(files.sizes.row_labels)
+        for name, dtype in files.sizes.row_columns.items():
+            what = labels.get(name, name)
+            values = np.concatenate([row_column(documents, what, sizes) for documents, sizes in parts])
+            values = values.astype(DTYPES[dtype], copy=False)
             written.setdefault(name, []).extend(files.write_chunks(name, first, values))
     return (written,)
 
 
 def write_context_tokens(
-    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], schema: pa.Schema, *buckets: Documents
+    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], plan: Naming, *buckets: Documents
 ) -> Written:
     values = [d.tokens[max(0, start - b.context_tokens) : stop - b.context_tokens] for b, d in _pairs(before, buckets)]
     return ({"context_token": files.write_chunks("context_token", start, np.concatenate(values))},)
 
 
 def write_context_starts(
-    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], schema: pa.Schema, *buckets: Documents
+    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], plan: Naming, *buckets: Documents
 ) -> Written:
     starts = [context_starts(d, b) for b, d in _pairs(before, buckets)]
     values = np.concatenate(starts)[start - before[0].contexts : stop - before[0].contexts]
@@ -86,9 +106,9 @@ def write_context_starts(
 
 
 def write_documents(
-    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], schema: pa.Schema, *buckets: Documents
+    files: TableFiles, start: int, stop: int, before: Sequence[Sizes], plan: Naming, *buckets: Documents
 ) -> Written:
-    tables = [_cast(documents_table(d, b), schema) for b, d in _pairs(before, buckets)]
+    tables = [_cast(documents_table(d, b), plan.schema) for b, d in _pairs(before, buckets)]
     table = pa.concat_tables(tables).slice(start - before[0].documents, stop - start)
     parts = [table.slice(first, DOCUMENTS_PER_FILE) for first in range(0, table.num_rows, DOCUMENTS_PER_FILE)]
     first_part = start // DOCUMENTS_PER_FILE

@@ -34,6 +34,7 @@ from pipeline.layout import (
     split,
 )
 from pipeline.skipped import Skipped
+from pipeline.token_labels import Names, all_names, disagreement
 from storage.create import TableSizes
 from workers.tasks import Handle, Tasks
 
@@ -67,6 +68,8 @@ class Found:
     schema: pa.Schema
     label_values: dict[str, set[Any]]
     """The values of each label, of which no more than LABEL_VALUES and one."""
+    label_names: Names
+    """The values of each label of tokens."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Bucket:
     documents: Handle
     sizes: Sizes
     skipped: Skipped
+    label_names: Names
+    """The values that its rows have of each label of tokens."""
 
 
 @dataclass
@@ -86,6 +91,8 @@ class TablePlan:
     skipped: Skipped = field(default_factory=Skipped)
     role_names: list[str] = field(default_factory=list)
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    label_names: Names = field(default_factory=dict)
+    """The values of each label of tokens, in the order of their numbers."""
 
     @property
     def sizes(self) -> Sizes:
@@ -98,7 +105,14 @@ class TablePlan:
     @property
     def table_sizes(self) -> TableSizes:
         sizes = self.sizes
-        return TableSizes(sizes.rows, sizes.contexts, sizes.context_tokens, sizes.documents, bool(self.role_names))
+        return TableSizes(
+            sizes.rows,
+            sizes.contexts,
+            sizes.context_tokens,
+            sizes.documents,
+            has_roles=bool(self.role_names),
+            row_labels=tuple(self.label_names),
+        )
 
 
 def plan_table(
@@ -109,9 +123,10 @@ def plan_table(
     progress: Progress,
     cuts: Cuts,
     roles: Sequence[str] = (),
+    labels: Names | None = None,
 ) -> TablePlan:
-    """Read, tokenise and order corpora, which follow one another. `roles`: those that have numbers already. Raises
-    InputError, also when there are no rows, or fewer than `rows`."""
+    """Read, tokenise and order corpora, which follow one another. `roles`, `labels`: those roles, and values of labels
+    of tokens, that have numbers already. Raises InputError, also when there are no rows, or fewer than `rows`."""
     reading = _Reading(tasks.share(recipe), rows, tasks, progress)
     try:
         for segment, corpus in enumerate(corpora):
@@ -123,7 +138,7 @@ def plan_table(
         raise Unread(
             f"{said}. Planning had found {reading.rows:,}{of_all} rows by then; nothing was written"
         ) from error
-    plan = reading.ordered(roles)
+    plan = reading.ordered(roles, labels or {})
     found = plan.sizes.rows
     if found == 0:
         where = "; ".join(corpus.summary for corpus in corpora)
@@ -155,6 +170,7 @@ class _Reading:
         self.rows = 0
         self.parts: list[tuple[int, list[Handle]]] = []  # of each bucket: its segment, and what was read of it
         self.role_names: set[str] = set()
+        self.label_names: Names = {}
         self.schemas: list[pa.Schema] = []
         self.label_values: dict[str, set[Any]] = {}
 
@@ -195,7 +211,9 @@ class _Reading:
                 self.rows += found.rows
                 self.role_names.update(found.role_names)
                 self._count_labels(found.label_values)
+                self.label_names = all_names([self.label_names, found.label_names])
                 self.schemas = [_unified([*self.schemas, found.schema])]
+                _check_forms(self.label_names, self.schemas[0])
                 self.progress(min(self.rows, self.max_rows or self.rows), self.max_rows or 0)
         self.parts += [(segment, bucket) for bucket in parts if bucket]
 
@@ -210,19 +228,19 @@ class _Reading:
                     f"kept for each at every site; to keep it beside the documents without, name it in corpus.columns"
                 )
 
-    def ordered(self, roles: Sequence[str]) -> TablePlan:
+    def ordered(self, roles: Sequence[str], labels: Names) -> TablePlan:
         """Put the documents of each bucket in order, as many buckets as are needed."""
         role_names = [*roles, *sorted(self.role_names.difference(roles))]
         plan = TablePlan(role_names=role_names, schema=(self.schemas or [pa.schema([])])[0])
         segments = [segment for segment, _ in self.parts]
-        calls = [self.tasks.call(order_bucket, role_names, *bucket, returns=3) for _, bucket in self.parts]
+        calls = [self.tasks.call(order_bucket, role_names, *bucket, returns=4) for _, bucket in self.parts]
         self.parts.clear()  # Ray keeps what is still to be read, and nothing longer
         missing = self.max_rows
-        for segment, (sizes, skipped, documents) in zip(segments, calls, strict=True):
-            bucket = Bucket(segment, documents, *self.tasks.get([sizes, skipped]))
+        for segment, (documents, *about) in zip(segments, calls, strict=True):
+            bucket = Bucket(segment, documents, *self.tasks.get(about))
             if missing is not None and bucket.sizes.rows >= missing:
-                sizes, skipped, documents = self.tasks.call(cut_bucket, missing, documents, returns=3)
-                bucket = Bucket(segment, documents, *self.tasks.get([sizes, skipped]))
+                documents, *about = self.tasks.call(cut_bucket, missing, documents, returns=4)
+                bucket = Bucket(segment, documents, *self.tasks.get(about))
             plan.buckets.append(bucket)
             if missing is not None:
                 missing -= bucket.sizes.rows
@@ -230,6 +248,8 @@ class _Reading:
                     break
         plan.skipped = Skipped.sum(bucket.skipped for bucket in plan.buckets)
         plan.buckets = [bucket for bucket in plan.buckets if bucket.sizes.rows]
+        plan.label_names = all_names([bucket.label_names for bucket in plan.buckets], labels)
+        _check_forms(plan.label_names, plan.schema)
         return plan
 
 
@@ -268,6 +288,13 @@ def _unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
         return pa.unify_schemas(list(schemas), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputError(f"corpus.labels: the files do not agree on a label's type: {error}") from None
+
+
+def _check_forms(label_names: Names, schema: pa.Schema) -> None:
+    """Raise InputError for a label that some files have as spans or tokens and others as single values."""
+    for label in label_names:
+        if label in schema.names:
+            raise disagreement(label)
 
 
 # ---- the calls
@@ -316,19 +343,24 @@ def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labe
 def _give(held: Sequence[Documents], bounds: Sequence[int], labels: Sequence[str]) -> Iterator[object]:
     schema = _unified([d.about.schema for d in held])
     together = joined(held, sorted({name for d in held for name in d.role_names}))
-    values = {label: set(pc.unique(together.about.column(label))[: LABEL_VALUES + 1].to_pylist()) for label in labels}
-    found = Found(together.sizes.rows, together.role_names, schema, values)
+    of_documents = [label for label in labels if label in together.about.column_names]
+    values = {
+        label: set(pc.unique(together.about.column(label))[: LABEL_VALUES + 1].to_pylist()) for label in of_documents
+    }
+    found = Found(together.sizes.rows, together.role_names, schema, values, together.labels.names)
     parts = split(together, bounds)
     yield found
     for part in parts:  # noqa: UP028 one by one: Ray sends to the generator, which a list has no use for
         yield part
 
 
-def order_bucket(role_names: Sequence[str], *parts: Documents) -> tuple[Sizes, Skipped, Documents]:
-    documents = in_order(parts, role_names)
-    return documents.sizes, Skipped.of(documents.left_out), documents
+def order_bucket(role_names: Sequence[str], *parts: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+    return _described(in_order(parts, role_names))
 
 
-def cut_bucket(rows: int, documents: Documents) -> tuple[Sizes, Skipped, Documents]:
-    documents = first_rows(documents, rows)
-    return documents.sizes, Skipped.of(documents.left_out), documents
+def cut_bucket(rows: int, documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+    return _described(first_rows(documents, rows))
+
+
+def _described(documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+    return documents, documents.sizes, Skipped.of(documents.left_out), documents.labels.used(documents.is_row)

@@ -12,6 +12,7 @@ from jobs.report.runs import RunView
 from storage.anchors import AnchorSet, anchor_names, read_anchors
 from storage.held_out import values_without_held_out_rows
 from storage.records import Record
+from storage.root import CorpusInfo
 from storage.store import Store
 
 MAP_ENTRIES = 48
@@ -38,7 +39,7 @@ def harvested_section(store: Store, status: Record) -> str:
             "as a whole",
         ),
         ("Held out", _held_out(store, status["held_out_rows"])),
-        ("Labels", text(listed(info.labels)) if info.labels else "none"),
+        ("Labels", _labels(info)),
         ("Left out", _left_out(status["left_out"])),
     ]
     lines = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
@@ -52,6 +53,11 @@ def harvested_section(store: Store, status: Record) -> str:
         _harvests(store, status["harvests"]),
         _versions(store),
     )
+
+
+def _labels(info: CorpusInfo) -> str:
+    of_rows = [f"{label} (of rows, {plural(len(values), 'value')})" for label, values in info.values_of_rows.items()]
+    return text(listed([*info.labels, *of_rows])) if info.all_labels else "none"
 
 
 def _dropped(skip_first: int) -> str:
@@ -130,10 +136,10 @@ def _versions(store: Store) -> str:
 
 def subpopulations_section(store: Store, status: Record, runs: Sequence[RunView]) -> str:
     intro = (
-        "A subpopulation is the rows whose document carries one value of a label. Its <em>anchor</em> is the mean of "
-        "its training rows minus the mean of all training rows: the direction in which its rows differ. Subpopulations "
-        "may also be those of conditions (where) or the rows strongest in a direction (top), and vectors may be given. "
-        "The map shows "
+        "A subpopulation is the rows whose document carries one value of a label, or which lie in a span that does. "
+        "Its <em>anchor</em> is the mean of its training rows minus the mean of all training rows: the direction in "
+        "which its rows differ. Subpopulations may also be those of conditions (where) or the rows strongest in a "
+        "direction (top), and vectors may be given. The map shows "
         "the cosine between every two anchors: 1 (full colour) for the same direction, 0 (no colour) for unrelated, "
         "&minus;1 (the other colour) for opposite directions. The diagonal is 1 by definition."
     )
@@ -141,7 +147,7 @@ def subpopulations_section(store: Store, status: Record, runs: Sequence[RunView]
     names = anchor_names(store)
     if names:
         return section(key, title, intro, *(_anchor_set(store, read_anchors(store, n), runs) for n in names))
-    if not store.info.labels:
+    if not store.info.all_labels:
         sentence = (
             "This store has no labels, so it has no subpopulations. Name the label columns of the corpus in "
             "corpus.labels of the spec and make another store."
@@ -151,7 +157,7 @@ def subpopulations_section(store: Store, status: Record, runs: Sequence[RunView]
     if not harvests or any(h["units_committed"] < h["units"] for h in harvests):
         sentence = "There are no anchors yet: they are means over a finished harvest."
         return section(key, title, intro, missing(sentence, "granary harvest SPEC"))
-    line = f"anchors: {{name: subpopulations, by: [{', '.join(store.info.labels)}]}}"
+    line = f"anchors: {{name: subpopulations, by: [{', '.join(store.info.all_labels)}]}}"
     return section(
         key,
         title,

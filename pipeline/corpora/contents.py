@@ -7,8 +7,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.corpora.extents import encode_with_extents
 from pipeline.errors import InputError
 from pipeline.models import encode_texts, special_tokens_as
+from pipeline.token_labels import TokenLabels
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -33,6 +35,12 @@ class Encoded:
     roles: Int8 | None = None
     """Of each token, an index into `role_names`; None where contents are no chats."""
     role_names: list[str] = field(default_factory=list)
+    labels: TokenLabels = field(default_factory=TokenLabels)
+    extents: Int64 | None = None
+    """Where in its record's content each token lies, [tokens, 2]: characters of a text, or places in a list of token
+    ids. Of encoders that are `with_extents`."""
+    sizes: Int64 | None = None
+    """With extents: characters, or token ids, of the content that each document is from."""
     record: Int64 | None = None
     """Where a record may give several documents: the record of each, and `lengths` are theirs; None: one a record."""
 
@@ -48,6 +56,11 @@ class Encoded:
         lengths = np.array([len(t) for t in tokens], dtype=np.int64)
         of_tokens = None if roles is None else np.concatenate([np.empty(0, np.int8), *roles])
         return cls(flat, lengths, bad, of_tokens, list(role_names))
+
+    def at(self, extents: Sequence[Int64], sizes: Sequence[int]) -> "Encoded":
+        """The same, with the extents of each document's tokens."""
+        flat = np.concatenate([np.empty((0, 2), np.int64), *extents])
+        return replace(self, extents=flat, sizes=np.array(sizes, dtype=np.int64))
 
     def embedded(self, vocabulary: int) -> "Encoded":
         """The same without the records that have a token of `vocabulary` or above, which are bad then.
@@ -65,6 +78,7 @@ class Encoded:
             lengths=np.where(np.isin(np.arange(len(self.lengths)), list(bad)), 0, self.lengths),
             bad=self.bad | bad,
             roles=None if self.roles is None else self.roles[~wrong],
+            labels=self.labels[~wrong],
         )
 
 
@@ -88,6 +102,7 @@ class TextEncoder:
     bos: int | None
     specials: Literal["text", "tokens"]
     """text: control strings like <s> are read as the characters they are. tokens: as the tokens they name."""
+    with_extents: bool = False
 
     def encode(self, contents: Sequence[Any]) -> Encoded:
         bad: dict[int, str] = {}
@@ -106,9 +121,18 @@ class TextEncoder:
             elif not is_unicode(text):
                 bad[number], text = UNDECODABLE, ""
             texts.append(text)
+        extents: list[Int64] = []
         with special_tokens_as(self.tokenizer, self.specials):
-            ids = encode_texts(self.tokenizer, texts)
-        return Encoded.of([without_bos(np.array(i, dtype=np.int32), self.bos) for i in ids], bad)
+            if self.with_extents:
+                ids, extents = encode_with_extents(self.tokenizer, texts)
+            else:
+                ids = encode_texts(self.tokenizer, texts)
+        tokens = [without_bos(np.array(i, dtype=np.int32), self.bos) for i in ids]
+        encoded = Encoded.of(tokens, bad)
+        if not self.with_extents:
+            return encoded
+        of_rest = [extent[len(extent) - len(t) :] for extent, t in zip(extents, tokens, strict=True)]
+        return encoded.at(of_rest, [len(text) for text in texts])
 
 
 def without_bos(ids: Int32, bos: int | None) -> Int32:
@@ -131,20 +155,31 @@ class TokensEncoder:
     bos: int | None
     separator: int | None = None
     """A token at which a record is cut into documents; it belongs to none of them."""
+    with_extents: bool = False
 
     def encode(self, contents: Sequence[Any]) -> Encoded:
         bad: dict[int, str] = {}
         tokens: list[Int32] = []
+        extents: list[Int64] = []
+        sizes: list[int] = []
         records: list[int] = []
         for number, content in enumerate(contents):
             problem, ids = self._ids(number, content)
-            pieces = [piece for part in self._documents(ids) if len(piece := without_bos(part, self.bos))]
-            if problem or not pieces:
+            documents = [
+                (stop, piece) for stop, part in self._documents(ids) if len(piece := without_bos(part, self.bos))
+            ]
+            if problem or not documents:
                 bad[len(tokens)] = problem or EMPTY
-            tokens += pieces or [np.empty(0, np.int32)]
-            records += [number] * max(1, len(pieces))
+            for stop, piece in documents or [(0, ids[:0])]:
+                place = np.arange(stop - len(piece), stop)
+                tokens.append(piece)
+                extents.append(np.stack([place, place + 1], axis=1))
+                sizes.append(len(ids))
+                records.append(number)
         encoded = Encoded.of(tokens, bad)
-        return encoded if self.separator is None else replace(encoded, record=np.array(records, dtype=np.int64))
+        if self.separator is not None:
+            encoded = replace(encoded, record=np.array(records, dtype=np.int64))
+        return encoded.at(extents, sizes) if self.with_extents else encoded
 
     def _ids(self, number: int, content: Any) -> tuple[str | None, Int32]:
         """A problem, or the token ids of a record. Raises BadContent for ids of another tokenizer."""
@@ -163,8 +198,10 @@ class TokensEncoder:
             )
         return None, ids.astype(np.int32)
 
-    def _documents(self, ids: Int32) -> list[Int32]:
+    def _documents(self, ids: Int32) -> list[tuple[int, Int32]]:
+        """The documents of a record, and where in it each ends."""
         if self.separator is None:
-            return [ids]
+            return [(len(ids), ids)]
         cuts = np.flatnonzero(ids == self.separator)
-        return [part[int(i > 0) :] for i, part in enumerate(np.split(ids, cuts))]  # each but the first begins with it
+        stops = [*cuts.tolist(), len(ids)]
+        return [(stop, ids[start:stop]) for start, stop in zip([0, *(cuts + 1).tolist()], stops, strict=True)]

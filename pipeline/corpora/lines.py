@@ -122,7 +122,7 @@ class TextFiles:
             content = Unreadable("in UTF-16 or UTF-32, not UTF-8")
         values = {**partitions(file.url), "file": file.name, "folder": file.folder}
         labels = {name: pa.array([values[name]], pa.string()) for name in self.columns.beside}
-        yield chunk_of(np.zeros(1, dtype=np.int64), [content], labels, file, self.columns.kept)
+        yield chunk_of(np.zeros(1, dtype=np.int64), [content], labels, self.columns, file)
 
 
 def _compression(file: CorpusFile) -> str | None:

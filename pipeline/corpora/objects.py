@@ -43,7 +43,7 @@ def chunk_of_objects(
     tools = None if columns.tools is None else [_tools(record, columns.tools, found) for record in objects]
     if columns.content in found:  # what has no content has no labels either, and is told by its content
         replace(columns, tools=None).check_present(sorted(found), file.url)  # chats without tools may come first
-    return chunk_of(numbers, [_content(value, columns) for value in contents], labels, file, columns.kept, tools)
+    return chunk_of(numbers, [_content(value, columns) for value in contents], labels, columns, file, tools)
 
 
 def _tools(record: dict[str, Any] | Unreadable, column: str, found: dict[str, None]) -> Any:

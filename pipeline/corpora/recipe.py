@@ -9,9 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpora.chat import ChatEncoder
-from pipeline.corpora.contents import BadContent, Encoder, TextEncoder, TokensEncoder
+from pipeline.corpora.contents import BadContent, Encoded, Encoder, TextEncoder, TokensEncoder
 from pipeline.corpora.files import CorpusFile
 from pipeline.corpora.records import FILE_SHIFT, Chunk
+from pipeline.corpora.spans import labelled
 from pipeline.errors import InputError
 from pipeline.layout import Documents, cut, document_keys, left_out
 from pipeline.rows import ContextPolicy
@@ -37,7 +38,7 @@ class Recipe:
         sources = pa.array([f"{file.name}:{chunk.numbers[i]}" for i in kept.tolist()], pa.string())
         labels = {name: values.take(pa.array(kept)) for name, values in chunk.labels.items()}
         try:
-            encoded = self.encoder.encode([chunk.contents[i] for i in kept.tolist()]).embedded(self.vocabulary)
+            encoded = self._encoded(chunk, kept.tolist())
         except BadContent as bad:
             raise InputError(f"record {sources[bad.index]} of {file.url}: {bad}") from None
         about = pa.table({"source": sources, **labels})
@@ -47,6 +48,20 @@ class Recipe:
         if not chunk.broken:
             return documents
         return _with_broken(documents, chunk.broken, file, *self._keys([n for n, _ in chunk.broken], number), low, high)
+
+    def _encoded(self, chunk: Chunk, kept: list[int]) -> Encoded:
+        """The tokens of some records, with their labels. Raises BadContent."""
+        contents = [chunk.contents[i] for i in kept]
+        encoder = self.encoder
+        if chunk.aligned:  # chats have none: refused where they are read
+            assert isinstance(encoder, TextEncoder | TokensEncoder)
+            encoder = replace(encoder, with_extents=True)
+        encoded = encoder.encode(contents)
+        if chunk.aligned:
+            records = range(len(kept)) if encoded.record is None else encoded.record.tolist()
+            aligned = {name: label.take([kept[i] for i in records]) for name, label in chunk.aligned.items()}
+            encoded = labelled(encoded, aligned, [contents[i] for i in records])
+        return encoded.embedded(self.vocabulary)
 
     def _keys(self, numbers: Any, file: int) -> tuple[Any, Any]:
         records = np.asarray(numbers, dtype=np.int64) + (file << FILE_SHIFT)

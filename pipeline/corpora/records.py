@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.corpora.aligned import AlignedLabel, aligned_label, check_names
 from pipeline.corpora.files import CorpusFile
 from pipeline.corpora.messages import WithTools
 from pipeline.errors import InputError
@@ -17,7 +18,10 @@ CHUNK_BYTES = 8 * 2**20
 FILE_SHIFT = 40
 """A record's number in the corpus is its file's number times 2^40, plus its number in the file: known without counting
 the records of other files."""
-TAKEN = "labels are texts, numbers or truth values: turn such values into those, or leave the label out"
+TAKEN = (
+    "labels are texts, numbers or truth values (or spans, {start, stop, value}): turn such values into those, or leave "
+    "the label out"
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Chunk:
     labels: dict[str, pa.Array]
     broken: list[tuple[int, str]] = field(default_factory=list)
     """Records that could not be read: number and reason."""
+    aligned: dict[str, AlignedLabel] = field(default_factory=dict)
+    """Labels of spans or tokens."""
 
 
 class Format(Protocol):
@@ -112,31 +118,35 @@ class Format(Protocol):
 def chunk_of(
     numbers: npt.NDArray[np.int64],
     contents: Sequence[Any],
-    labels: Mapping[str, pa.Array | list[Any]],
+    beside: Mapping[str, pa.Array | list[Any]],
+    columns: Columns,
     file: CorpusFile,
-    kept: Collection[str] = (),
     tools: Sequence[Any] | None = None,
 ) -> Chunk:
     """Make a chunk of records, some of which may be Unreadable: these are set aside, whatever their labels are.
 
-    Labels are Arrow arrays, or lists of values as JSON has them. Raises InputError for those that are none; what is
-    `kept` without being a label may be missing. `tools`: those of each record's chat.
+    `beside`: labels, and what is kept without being one, as Arrow arrays or lists of values as JSON has them.
+    Raises InputError for labels that are none. `tools`: those of each record's chat.
     """
     if tools is not None:
         contents = [c if isinstance(c, Unreadable) else WithTools(c, t) for c, t in zip(contents, tools, strict=True)]
     broken = [(int(n), c.reason) for n, c in zip(numbers, contents, strict=True) if isinstance(c, Unreadable)]
     if broken:
         sound = np.flatnonzero([not isinstance(content, Unreadable) for content in contents])
-        labels = {name: _taken(values, sound) for name, values in labels.items()}
+        beside = {name: _taken(values, sound) for name, values in beside.items()}
         numbers, contents = numbers[sound], [contents[i] for i in sound.tolist()]
-    arrays = {
-        name: label_array(name, values, numbers, file, "corpus.columns" if name in kept else "corpus.labels")
-        if isinstance(values, list)
-        else values
-        for name, values in labels.items()
-    }
-    check_labels({name: values for name, values in arrays.items() if name not in kept}, numbers, file)
-    return Chunk(numbers, list(contents), arrays, broken)
+    labels: dict[str, pa.Array] = {}
+    aligned: dict[str, AlignedLabel] = {}
+    for name, values in beside.items() if len(numbers) else ():
+        if name in columns.labels and (label := aligned_label(values, columns.kind)) is not None:
+            check_names(name, columns.labels, columns.kind, file.url)
+            aligned[name] = label
+        elif isinstance(values, list):
+            labels[name] = label_array(name, values, numbers, file, columns.key(name))
+        else:
+            labels[name] = values
+    check_labels({name: values for name, values in labels.items() if name in columns.labels}, numbers, file)
+    return Chunk(numbers, list(contents), labels, broken, aligned)
 
 
 def _taken(values: pa.Array | list[Any], kept: npt.NDArray[np.int64]) -> pa.Array | list[Any]:

@@ -132,7 +132,7 @@ def _chunks(
         numbers = np.arange(first, first + batch.num_rows)
         labels = {name: _labels(batch, routes[name], name, columns, file) for name in columns.beside}
         tools = None if columns.tools is None else _values(batch, routes[columns.tools])
-        yield chunk_of(numbers, _contents(batch, routes[columns.content], columns), labels, file, columns.kept, tools)
+        yield chunk_of(numbers, _contents(batch, routes[columns.content], columns), labels, columns, file, tools)
         first += batch.num_rows
 
 

@@ -26,7 +26,7 @@ from storage.places import Place
 from storage.records import decode, encode, read_record
 from storage.store import Store, open_store
 from storage.units import UnitBlock, rewrite_unit
-from workers.harvester import unit_block
+from workers.harvester import read_groups, unit_block
 from workers.rerun import placement_for
 from workers.tensors import to_torch
 
@@ -260,8 +260,7 @@ def forge(store: Store, unit: int) -> None:
     start, stop = store.info.unit_rows(unit)
     rows = rows_of(store, unit)
     rows[SITE].values[17] *= -1
-    document = store.columns(start, stop, ["document"])["document"]
-    block: UnitBlock = unit_block(store, document, rows)
+    block: UnitBlock = unit_block(store, read_groups(store, start, stop), rows)
     commit = read_commit(store.root, harvest.digest, store.info.units.name(unit))
     about = {k: v for k, v in commit.items() if k not in DETERMINED}
     rewrite_unit(store, harvest, unit, block, writer=commit["writer"], about=about, instead=True)
@@ -295,8 +294,7 @@ def test_norms_and_moments_are_audited_too(stored: Lab) -> None:
     harvest = store.harvests[0]
     start, stop = store.info.unit_rows(3)
     rows = rows_of(store, 3)
-    document = store.columns(start, stop, ["document"])["document"]
-    block = unit_block(store, document, rows)
+    block = unit_block(store, read_groups(store, start, stop), rows)
     key = next(key for key in block.moments if key.label == "language")
     block.moments[key].sum[0] += 1  # type: ignore[index]
     commit = read_commit(store.root, harvest.digest, store.info.units.name(3))

@@ -27,7 +27,9 @@ RECORDS = 400
 def record(number: int) -> dict[str, Any]:
     rng = random.Random(number)
     text = "" if number % 50 == 7 else sentence(rng, rng.choice([1, 3, 10, 40]))
-    return {"text": text, "language": ("de", "en")[number % 2]}
+    first = text.partition(" ")[0]
+    words = [{"start": 0, "end": len(first), "label": first}, {"start": 0, "end": 1, "label": str(number)}]
+    return {"text": text, "language": ("de", "en")[number % 2], "word": words}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_stores_do_not_depend_on_how_planning_is_cut(
     tmp_path: Path, folder: Path, llama: Path, rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_bytes = sum(f.stat().st_size for f in folder.iterdir())
-    settings: dict[str, Any] = {"labels": ("language",), "context": 64, "rows": rows}
+    settings: dict[str, Any] = {"labels": ("language", "word"), "context": 64, "rows": rows}
     whole = store_of(tmp_path / "whole", folder, llama, **settings)
     first = whole.info.skipped["broken JSON"]["first"]
     assert set(first) <= {"0.jsonl:34", "0.jsonl:223"}
@@ -79,7 +81,9 @@ def test_stores_do_not_depend_on_how_planning_is_cut(
 
 def test_a_table_is_what_its_files_say(tmp_path: Path, folder: Path, llama: Path) -> None:
     """Chunks that several buckets share are put together right."""
-    store = store_of(tmp_path / "store", folder, llama, Cuts(bucket_bytes=2000), labels=("language",), context=64)
+    store = store_of(
+        tmp_path / "store", folder, llama, Cuts(bucket_bytes=2000), labels=("language", "word"), context=64
+    )
     columns = store.columns(0, store.num_rows)
     contexts = store.context_tokens(0, store.info.num_contexts - 1)
     assert [contexts[c][p] for c, p in zip(columns["context"], columns["position"], strict=True)] == columns[
@@ -95,7 +99,7 @@ def test_a_table_is_what_its_files_say(tmp_path: Path, folder: Path, llama: Path
 
 def test_planned_on_ray_and_here(tmp_path: Path, folder: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same store, and a refusal that leaves nothing."""
-    corpus = CorpusSettings(path=str(folder), labels=("language",), context=64)
+    corpus = CorpusSettings(path=str(folder), labels=("language", "word"), context=64)
     model = ModelSettings(id=str(llama))
     monkeypatch.undo()  # workers are processes of their own
     here, _ = ensure_store(tmp_path / "here", corpus, model, lambda done, total: None)

@@ -3,13 +3,14 @@
 from functools import reduce
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.rounding import Rounded
-from pipeline.unit import RawMoments, group_moments, summarise
+from pipeline.rounding import Rounded, round_rows
+from pipeline.unit import RawMoments, group_moments, summarise, value_moments
 from storage.moments import MomentKey, Moments, encode_moments
 
 WIDTH = 3
@@ -87,6 +88,34 @@ def test_groups_of_a_label_add_up_to_all_rows(
     for label in groups:
         together = reduce(Moments.__add__, [m for key, m in as_moments.items() if key[0] == label])
         assert_equal_but_for_rounding(together, as_moments[None, None])
+
+
+@given(labelled_segments(), st.data())
+def test_moments_of_values_of_rows_equal_direct_computation(
+    case: tuple[np.ndarray, list[tuple[int, int]], dict[str, list[str]]], data: st.DataObject
+) -> None:
+    values, _, _ = case
+    codes = np.array(data.draw(st.lists(st.integers(-1, 3), min_size=len(values), max_size=len(values))), np.int16)
+    found = value_moments(Rounded(torch.from_numpy(values)), codes)
+    assert sorted(found) == sorted({*codes.tolist()} - {-1})
+    for code, moments in found.items():
+        assert_close(moments, direct(values[codes == code]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_moments_of_many_rows_and_values(dtype: str) -> None:
+    """More rows than are added at once, of values with one row and with many, as readers get the rows."""
+    rng = np.random.default_rng(0)
+    rows = round_rows(1000 + torch.from_numpy(rng.standard_normal((5000, 4), dtype=np.float32)), dtype)
+    codes = np.where(rng.random(5000) < 0.5, 7, rng.integers(-1, 900, 5000)).astype(np.int16)
+    found = value_moments(rows, codes)
+    wide = rows.float().numpy().astype(np.float64)
+    for code, moments in found.items():
+        part = wide[codes == code]
+        assert moments.count == len(part)
+        np.testing.assert_allclose(moments.sum.numpy(), part.sum(0), rtol=1e-6)
+        np.testing.assert_allclose(moments.sum_squares.numpy(), (part**2).sum(0), rtol=1e-6)
+    assert value_moments(rows, np.full(5000, -1, np.int16)) == {}
 
 
 def test_long_segments_keep_float64_precision() -> None:

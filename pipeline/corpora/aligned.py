@@ -1,0 +1,103 @@
+"""Columns that are labels of spans or tokens: lists that are aligned with the content, told by their type.
+
+A list of spans is {start, stop or end, value or label} each, [start, stop, value] each, or, as Hugging Face stores a
+sequence of spans, one {start: [...], end: [...], label: [...]}. A list of plain values has one for each token id. What
+is in a list is looked at later, record by record (`pipeline.corpora.spans`).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import InputError
+
+START_KEYS = ("start", "begin", "start_offset")
+STOP_KEYS = ("stop", "end", "end_offset")
+VALUE_KEYS = ("label", "entity_group", "entity_type", "entity", "tag", "type", "value")
+"""The first that is there counts: where there is a label besides, `value` is often the text of the span."""
+TEXT_KEY = "text"
+"""Where a span may have its own text, which shows whether it counts as we do."""
+OWN_COLUMNS = ("row", "token", "position", "context", "role")
+"""Names that labels of rows cannot have besides those that no label can: they are columns of the rows already."""
+
+
+@dataclass(frozen=True)
+class AlignedLabel:
+    """A label of spans or tokens, of some records."""
+
+    values: list[Any]
+    """Of each record, as JSON has them."""
+    are_tags: bool
+    """A plain value for each token, else spans."""
+
+    def take(self, kept: Sequence[int]) -> "AlignedLabel":
+        return replace(self, values=[self.values[i] for i in kept])
+
+
+def aligned_label(column: pa.Array | list[Any], kind: str) -> AlignedLabel | None:
+    """A column as a label of spans or tokens; None if it is something else. `kind`: what the content is."""
+    if isinstance(column, list):
+        are_tags = _form_of_values(column)
+        values = column
+    elif getattr(column.type, "extension_name", None) == "arrow.json":  # Arrow's JSON type, of pyarrow 19 and later
+        values = [None if text is None else json.loads(text) for text in column.to_pylist()]
+        are_tags = _form_of_values(values)
+    else:
+        are_tags = _form_of_type(column.type)
+        values = column.to_pylist() if are_tags is not None else []
+    if are_tags is None or (are_tags and kind != "tokens"):
+        return None
+    return AlignedLabel(values, are_tags)
+
+
+def check_names(name: str, labels: Sequence[str], kind: str, where: str) -> None:
+    """Raise InputError for a label of spans that the content, or the table of rows, has no place for."""
+    if kind == "messages":
+        raise InputError(
+            f"corpus.labels: {name!r} is a list of spans in {where}; spans are places in a text or in a list of token "
+            "ids, and corpus.messages has chats: leave the label out, or give the chats as texts"
+        )
+    if name.lower() in OWN_COLUMNS:
+        raise InputError(f"corpus.labels: {name} is a column of Granary's own rows; rename the label")
+    if same := [label for label in labels if label.lower() == name.lower() and label != name]:
+        raise InputError(
+            f"corpus.labels: {name} and {', '.join(same)} are one name in SQL, which does not tell capitals: rename one"
+        )
+
+
+def _form_of_values(values: Sequence[Any]) -> bool | None:
+    """Whether JSON values are tags (True) or spans (False); None if they are neither."""
+    lists = [value for value in values if isinstance(value, list)]
+    firsts = [value[0] for value in lists if value]
+    if any(isinstance(first, dict | list) for first in firsts) or any(map(_is_columnar, values)):
+        return False
+    if firsts:
+        return True
+    return False if lists else None
+
+
+def _is_columnar(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(value.get(key), list) for key in START_KEYS)
+
+
+def _form_of_type(found: pa.DataType) -> bool | None:
+    if pa.types.is_struct(found):
+        return False if any(f.name in START_KEYS and is_list(f.type) for f in found) else None
+    if not is_list(found):
+        return None
+    inner = found.value_type
+    return not (pa.types.is_struct(inner) or is_list(inner) or pa.types.is_null(inner))
+
+
+def is_list(found: pa.DataType) -> bool:
+    types = pa.types
+    return bool(
+        types.is_list(found)
+        or types.is_large_list(found)
+        or types.is_fixed_size_list(found)
+        or types.is_list_view(found)
+        or types.is_large_list_view(found)
+    )
