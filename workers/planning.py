@@ -15,6 +15,7 @@ from pipeline.corpora.chat import needs_day
 from pipeline.corpora.files import fingerprint
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus, check_label_names, open_corpora
+from pipeline.corpora.patience import Unread
 from pipeline.corpora.recipe import ChatOptions, Recipe, make_encoder
 from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
@@ -40,7 +41,7 @@ from workers.matching import growth_of, refuse_growth, source_words, table_setti
 from workers.settings import CorpusSettings, ModelSettings
 from workers.stored_tokenizer import check_tokenizer
 from workers.table_writing import write_table
-from workers.tabling import Cuts, Progress, TablePlan, plan_table
+from workers.tabling import Cuts, Progress, TablePlan, plan_table, planning_ended
 from workers.tasks import Here, OnRay, Tasks
 from workers.versions import versions
 
@@ -221,8 +222,11 @@ def plan_rows(
     labels: Names | None = None,
 ) -> TablePlan:
     """Read, tokenise and lay out the corpus; write nothing. `roles`, `labels`: see `plan_table`. Raises InputError."""
-    source.check_round_trip()
     recipe, rows = source.recipe(), source.settings.rows
+    try:
+        source.check_round_trip()
+    except Unread as error:
+        raise planning_ended(error, 0, rows) from error
     return plan_table(source.corpora, recipe, rows, tasks, progress, cuts or Cuts(), roles, labels)
 
 

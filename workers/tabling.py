@@ -133,11 +133,7 @@ def plan_table(
             if rows is None or reading.rows < rows:
                 reading.read(corpus, segment, cuts)
     except Unread as error:
-        said = getattr(error, "cause", error)  # Ray wraps what a task raised
-        of_all = "" if rows is None else f" of {rows:,}"
-        raise Unread(
-            f"{said}. Planning had found {reading.rows:,}{of_all} rows by then; nothing was written"
-        ) from error
+        raise planning_ended(error, reading.rows, rows) from error
     plan = reading.ordered(roles, labels or {})
     found = plan.sizes.rows
     if found == 0:
@@ -149,6 +145,13 @@ def plan_table(
             "or leave corpus.rows out to take them all"
         )
     return plan
+
+
+def planning_ended(error: Unread, found: int, rows: int | None) -> Unread:
+    """What ended the reading of a corpus, and how far planning had come: to `found` of the `rows` asked for."""
+    said = getattr(error, "cause", error)  # Ray wraps what a task raised
+    of_all = "" if rows is None else f" of {rows:,}"
+    return Unread(f"{said}. Planning had found {found:,}{of_all} rows by then; nothing was written")
 
 
 def _why_none(plan: TablePlan, recipe: Recipe) -> str:
