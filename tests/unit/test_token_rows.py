@@ -342,3 +342,47 @@ def test_a_label_of_too_many_values_is_refused_before_anything_is_written(
     assert not (tmp_path / "store").exists()
     corpus = write(tmp_path / "b.jsonl", [{"text": "count every town", "url": f"u{i % 100}"} for i in range(301)])
     assert store_of(tmp_path / "store", corpus, llama, labels=("url",)).info.labels == ["url"]
+
+
+# ---- with labels of tokens and spans
+
+
+def values_of(store: Store, label: str) -> list[tuple[int, str | None]]:
+    return store.sql(f"select token, {label} from rows order by row").fetchall()
+
+
+def test_labels_of_tokens_in_documents_that_were_cut(tmp_path: Path, llama: Path) -> None:
+    records = [{"tokens": [BOS, 40, 41, EOS, 42, EOS], "tag": ["s", "a", None, "x", "b", "x"]}]
+    corpus = write(tmp_path / "a.jsonl", records)
+    store = store_of(tmp_path / "store", corpus, llama, tokens="tokens", separator=EOS, labels=("tag",))
+    assert values_of(store, "tag") == [(40, "a"), (41, None), (42, "b")]
+
+
+def test_spans_in_texts_with_control_strings(tmp_path: Path, llama: Path) -> None:
+    """Offsets are those of the text as it is read: its control strings are characters."""
+    text = "<s>town</s> and field"
+    spans = [{"start": 3, "end": 7, "label": "PLACE"}, {"start": 16, "end": 21, "label": "LAND"}]
+    corpus = write(tmp_path / "a.jsonl", [{"text": text, "entity": spans}])
+    store = store_of(tmp_path / "store", corpus, llama, labels=("entity",))
+    decode = load_tokenizer(str(llama)).decode
+    for value, word in (("PLACE", "town"), ("LAND", " field")):
+        assert decode([token for token, found in values_of(store, "entity") if found == value]) == word
+
+
+def test_spans_of_a_text_that_begins_with_bos(tmp_path: Path, llama: Path) -> None:
+    corpus = write(tmp_path / "a.jsonl", [{"text": "<s>town", "entity": [{"start": 3, "end": 7, "label": "PLACE"}]}])
+    store = store_of(tmp_path / "store", corpus, llama, labels=("entity",), specials="tokens")
+    assert {found for _, found in values_of(store, "entity")} == {"PLACE"}
+
+
+def test_labels_where_a_record_has_a_token_without_an_embedding(tmp_path: Path, llama: Path) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.add_tokens([f"<extra{i}>" for i in range(VOCABULARY)])
+
+    model = with_tokenizer(tmp_path / "model", llama, change)
+    texts = [f"an <extra{VOCABULARY - 1}> town", "count every town"]
+    spans = [[{"start": 0, "end": 2, "label": "FIRST"}], [{"start": 12, "end": 16, "label": "PLACE"}]]
+    corpus = write(tmp_path / "a.jsonl", [{"text": t, "entity": s} for t, s in zip(texts, spans, strict=True)])
+    store = store_of(tmp_path / "store", corpus, model, labels=("entity",))
+    assert store.info.skipped == {NOT_EMBEDDED: {"count": 1, "first": ["a.jsonl:1"]}}
+    assert {found for _, found in values_of(store, "entity")} == {None, "PLACE"}
