@@ -80,7 +80,7 @@ def test_tokens(harvested: Store, tokenizer: Any) -> None:
 def test_tokens_of_a_store_without_a_vocabulary(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store")
     store.tokenizer_path.joinpath("tokenizer.json").remove()
-    with pytest.raises(StorageError, match=r"the table `tokens` needs .*tokenizer\.json"):
+    with pytest.raises(StorageError, match=r"the strings of tokens need .*tokenizer\.json"):
         store.sql("select * from tokens")
 
 
