@@ -123,12 +123,13 @@ class _Stream:
     def _resumed(self) -> Iterator[dict[str, Any]]:
         if self._marks:
             self._current.load_state_dict(self._marks[0][1])
-            records = iter(self._current)
+            records: Iterator[dict[str, Any]] = iter(self._current)
             if [self._told(record) for record in islice(records, len(self._kept))] == self._kept:
                 return records
         self._marks, self._kept = [], []
         self._current = self._dataset.skip(self.taken)  # all that came is fetched again
-        return iter(self._current)
+        again: Iterator[dict[str, Any]] = iter(self._current)
+        return again
 
     def _mark(self) -> None:
         try:
