@@ -72,12 +72,13 @@ def encode_long(tokenizer: Any, text: str, progress: Callable[[int], None] = lam
     starts = window_starts(text)
     fetched = _fetched(tokenizer, text, starts)
     ids: list[int] = []
+    same: dict[int, int] = {}  # one object for each id: a list of millions then is 8 bytes a token instead of 40
     current, at = next(fetched), 0  # what is not among the ids yet begins with its token `at`
     while current.stop < len(text):
         found = _next_window(tokenizer, text, current, at, next(fetched))
         if found is not None:
             following, end, begin = found
-            ids += current.ids[at:end]
+            ids += [same.setdefault(token, token) for token in current.ids[at:end]]
             current, at = following, begin
             progress(current.start)
             continue

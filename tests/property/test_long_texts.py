@@ -141,6 +141,8 @@ def test_memory_of_a_window_does_not_grow_with_the_text(monkeypatch: pytest.Monk
         if kind == "wordpiece":  # a word of any length is one token
             continue
         for text in TEXTS:
+            if (kind, text) == ("bare", "spaces"):  # one unknown token for all of them
+                continue
             longest.clear()
             long_texts.encode_long(tokenizer(kind), make_text(text, 20_000))
             assert max(longest) <= 2 * SMALL["MOST_VARIED_CHARS"], (kind, text)
