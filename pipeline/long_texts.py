@@ -72,12 +72,13 @@ def encode_long(tokenizer: Any, text: str, progress: Callable[[int], None] = lam
     starts = window_starts(text)
     fetched = _fetched(tokenizer, text, starts)
     ids: list[int] = []
+    same: dict[int, int] = {}  # one object for each id: a list of millions then is 8 bytes a token instead of 40
     current, at = next(fetched), 0  # what is not among the ids yet begins with its token `at`
     while current.stop < len(text):
         found = _next_window(tokenizer, text, current, at, next(fetched))
         if found is not None:
             following, end, begin = found
-            ids += current.ids[at:end]
+            ids += [same.setdefault(token, token) for token in current.ids[at:end]]
             current, at = following, begin
             progress(current.start)
             continue
@@ -182,18 +183,23 @@ def _next_window(
     if (found := joined(following)) is not None:
         return found
     lowest = current.start + current.offsets[at][0] if at < len(current.offsets) else current.stop
-    shifted = [start for start in range(following.start - 1, following.start - SHIFTS, -1) if start > lowest]
-    probes = _encoded(tokenizer, text, [(start, current.stop) for start in shifted])
-    starts = [probe.start for probe in probes if join(current, probe, varied) is not None][:1]
-    for back in LOOKBACKS:
-        token = current.first_from(current.stop - back * OVERLAP_CHARS)
-        if token < len(current.offsets) and (start := current.start + current.offsets[token][0]) > lowest:
-            starts.append(start)
-    for start in starts:
-        (window,) = _encoded(tokenizer, text, [(start, following.stop)])
-        if (found := joined(window)) is not None:
-            return found
+    for start in _other_starts(tokenizer, text, current, following, varied):
+        if start > lowest:
+            (window,) = _encoded(tokenizer, text, [(start, following.stop)])
+            if (found := joined(window)) is not None:
+                return found
     return None
+
+
+def _other_starts(tokenizer: Any, text: str, current: Window, following: Window, varied: int) -> Iterator[int]:
+    """Where a window may begin instead of where `following` does, the likeliest first."""
+    tokens = [current.first_from(current.stop - back * OVERLAP_CHARS) for back in LOOKBACKS]
+    at_tokens = [current.start + current.offsets[token][0] for token in tokens if token < len(current.offsets)]
+    yield from at_tokens[:1]
+    shifted = [start for start in range(following.start - 1, following.start - SHIFTS, -1) if start > current.start]
+    probes = _encoded(tokenizer, text, [(start, current.stop) for start in shifted])  # the overlap alone
+    yield from (probe.start for probe in probes if join(current, probe, varied) is not None)
+    yield from at_tokens[1:]
 
 
 def _wider(text: str, starts: Sequence[int], current: Window) -> int:

@@ -53,7 +53,7 @@ def aligned_label(column: pa.Array | list[Any], kind: str) -> AlignedLabel | Non
     return AlignedLabel(values, are_tags)
 
 
-def check_names(name: str, labels: Sequence[str], kind: str, where: str) -> None:
+def check_name(name: str, kind: str, where: str) -> None:
     """Raise InputError for a label of spans that the content, or the table of rows, has no place for."""
     if kind == "messages":
         raise InputError(
@@ -62,10 +62,6 @@ def check_names(name: str, labels: Sequence[str], kind: str, where: str) -> None
         )
     if name.lower() in OWN_COLUMNS:
         raise InputError(f"corpus.labels: {name} is a column of Granary's own rows; rename the label")
-    if same := [label for label in labels if label.lower() == name.lower() and label != name]:
-        raise InputError(
-            f"corpus.labels: {name} and {', '.join(same)} are one name in SQL, which does not tell capitals: rename one"
-        )
 
 
 def _form_of_values(values: Sequence[Any]) -> bool | None:

@@ -54,6 +54,10 @@ LASTING_CLASSES = {
 """Subclasses of those that do not pass."""
 
 
+OFFLINE = "OfflineModeIsEnabled"
+"""What `datasets` writes into the message of a plain ConnectionError."""
+
+
 class Unread(InputError):
     """A place that could not be read, or not to its end."""
 
@@ -72,7 +76,7 @@ class Failure:
 def failure_of(error: BaseException) -> Failure | None:
     """What failed, if it may pass: told by the outermost HTTP status of a chain of errors, else by their kinds."""
     chain = list(chain_of(error))
-    if any(_names(each) & LASTING_CLASSES for each in chain):
+    if any(_names(each) & LASTING_CLASSES or OFFLINE in str(each) for each in chain):
         return None
     for each in chain:
         status = status_of(each)

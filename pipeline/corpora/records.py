@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpora.aligned import AlignedLabel, aligned_label, check_names
+from pipeline.corpora.aligned import AlignedLabel, aligned_label, check_name
 from pipeline.corpora.files import CorpusFile
 from pipeline.corpora.messages import WithTools
 from pipeline.errors import InputError
@@ -139,7 +139,7 @@ def chunk_of(
     aligned: dict[str, AlignedLabel] = {}
     for name, values in beside.items() if len(numbers) else ():
         if name in columns.labels and (label := aligned_label(values, columns.kind)) is not None:
-            check_names(name, columns.labels, columns.kind, file.url)
+            check_name(name, columns.kind, file.url)
             aligned[name] = label
         elif isinstance(values, list):
             labels[name] = label_array(name, values, numbers, file, columns.key(name))

@@ -116,7 +116,7 @@ def test_planned_on_ray_and_here(tmp_path: Path, folder: Path, llama: Path, monk
         with pytest.raises(ValueError, match="asks for 1,000,000 rows and the corpus has"):
             ensure_store(tmp_path / "other", corpus.model_copy(update={"rows": 10**6}), *arguments)
         (folder / "2.jsonl").write_text('{"text": "no label"}\n')
-        with pytest.raises(ValueError, match=r"'language' has no value in .*2\.jsonl:1; fill"):
+        with pytest.raises(ValueError, match=r"no column 'language' in .*2\.jsonl; it has text"):
             ensure_store(tmp_path / "other", corpus, *arguments)
         (folder / "2.jsonl").unlink()
         assert snapshot(tmp_path) == before

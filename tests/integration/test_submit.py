@@ -30,6 +30,7 @@ from storage.store import open_store
 ROOT = Path(__file__).parents[2]
 UNITS = 64
 """Enough of them that a job can be stopped between its first commit and its last."""
+SECRET = "hf_s3cr3t-that-must-not-be-seen"
 START_S = 90
 """A cluster, and a job's first commit, take about 10 s each on an idle machine."""
 
@@ -60,6 +61,8 @@ class ClusterOfOne:
     address: str
     own_address: str
     """Ray's, host:port, as RAY_ADDRESS is inside a job."""
+    hub: Path
+    """HF_HOME where jobs are submitted, and nowhere else."""
     shell: subprocess.Popen[str]
 
     def granary(self, *command: str | Path) -> Result:
@@ -118,11 +121,10 @@ def cluster() -> Iterator[ClusterOfOne]:
     try:
         wait_for("cluster", answers)
         pipe = subprocess.PIPE
-        shell = subprocess.Popen(
-            [sys.executable, "-c", SHELL], cwd=ROOT, env=allowed, stdin=pipe, stdout=pipe, text=True
-        )
+        here = allowed | {"HF_HOME": str(folder / "hub"), "HF_TOKEN": SECRET}
+        shell = subprocess.Popen([sys.executable, "-c", SHELL], cwd=ROOT, env=here, stdin=pipe, stdout=pipe, text=True)
         with shell:
-            yield ClusterOfOne(address, f"127.0.0.1:{gcs}", shell)
+            yield ClusterOfOne(address, f"127.0.0.1:{gcs}", folder / "hub", shell)
     finally:
         head.terminate()  # it ends all its children, which die with it in any case
         try:
@@ -223,6 +225,36 @@ def test_a_job_that_is_stopped_and_submitted_again_stores_what_a_local_harvest_d
         refused = cluster.granary(*refused_command)
         assert (refused.status, refused.out, refused.err.count("\n")) == (1, "", 1)
         assert expected in refused.err
+
+
+@pytest.mark.slow
+def test_variables_that_are_named_reach_the_workers_and_their_values_nothing_else(
+    cluster: ClusterOfOne, write_spec: Callable[[str], Path], make_model: Callable[..., Path]
+) -> None:
+    """A model by its name on the hub, in a cache that only HF_HOME of the submitting process names."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = cluster.hub / "hub" / "models--one--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(make_model("llama", num_hidden_layers=8), cache / "snapshots" / commit)
+    spec = write_spec("named")
+    raw = yaml.safe_load(spec.read_text())
+    raw |= {"model": {"id": "one/tiny", "dtype": "float32"}, "cluster": {"env": ["HF_HOME"]}}
+    raw["corpus"]["rows"] = 2048
+    spec.write_text(yaml.safe_dump(raw))
+    found = cluster.granary("submit", spec, "--stage", "harvest", "--id", "named", "--env", "HF_TOKEN", "--follow")
+    assert found.status == 0, found.out + found.err
+    assert open_store(load_spec(spec).store).info.num_rows == 2048
+    told = [found.out, found.err, cluster.granary("logs", "named").out]
+    told += [cluster.granary("jobs", *options).out for options in ((), ("--json",))]
+    assert "named" in told[-1]
+    assert SECRET not in "".join(told)
+    files = [path for path in Path(load_spec(spec).store).rglob("*") if path.is_file()]
+    assert files
+    assert all(SECRET.encode() not in path.read_bytes() for path in files)
+    refused = cluster.granary("submit", spec, "--env", "HF_TOKEN", "--env", "NOT_SET_HERE")
+    assert (refused.status, refused.out, refused.err.count("\n")) == (1, "", 1)
+    assert "NOT_SET_HERE is not set in the environment here" in refused.err
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *command: str) -> str:

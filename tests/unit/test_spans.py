@@ -185,7 +185,7 @@ def test_what_cannot_be_a_label_of_rows(tmp_path: Path, llama: Path) -> None:
     text = write_lines(tmp_path / "c.jsonl", [{"text": TEXT, "Token": good, "ner": good, "NER": "x", "tag": ["O"] * 6}])
     with pytest.raises(InputError, match=r"corpus\.labels: Token is a column of Granary's own rows; rename"):
         plan(text, llama, labels=("Token",))
-    with pytest.raises(InputError, match=r"corpus\.labels: ner and NER are one name in SQL"):
+    with pytest.raises(InputError, match=r"corpus\.labels: ner is kept already, and SQL does not tell NER from it"):
         plan(text, llama, labels=("ner", "NER"))
     with pytest.raises(InputError, match=r"'tag' is no single value but list<.*or spans, \{start, stop, value\}"):
         plan(text, llama, labels=("tag",))
