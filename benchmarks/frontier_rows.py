@@ -23,10 +23,11 @@ from jobs.demo.corpus import DemoDocument, split_source, standard_library_docume
 from jobs.demo.demo import HERE
 from pipeline.models import describe_model
 from storage.store import Store
+from workers.corpus_settings import CorpusSettings
 from workers.harvester import Harvester
 from workers.harvesting import declare, prepare_harvests
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, HarvestSettings, ModelSettings
+from workers.settings import HarvestSettings, ModelSettings
 
 SITE = "resid_post.2"
 HELD_OUT = 0.05

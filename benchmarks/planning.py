@@ -88,12 +88,13 @@ def plan(folder: Path) -> dict[str, Any]:
     """In a process of its own: plan and write, and say how long it took once Ray was up."""
     import ray
 
-    from workers import planning
+    from workers import source
+    from workers.corpus_settings import CorpusSettings
     from workers.planning import ensure_store
-    from workers.settings import CorpusSettings, ModelSettings
+    from workers.settings import ModelSettings
 
     shutil.copytree(HERE / "model", folder / "model")
-    planning.SMALL_BYTES = 0  # on Ray, however small
+    source.SMALL_BYTES = 0  # on Ray, however small
     (path,) = folder.glob("corpus.*")
     tokens = "ids" if path.suffix == ".parquet" else None
     settings = CorpusSettings(path=(str(path),), tokens=tokens, labels=("kind",), context=256)

@@ -38,12 +38,13 @@ from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.actor import HarvesterProcess
 from workers.cluster import connected
+from workers.corpus_settings import CorpusSettings
 from workers.harvester import HarvesterSetup, UnitResult
 from workers.harvesting import declare, prepare_harvests
 from workers.machine import machine
 from workers.planning import ensure_store
 from workers.schedule import UNITS_IN_FLIGHT
-from workers.settings import ClusterSettings, CorpusSettings, HarvestSettings, ModelSettings, WorkerRange
+from workers.settings import ClusterSettings, HarvestSettings, ModelSettings, WorkerRange
 from workers.supervisor import Supervisor
 
 ROWS_PER_UNIT = 8

@@ -28,17 +28,13 @@ from pipeline.sdl.metrics import measure_code
 from pipeline.sites import STORED_TYPES
 from storage.commits import read_commit
 from storage.store import Store
+from workers.corpus_settings import CorpusSettings
 from workers.dictionary_settings import ActivationSettings, DictionarySettings
 from workers.harvester import Harvester
 from workers.harvesting import declare, prepare_harvests
 from workers.machine import machine
 from workers.planning import ensure_store
-from workers.settings import (
-    CorpusSettings,
-    HarvestSettings,
-    ModelSettings,
-    TrainSettings,
-)
+from workers.settings import HarvestSettings, ModelSettings, TrainSettings
 from workers.tensors import to_torch
 from workers.trainer import Trainer
 from workers.training_plan import plan_training

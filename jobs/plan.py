@@ -38,8 +38,9 @@ from workers.environment import values_of
 from workers.harvesting import HarvestJob, check_harvest, emulation_notice, layout_of, name_in_store, prepare_harvests
 from workers.matching import growth_of
 from workers.measuring import Measured, measure, sample
-from workers.planning import Source, held_out_start, open_source, plan_rows
+from workers.planning import held_out_start, plan_rows
 from workers.settings import compile_layers
+from workers.source import Source, open_source
 
 
 @dataclass(frozen=True)

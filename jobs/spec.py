@@ -13,11 +13,11 @@ from jobs.variables import expanded
 from storage.errors import StorageError
 from storage.places import check_url, home_expanded
 from workers.anchor_settings import FILE_ENDINGS, AnchorSets, AnchorSettings
+from workers.corpus_settings import CorpusSettings
 from workers.section import NAME_PATTERN, Settings
 from workers.settings import (
     RANGE_PATTERN,
     ClusterSettings,
-    CorpusSettings,
     EvaluateSettings,
     HarvestSettings,
     ModelSettings,

@@ -27,10 +27,11 @@ from storage.moments import MomentKey, Moments
 from storage.root import CorpusInfo
 from storage.store import Store
 from storage.units import UnitBlock, write_unit
+from workers.corpus_settings import CorpusSettings
 from workers.harvester import Harvester, UnitResult
 from workers.harvesting import HarvestJob, declare, prepare_harvests
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, HarvestSettings, ModelSettings
+from workers.settings import HarvestSettings, ModelSettings
 
 pytest_plugins = ("harvests", "hub", "lab", "whole", "s3", "web")
 

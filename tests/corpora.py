@@ -11,8 +11,10 @@ from pipeline.corpora.open import open_corpus
 from pipeline.corpora.records import Columns
 from storage.create import TableSizes
 from storage.store import Store
-from workers.planning import open_source, plan_rows, write_plan
-from workers.settings import CorpusSettings, ModelSettings
+from workers.corpus_settings import CorpusSettings
+from workers.planning import plan_rows, write_plan
+from workers.settings import ModelSettings
+from workers.source import open_source
 from workers.tabling import Cuts, TablePlan
 from workers.tasks import Here
 

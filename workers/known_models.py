@@ -20,7 +20,8 @@ recorded, which may have a branch where newer ones have the commit."""
 
 def made_from(info: ModelInfo) -> dict[str, str]:
     """What a harvest records of where its model was found."""
-    return {"model": info.id, "revision": info.revision, REF: info.ref}
+    of_hub = {REF: info.ref} if is_commit(info.revision) else {}
+    return {"model": info.id, "revision": info.revision, **of_hub}
 
 
 def is_of_model(harvest: Harvest, info: ModelInfo) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 from storage.errors import StoreMismatch
 from storage.records import Record, differences
 from storage.store import Store
-from workers.settings import CorpusSettings
+from workers.corpus_settings import CorpusSettings
 
 OPTIONAL: Record = {"columns": (), "markers": True, "tools": None, "template_arguments": {}}
 """Settings that a plan holds only where they are not their defaults: stores made before they were there go on."""

@@ -3,8 +3,8 @@
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.models import tokenizer_digest
 from pipeline.same_tokenizer import are_same, read_backend
+from pipeline.tokenizer import tokenizer_digest
 from storage.store import Store
 
 CONTEXTS = 64

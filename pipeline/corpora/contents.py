@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from pipeline.corpora.extents import encode_with_extents
 from pipeline.errors import InputError
-from pipeline.models import encode_texts, special_tokens_as
 from pipeline.token_labels import TokenLabels
+from pipeline.tokenizer import encode_texts, special_tokens_as
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]

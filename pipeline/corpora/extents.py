@@ -13,7 +13,7 @@ SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype
 
 
 def encode_with_extents(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[Int64]]:
-    """Token ids of each text, as `pipeline.models.encode_texts` gives them, and of each token [start, stop): the
+    """Token ids of each text, as `pipeline.tokenizer.encode_texts` gives them, and of each token [start, stop): the
     characters that it stands for, as `trimmed`; int64 [tokens, 2]."""
     encodings = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
     extents = [

@@ -77,7 +77,7 @@ with connected("local", cpus=2):
     for line in sys.stdin:
         command, hold = json.loads(line)
         if hold:
-            workers.anchoring.SMALL_BYTES = workers.planning.SMALL_BYTES = 0
+            workers.anchoring.SMALL_BYTES = workers.source.SMALL_BYTES = 0
             workers.tasks._single_threaded, workers.tasks._single_threaded_stream = wait_for_ever, stream_for_ever
             workers.stages.evaluate_remotely = ray.remote(wait_for_ever)
             workers.stages.TrainerActor = ray.remote(max_restarts=0, max_concurrency=2)(DeafTrainer)

@@ -25,7 +25,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the place was to be looked at first")
 
     monkeypatch.setattr("jobs.run.describe_model", read)
-    monkeypatch.setattr("workers.planning.open_source", read)
+    monkeypatch.setattr("workers.source.open_source", read)
 
 
 def refused(lab: Lab, store: str, verb: str = "harvest") -> str:

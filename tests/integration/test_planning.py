@@ -15,10 +15,11 @@ from pipeline.corpora import lines
 from storage import create
 from storage import table as tables
 from storage.store import Store
-from workers import planning, table_writing, tabling
+from workers import source, table_writing, tabling
 from workers.cluster import connected
+from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, ModelSettings
+from workers.settings import ModelSettings
 from workers.tabling import Cuts
 
 RECORDS = 400
@@ -103,7 +104,7 @@ def test_planned_on_ray_and_here(tmp_path: Path, folder: Path, llama: Path, monk
     model = ModelSettings(id=str(llama))
     monkeypatch.undo()  # workers are processes of their own
     here, _ = ensure_store(tmp_path / "here", corpus, model, lambda done, total: None)
-    monkeypatch.setattr(planning, "SMALL_BYTES", 0)
+    monkeypatch.setattr(source, "SMALL_BYTES", 0)
     monkeypatch.setattr(tabling.Cuts, "__init__", _cuts_of(tabling.Cuts.__init__))
     done: list[int] = []
     with connected("local", cpus=2):

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from benchmarks.long_texts import KINDS, TEXTS, make_text, make_tokenizer
 from pipeline import long_texts
-from pipeline.models import encode_texts
+from pipeline.tokenizer import encode_texts
 
 SMALL = {"LONG_CHARS": 300, "WINDOW_CHARS": 400, "OVERLAP_CHARS": 160, "MOST_VARIED_CHARS": 3200}
 

@@ -13,9 +13,9 @@ from pipeline.corpora.contents import TextEncoder, TokensEncoder
 from pipeline.corpora.extents import encode_with_extents, trimmed
 from pipeline.corpora.spans import innermost, labelled
 from pipeline.layout import Sizes, cut, document_keys, row_column
-from pipeline.models import encode_texts
 from pipeline.rows import ContextPolicy
 from pipeline.token_labels import NONE, TokenLabels, joined_labels
+from pipeline.tokenizer import encode_texts
 
 CHARACTERS = st.text(st.sampled_from("ab cé雨😀\u0301\n\u00a0\u3000ﬁ.") | st.characters(codec="utf-8"), max_size=30)
 MARKS = st.lists(st.sampled_from(["<s>", "</s>", "ab ", " é", "<0x41>"]), max_size=6).map("".join)

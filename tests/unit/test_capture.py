@@ -20,8 +20,10 @@ from pipeline.sites import parse_site
 from pipeline.unit import UnitRunner
 from storage.arrays import Array
 from storage.store import Store
-from workers.planning import open_source, plan_rows
-from workers.settings import CorpusSettings, ModelSettings
+from workers.corpus_settings import CorpusSettings
+from workers.planning import plan_rows
+from workers.settings import ModelSettings
+from workers.source import open_source
 from workers.tasks import Here
 
 TOLERANCE = 1e-4

@@ -19,9 +19,10 @@ from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
 from storage.errors import StoreMismatch
 from storage.store import Store
-from workers import planning
+from workers import planning, source
+from workers.corpus_settings import CorpusSettings
 from workers.matching import check_settings, table_settings
-from workers.settings import CorpusSettings, ModelSettings
+from workers.settings import ModelSettings
 
 TURN = "{{ '<' + m.role + '>' + m.content + '</s>' }}"
 LOOP = "{% for m in messages %}" + TURN + "{% endfor %}"
@@ -72,13 +73,13 @@ def text_of(store: Store) -> str:
 def test_a_store_keeps_its_day(tmp_path: Path, chats: Path, chat_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run of the next day appends was written on the first day, and is what that day would have given."""
     model = chat_model(DATED)
-    monkeypatch.setattr(planning, "today", lambda: DAYS[0])
+    monkeypatch.setattr(source, "today", lambda: DAYS[0])
     whole, _ = made(tmp_path / "whole", chats, model)
     store, _ = made(tmp_path / "store", chats, model, rows=300)
     assert store.info.plan["chat_date"] == whole.info.plan["chat_date"] == DAYS[0]
     assert text_of(whole).count("26 Jul 2026") == len(CHATS)
 
-    monkeypatch.setattr(planning, "today", lambda: DAYS[1])
+    monkeypatch.setattr(source, "today", lambda: DAYS[1])
     again, is_new = made(tmp_path / "store", chats, model, rows=300)
     assert not is_new
     assert again.info.plan == store.info.plan
@@ -116,7 +117,7 @@ def test_stores_without_a_day_go_on(
     assert not made(tmp_path / "plain", chats, chat_model(LOOP), chat_date=DAYS[1])[1]
     model = chat_model(DATED)
     with monkeypatch.context() as before:
-        before.setattr(planning, "_day", lambda settings, tokenizer: None)
+        before.setattr(source, "_day", lambda settings, tokenizer: None)
         old, _ = made(tmp_path / "old", chats, model)
         assert "chat_date" not in old.info.plan
     assert not made(tmp_path / "old", chats, model)[1]

@@ -15,7 +15,7 @@ from corpora import plan, store_of
 
 from pipeline.errors import InputError
 from pipeline.layout import Documents, row_column
-from workers.settings import CorpusSettings
+from workers.corpus_settings import CorpusSettings
 
 MARKED = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n"

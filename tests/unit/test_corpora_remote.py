@@ -23,8 +23,9 @@ from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
 from storage.errors import StoreMismatch
 from storage.store import Store
+from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, ModelSettings
+from workers.settings import ModelSettings
 
 ANY = [".parquet", ".jsonl", ".jsonl.gz"]
 TEXTS = [f"the grain of field {i} was carried over the river" for i in range(20_000)]

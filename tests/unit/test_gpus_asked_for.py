@@ -17,10 +17,11 @@ from pipeline.models import describe_model
 from pipeline.placement import Placement
 from storage.store import open_store
 from workers import cluster, stages
+from workers.corpus_settings import CorpusSettings
 from workers.harvester import Harvester
 from workers.harvesting import declare, prepare_harvests
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, EvaluateSettings, HarvestSettings, ModelSettings, TrainSettings
+from workers.settings import EvaluateSettings, HarvestSettings, ModelSettings, TrainSettings
 from workers.trainer import Trainer
 from workers.training_plan import plan_training
 

@@ -24,10 +24,12 @@ from storage.store import Store, open_store
 from workers import settings
 from workers.anchor_settings import AnchorSettings
 from workers.anchoring import make_anchors
+from workers.corpus_settings import CorpusSettings
 from workers.dictionary_settings import DictionarySettings
 from workers.matching import growth_of
-from workers.planning import ensure_store, open_source, plan_rows
-from workers.settings import CorpusSettings, ModelSettings, TrainSettings
+from workers.planning import ensure_store, plan_rows
+from workers.settings import ModelSettings, TrainSettings
+from workers.source import open_source
 from workers.tabling import Cuts
 from workers.tasks import Here
 from workers.training_plan import plan_training
@@ -251,7 +253,7 @@ def test_sources_that_only_look_the_same_are_refused(growing: Lab, files: list[P
     shutil.copy(files[1], growing.folder / "texts" / "0.parquet")
     stored = open_store(growing.store).info.plan["source"][0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.planning.fingerprint", lambda files: stored)
+        patch.setattr("workers.source.fingerprint", lambda files: stored)
         err = growing.refused("harvest", spec, "--grow")
     assert "are not the first of those that the spec gives: " in err
     assert "nothing was appended" in err

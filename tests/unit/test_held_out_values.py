@@ -15,8 +15,9 @@ from jobs.progress import no_held_out_rows
 from jobs.report.store import _held_out
 from storage.held_out import values_without_held_out_rows
 from storage.store import Store
+from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, ModelSettings
+from workers.settings import ModelSettings
 
 
 def test_values_that_held_out_rows_lack(tmp_path: Path, llama: Path, corpus: Path) -> None:

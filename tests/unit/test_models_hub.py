@@ -21,14 +21,17 @@ from transformers import AutoTokenizer
 from jobs.cli import main
 from pipeline.errors import InputError
 from pipeline.loading import check_weights, load_base_model
-from pipeline.models import ModelInfo, describe_model, load_tokenizer
+from pipeline.models import ModelInfo, describe_model
+from pipeline.tokenizer import load_tokenizer
 from storage.errors import StoreMismatch
 from storage.store import open_store
+from workers.corpus_settings import CorpusSettings
 from workers.harvester import Harvester
 from workers.harvesting import prepare_harvests
-from workers.planning import ensure_store, open_source
+from workers.planning import ensure_store
 from workers.rerun import find_model
-from workers.settings import CorpusSettings, HarvestSettings, ModelSettings
+from workers.settings import HarvestSettings, ModelSettings
+from workers.source import open_source
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,10 @@
 written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +92,64 @@ def test_float8_of_a_text_part(make_model: Callable[..., Path], tmp_path: Path) 
     with torch.no_grad():
         ours, exact = (model(tokens).last_hidden_state for model in (found, plain))
     assert (ours - exact).abs().max() < 0.5 * exact.abs().max()
+
+
+COMPUTED = """
+import sys
+import numpy as np, torch, transformers
+from pipeline.loading import check_weights, load_base_model
+from pipeline.models import describe_model
+from pipeline.quantised import check_quantised
+from pipeline.rows import ContextRows
+from pipeline.sites import Site
+from pipeline.unit import UnitRunner
+folder, plain = sys.argv[1:]
+info = describe_model(folder)
+check_quantised(info, "cpu")
+check_weights(info, 3)
+model = load_base_model(info, layers=3, dtype="float32")
+sites = {Site(layer, "resid_post"): "float32" for layer in (0, 1)}
+runner = UnitRunner(model, sites, d_model=32, batch_tokens=64, context=8, device="cpu")
+rows = ContextRows(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int64), 0)
+ours = runner.run([rows], 8).sites
+for number, site in enumerate(sites, 1):
+    theirs, exact = (
+        transformers.AutoModel.from_pretrained(name, dtype=torch.float32)(
+            torch.arange(8)[None], output_hidden_states=True
+        ).hidden_states[number][0].detach()
+        for name in (folder, plain)
+    )
+    print((ours[site].values - theirs).abs().max().item() < 1e-5, (theirs - exact).abs().max().item() > 1e-3)
+"""
+
+
+@pytest.mark.slow  # installs a package into a folder of its own
+def test_compressed_tensors_give_the_activations_of_transformers(
+    llama: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    packages = tmp_path_factory.mktemp("compressed-tensors")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
+    if subprocess.run([*install, "compressed-tensors", "loguru"], capture_output=True).returncode:
+        pytest.skip("compressed-tensors cannot be installed here")
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": ["Linear"], "format": "int-quantized", "weights": weights}
+    group |= {"input_activations": None, "output_activations": None}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
+    settings |= {"quantization_status": "compressed", "config_groups": {"group_0": group}}
+    folder = copied(llama, tmp_path / "model", quantization_config=settings)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        tensors[name] = weight
+        if name.endswith("proj.weight"):
+            tensors[f"{name}_scale"] = scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{packages}"}
+    command = [sys.executable, "-c", COMPUTED, str(folder), str(llama)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["True"] * 4
 
 
 @pytest.mark.parametrize("method", ["foo-4bit", None])

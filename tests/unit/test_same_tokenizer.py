@@ -10,8 +10,8 @@ import pytest
 from conftest import harvest, start_harvest, write_corpus
 from lab import SITE, SITES, Lab
 
-from pipeline.models import load_tokenizer, tokenizer_digest
 from pipeline.same_tokenizer import are_same, read_backend
+from pipeline.tokenizer import load_tokenizer, tokenizer_digest
 from storage.store import open_store
 
 Change = Callable[[dict[str, Any]], None]

@@ -12,8 +12,9 @@ from spans import TEXT, expected, faults, records, stored_values, write_lines
 from pipeline.errors import InputError
 from storage.errors import CorruptChunk
 from storage.store import Store, open_store
+from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, ModelSettings
+from workers.settings import ModelSettings
 from workers.tabling import Cuts
 
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from jobs.spec import Spec, SpecError, load_spec, parse_spec
 from jobs.variables import escaped, expanded
 from pipeline.sdl.activations import TopK
+from workers.corpus_settings import CorpusSettings
 from workers.planning import held_out_start
-from workers.settings import CorpusSettings
 
 SHORTEST = {
     "store": "acts",

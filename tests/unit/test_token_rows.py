@@ -18,12 +18,13 @@ from tokenizers import processors
 from pipeline.corpora.contents import NOT_EMBEDDED, TextEncoder, TokensEncoder
 from pipeline.errors import InputError
 from pipeline.layout import ONLY_EXCLUDED
-from pipeline.models import load_tokenizer
+from pipeline.tokenizer import load_tokenizer
 from storage.errors import StoreMismatch
 from storage.store import Store
 from workers import tabling
+from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
-from workers.settings import CorpusSettings, ModelSettings
+from workers.settings import ModelSettings
 
 BOS, EOS = 0, 1
 Tokenizing = Callable[[Path], Any]
