@@ -96,7 +96,7 @@ class ChatTemplate:
 
     def render(self, chat: Chat) -> str:
         """The text of a chat. Raises one of REFUSALS."""
-        return self._plain.render(**self._given(chat), **{GENERATION: _unwatched})
+        return self._plain.render(**self._given(chat), **{GENERATION: lambda caller: caller()})
 
     def watched(self, chat: Chat) -> tuple[str, list[Event]]:
         """The text with marks, and what each stands for, by its number. Raises one of REFUSALS.
@@ -142,10 +142,6 @@ def asks_for_the_day(source: str, given: Mapping[str, Any], day_is_given: bool) 
     one, templates write a day of their own."""
     names = find_undeclared_variables(_environment().parse(source)) - set(given)
     return bool(names & (DATE_CALLS | ({DATE_TEXT} if day_is_given else set())))
-
-
-def _unwatched(caller: Callable[[], str]) -> str:
-    return caller()
 
 
 class GenerationBlocks(Extension):
