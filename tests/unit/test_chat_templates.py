@@ -143,6 +143,17 @@ def test_thoughts_that_are_left_out_of_earlier_answers() -> None:
     assert last == ("assistant", "<|im_start|>assistant\ntwo<|im_end|>\n")
 
 
+@pytest.mark.parametrize("question", ["a", "user", '"', "</think>x", "<|im_end|>", "\U000f0000"])
+@pytest.mark.parametrize("answer", ['two "three"\n\n', "two\n", "<|im_end|>\n", "</s>", "\U000f0001\n"])
+def test_thoughts_beside_texts_of_any_kind(question: str, answer: str) -> None:
+    """A template that looks into contents is followed by keeping what it looks for, and nothing else."""
+    parts = told(THOUGHTS_LEFT_OUT, turns(question, f"<think>\none\n</think>\n\n{answer}"), markers=False)
+    assert [part for part in parts if part[0] != "template"] == [
+        ("user", question),
+        ("assistant", f"<think>\none\n</think>\n\n{answer}"),
+    ]
+
+
 def test_a_system_message_in_the_user_s() -> None:
     chat = turns(" user ", "model\n", system="system")
     assert told(SYSTEM_IN_USER, chat) == [
