@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpora.contents import Encoded
+from pipeline.corpora.messages import check_role_names
 from pipeline.rows import ContextPolicy
 from pipeline.token_labels import TokenLabels, joined_labels
 
@@ -181,6 +182,7 @@ def split(documents: Documents, bounds: Sequence[int]) -> list[Documents]:
 
 def joined(parts: Sequence[Documents], role_names: Sequence[str]) -> Documents:
     """Put documents one after the other, their roles numbered by `role_names`."""
+    check_role_names(role_names)
     roles = [_renumbered(part, role_names) for part in parts if part.roles is not None]
     return Documents(
         keys=np.concatenate([part.keys for part in parts]),

@@ -1,24 +1,11 @@
 """What a person may set of a corpus: its columns, what its tokens are, and how they become rows."""
 
-import json
-from datetime import date, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from workers.chat_settings import CHAT_KEYS, Day, TemplateArguments
 from workers.section import Count, Names, Seed, Settings, TokenNames
-
-CHAT_KEYS = ("markers", "tools", "template_arguments", "chat_date")
-
-
-def _as_day(value: Any) -> Any:
-    """A day as YYYY-MM-DD; YAML reads one without quotes as a date."""
-    if isinstance(value, date) and not isinstance(value, datetime):
-        return value.isoformat()
-    try:
-        return datetime.strptime(value, "%Y-%m-%d").date().isoformat()
-    except (TypeError, ValueError):
-        raise ValueError(f"a day is YYYY-MM-DD, as 2026-07-26, unlike {value}") from None
 
 
 class CorpusSettings(Settings):
@@ -44,9 +31,9 @@ class CorpusSettings(Settings):
     """With messages: whether what a template writes around a message counts with it; if not, its role is template."""
     tools: str | None = None
     """With messages: the column with the tools that a chat may call, for the chat template."""
-    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    template_arguments: TemplateArguments = Field(default_factory=dict)
     """With messages: what the chat template is given besides, as {enable_thinking: false}."""
-    chat_date: Annotated[str, BeforeValidator(_as_day)] | None = None
+    chat_date: Day | None = None
     """With messages: the day, YYYY-MM-DD, for chat templates that ask for it; that of planning, if not given."""
     labels: Names = ()
     """Columns whose values define subpopulations; each must have a value in every record. Lists of spans, or of one
@@ -96,18 +83,6 @@ class CorpusSettings(Settings):
         if self.format == "datasets" and len(self.path) > 1:
             raise ValueError("a dataset that is streamed has no known end: nothing can come after it in path")
         return self
-
-    @field_validator("template_arguments")
-    @classmethod
-    def _plain_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        if taken := {"messages", "tools", "strftime_now", "now", "date_string"} & arguments.keys():
-            raise ValueError(f"{', '.join(sorted(taken))} come from corpus.messages, corpus.tools and corpus.chat_date")
-        for name, value in arguments.items():
-            try:
-                json.dumps(value, allow_nan=False)
-            except (TypeError, ValueError):
-                raise ValueError(f"{name} is {value!r}, and templates are given what JSON has: quote it") from None
-        return arguments
 
     @property
     def content(self) -> tuple[str, str]:

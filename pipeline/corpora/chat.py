@@ -18,12 +18,11 @@ from pipeline.corpora.chat_roles import UNCLEAR_ROLE, Int32, Letters, letters, r
 from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template
 from pipeline.corpora.contents import UNDECODABLE, Encoded, is_unicode
 from pipeline.corpora.control_strings import ControlStrings, Int64
-from pipeline.corpora.messages import Chat, Message, read_chat, texts_in
+from pipeline.corpora.messages import Chat, Message, check_role_names, read_chat, texts_in
 from pipeline.errors import InputError
 
 UNCLEAR = "the chat template does not show where each message ends"
 CONTROL_ROLE = "a role that holds a control string"
-MOST_ROLES = 127
 REFUSED = "the chat template refuses the chat"
 
 
@@ -77,11 +76,7 @@ class ChatEncoder:
             tokens[number], messages[number] = ids[first:].astype(np.int32), of_token[first:]
         used = {n: [chat.letters.roles[i] for i in np.unique(messages[n]).tolist()] for n, chat in chats.items()}
         names = sorted({role for roles in used.values() for role in roles})
-        if len(names) > MOST_ROLES:
-            raise InputError(
-                f"corpus.messages: messages have more than {MOST_ROLES} roles, as {', '.join(names[:5])}: their key "
-                "role (or from) should hold a few names, as user and assistant"
-            )
+        check_role_names(names)
         code = {role: i for i, role in enumerate(names)}
         roles: list[Any] = [np.empty(0, np.int8)] * len(contents)
         for number, chat in chats.items():

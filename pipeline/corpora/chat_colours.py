@@ -132,10 +132,11 @@ def _ways(template: ChatTemplate, text: str, control: Sequence[str]) -> Iterator
     yield Way(None)
     yield Way(re.compile(f"({ESCAPED})"))
     # What the template may look for. Control strings last: where one is kept, a message's cannot be told from its own.
-    for literals in (
-        [literal for literal in template.literals if not any(string in literal for string in control)],
-        template.literals,
-    ):
+    harmless = [literal for literal in template.literals if not any(string in literal for string in control)]
+    sought = [literal for literal in template.sought if literal in harmless]
+    if sought:
+        yield Way(re.compile("(" + "|".join(map(re.escape, sought)) + ")"))
+    for literals in (sought, harmless, template.literals):
         yield Way(re.compile("(" + "|".join([*map(re.escape, literals), ESCAPED]) + ")"))
     yield Way(None, colours=False)
 
@@ -192,8 +193,8 @@ def _extend(owner: Int32, text: str, chat: Chat, painted: Chat) -> bool:
     another in a text, and those at a text's ends, if all of them stand there. Whether all stretches can be theirs."""
     sources = [_Source(message, other) for message, other in zip(chat.messages, painted.messages, strict=True)]
     edges = np.flatnonzero(np.diff(owner, prepend=NOBODY, append=NOBODY)).tolist()
-    for start, stop in pairwise(edges):
-        number = int(owner[start])
+    numbers = owner[edges[:-1]].tolist()  # before any of them is given more
+    for (start, stop), number in zip(pairwise(edges), numbers, strict=True):
         if 0 <= number < len(sources) and not sources[number].meet(owner, text, start, stop, number):
             return False
     return True
@@ -232,7 +233,7 @@ class _Source:
         return True
 
     def _is_kept(self, at: int) -> bool:
-        return self.text[at] != MARK and self.paint[at] == self.text[at]
+        return ord(self.text[at]) < FIRST_COLOUR and self.paint[at] == self.text[at]
 
     def _after_kept(self, at: int) -> int:
         """The next place at which a colour is."""

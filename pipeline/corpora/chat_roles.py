@@ -26,6 +26,8 @@ Bool = npt.NDArray[np.bool_]
 TEMPLATE = "template"
 UNCLEAR_ROLE = "unclear"
 """The role of all tokens of a chat whose roles cannot be told."""
+LOOKED_AT = 16
+"""Messages of a chat by which is seen whether a template takes its form: each is sought in the whole text."""
 NOTHING, MARKER, CONTENT, GENERATED = range(4)
 """How a letter belongs to a message, from the weakest on. A token of letters of several kinds has the strongest, so
 that a content has every token that holds some of it."""
@@ -56,15 +58,14 @@ def rendered(template: ChatTemplate, chat: Chat) -> tuple[Chat, str] | None:
     other: a chat is given in the other form if more of its texts are written then.
     """
     taken = _first(template, chat)
-    texts = [text.strip() for message in chat.messages for text in _texts(message.get("content"))]
+    texts = [text.strip() for message in chat.messages[:LOOKED_AT] for text in _texts(message.get("content"))]
     best = _written(taken, texts)
     for form in (joined_parts(chat), split_parts(chat)):
-        if (
-            best < len(texts)
-            and form.messages != chat.messages
-            and _written(other := _first(template, form), texts) > best
-        ):
-            taken, best = other, _written(other, texts)
+        if best == len(texts) or form.messages == chat.messages:
+            continue
+        other = _first(template, form)
+        if (written := _written(other, texts)) > best:
+            taken, best = other, written
     return taken if best >= 0 else None
 
 
@@ -90,7 +91,8 @@ def _texts(content: object) -> list[str]:
 
 def _is_written_out(chat: Chat, text: str) -> bool:
     """Whether a template that knows no parts has written a list of them as Python writes one."""
-    return any(str(part) in text for m in chat.messages if isinstance(m.get("content"), list) for part in m["content"])
+    lists = [m["content"] for m in chat.messages[:LOOKED_AT] if isinstance(m.get("content"), list)]
+    return any(str(part) in text for parts in lists for part in parts)
 
 
 def letters(

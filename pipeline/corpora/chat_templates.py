@@ -4,32 +4,27 @@ A template is compiled twice, as it is and *watched*. The watched one writes a m
 iteration over the messages, a piece of the template or a `{% generation %}` block begins or ends, and notes what the
 mark stands for: `pipeline.corpora.chat_roles` reads from that which message a stretch of the text belongs to. A watched
 rendering says something only where it is, without its marks, the plain one: whoever uses it checks that.
-
-Templates come with models and are no more trusted than those: they run in jinja's sandbox and are given plain data.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.corpora.messages import Chat, Message
+from pipeline.corpora.chat_environment import GENERATION, environment
+from pipeline.corpora.messages import Chat
 
 MARK = "\U0010ffff"
 """No character: Unicode keeps this number for uses like this. A mark is this and the digits of its number."""
 MARK_DIGITS = 2
 MARK_BASE, MARK_ZERO = 1 << 16, 0x10000
 """A digit d is the character MARK_ZERO + d."""
-WATCH, GENERATION = "granary_watch", "granary_generation"
+WATCH = "granary_watch"
 
 REFUSALS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What a template raises for chats that it does not take: its own raise_exception, and what its expressions raise."""
@@ -96,7 +91,7 @@ class ChatTemplate:
 
     def render(self, chat: Chat) -> str:
         """The text of a chat. Raises one of REFUSALS."""
-        return self._plain.render(**self._given(chat), **{GENERATION: _unwatched})
+        return self._plain.render(**self._given(chat), **{GENERATION: lambda caller: caller()})
 
     def watched(self, chat: Chat) -> tuple[str, list[Event]]:
         """The text with marks, and what each stands for, by its number. Raises one of REFUSALS.
@@ -108,10 +103,18 @@ class ChatTemplate:
         return text, watch.events
 
     @cached_property
-    def literals(self) -> tuple[str, ...]:
+    def literals(self) -> list[str]:
         """Every text in the template's expressions: those that it may look for in contents are among them."""
-        found = {node.value for node in _environment().parse(self.source).find_all(nodes.Const)}
-        return tuple(sorted((text for text in found if isinstance(text, str) and text), key=len, reverse=True))
+        return _texts(environment().parse(self.source).find_all(nodes.Const))
+
+    @cached_property
+    def sought(self) -> list[str]:
+        """Those that it likely looks for: `'x' in content`, `content.split('x')`; no names, which are of keys."""
+        tree = environment().parse(self.source)
+        found: list[nodes.Node] = [test.expr for test in tree.find_all(nodes.Compare)]
+        found += [argument for call in tree.find_all(nodes.Call) for argument in call.args]
+        found += [argument for filtered in tree.find_all(nodes.Filter) for argument in filtered.args]
+        return [text for text in _texts(found) if not text.isidentifier()]
 
     @cached_property
     def _plain(self) -> jinja2.Template:
@@ -140,81 +143,24 @@ def check_template(source: str) -> str | None:
 def asks_for_the_day(source: str, given: Mapping[str, Any], day_is_given: bool) -> bool:
     """Whether what a template writes depends on the day. `date_string` counts if the day is given in the spec: without
     one, templates write a day of their own."""
-    names = find_undeclared_variables(_environment().parse(source)) - set(given)
+    names = find_undeclared_variables(environment().parse(source)) - set(given)
     return bool(names & (DATE_CALLS | ({DATE_TEXT} if day_is_given else set())))
 
 
-def _unwatched(caller: Callable[[], str]) -> str:
-    return caller()
-
-
-class GenerationBlocks(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: what the assistant wrote."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja declares it as an attribute of instances)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = nodes.Call(nodes.Name(GENERATION, "load"), [], [], None, None)
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-
-class PlainNamespace(jinja2.utils.Namespace):
-    """A namespace in which a template cannot hide names that the sandbox would not let it read."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.TemplateError(f"a namespace has no name that begins with an underscore, as {name} does")
-        super().__setitem__(name, value)
-
-
-def _namespace(*args: Any, **kwargs: Any) -> PlainNamespace:
-    made = PlainNamespace()
-    for name, value in dict(*args, **kwargs).items():
-        made[name] = value
-    return made
-
-
-def _raise(message: Any) -> NoReturn:
-    raise jinja2.TemplateError(str(message))
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Dictionaries:
-    """`dict` for templates: without the attributes of the class."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Message:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> Message:
-        return dict.fromkeys(*args)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
-    )
-    made.filters["tojson"] = _to_json
-    made.globals.update(raise_exception=_raise, namespace=_namespace, dict=_Dictionaries())
-    return made
+def _texts(found: Iterable[nodes.Node]) -> list[str]:
+    """The texts among constants, the longest first."""
+    texts = {node.value for node in found if isinstance(node, nodes.Const) and isinstance(node.value, str)}
+    return sorted(texts - {""}, key=lambda text: (-len(text), text))
 
 
 @lru_cache(maxsize=16)
 def _compiled(source: str, watched: bool) -> jinja2.Template:
-    environment = _environment()
-    tree = environment.parse(source)
+    made = environment()
+    tree = made.parse(source)
     if watched:
         tree.body = _Watching().body(tree.body)
-        tree.set_environment(environment)
-    code = environment.compile(tree)
-    return environment.template_class.from_code(environment, code, environment.make_globals(None))
+        tree.set_environment(made)
+    return made.template_class.from_code(made, made.compile(tree), made.make_globals(None))
 
 
 class _Watching:

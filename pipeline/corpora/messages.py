@@ -6,10 +6,13 @@ those it lacks; templates ask whether a key is there, so keys with None are remo
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import InputError
+
+MOST_ROLES = 127
 NO_MESSAGES = "empty"
 NO_LIST = "not a list of messages"
 NO_ROLE = "a message without a role"
@@ -158,6 +161,15 @@ def _tools(given: Any) -> list[Message] | str | None:
         return None
     tools = [without_none(_from_json(tool)) for tool in given] if isinstance(given, list) else [given]
     return tools if all(isinstance(tool, dict) for tool in tools) else BAD_TOOLS
+
+
+def check_role_names(names: Collection[str]) -> None:
+    """Raise InputError for more roles than a store can number."""
+    if len(names) > MOST_ROLES:
+        raise InputError(
+            f"corpus.messages: messages have more than {MOST_ROLES} roles, as {', '.join(sorted(names)[:5])}: their "
+            "key role (or from) should hold a few names, as user and assistant"
+        )
 
 
 def without_none(value: Any) -> Any:

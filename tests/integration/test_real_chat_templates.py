@@ -195,6 +195,22 @@ def test_an_unmarked_template_s_assistant_agrees_with_its_twin() -> None:
     assert compared > 60
 
 
+def test_messages_cannot_write_a_template_s_control_strings() -> None:
+    if not templates():
+        pytest.skip(f"PyPI cannot be reached for {WHEEL}")
+    for name in templates():
+        tokenizer = tokenizer_of(name)
+        control = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        encoder = ChatEncoder(tokenizer, None)
+        found = []
+        for inserted in (" ".join(control.values()), "grain"):
+            chat = [{**message, "content": f"{message['content']} {inserted}"} for message in [USER, ANSWER, *MORE]]
+            tokens = encoder.encode([chat])
+            assert not tokens.bad, (name, tokens.bad)
+            found.append([token for token in tokens.tokens.tolist() if token in control])
+        assert found[0] == found[1], name
+
+
 def letters_of(name: str, tokens: Any, chosen: Any) -> Any:
     """Of each byte of a text whether it is of a chosen token: tokens of two tokenizers compared."""
     tokenizer = tokenizer_of(name)

@@ -23,6 +23,7 @@ from workers import planning, source
 from workers.corpus_settings import CorpusSettings
 from workers.matching import check_settings, table_settings
 from workers.settings import ModelSettings
+from workers.tabling import Cuts
 
 TURN = "{{ '<' + m.role + '>' + m.content + '</s>' }}"
 LOOP = "{% for m in messages %}" + TURN + "{% endfor %}"
@@ -203,7 +204,7 @@ def test_defaults_are_no_part_of_a_table() -> None:
         ({"markers": False, "chat_date": "2026-07-26"}, "markers and chat_date are for chats"),
         ({"messages": "m", "chat_date": "26 July"}, "a day is YYYY-MM-DD, as 2026-07-26, unlike 26 July"),
         ({"messages": "m", "chat_date": 20260726}, "a day is YYYY-MM-DD"),
-        ({"messages": "m", "template_arguments": {"tools": []}}, "tools come from corpus.messages, corpus.tools"),
+        ({"messages": "m", "template_arguments": {"tools": []}}, "tools comes from corpus.tools: give it there"),
         (
             {"messages": "m", "template_arguments": {"day": {1, 2}}},
             "day is {1, 2}, and templates are given what JSON has",
@@ -215,9 +216,12 @@ def test_settings_of_chats_that_cannot_be(settings: dict[str, Any], expected: st
         CorpusSettings(path="x", **settings)
 
 
-def test_more_roles_than_a_store_can_number_are_refused(tmp_path: Path, chat_model: Any) -> None:
-    chats = [[{"role": f"speaker {n}", "content": "grain"}] for n in range(130)]
-    path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+@pytest.mark.parametrize("files", [1, 2])
+def test_more_roles_than_a_store_can_number_are_refused(tmp_path: Path, chat_model: Any, files: int) -> None:
+    """Also where each call that reads has few."""
+    for file in range(files):
+        chats = [[{"role": f"speaker {n}", "content": "grain"}] for n in range(130) if n % files == file]
+        lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+        (tmp_path / f"{file}.jsonl").write_text(lines)
     with pytest.raises(InputError, match="more than 127 roles, as speaker 0, "):
-        plan(path, chat_model(LOOP), messages="messages")
+        plan(tmp_path, chat_model(LOOP), Cuts(task_pieces=1), messages="messages")

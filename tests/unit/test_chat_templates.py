@@ -143,6 +143,17 @@ def test_thoughts_that_are_left_out_of_earlier_answers() -> None:
     assert last == ("assistant", "<|im_start|>assistant\ntwo<|im_end|>\n")
 
 
+@pytest.mark.parametrize("question", ["a", "user", '"', "</think>x", "<|im_end|>", "\U000f0000"])
+@pytest.mark.parametrize("answer", ['two "three"\n\n', "two\n", "<|im_end|>\n", "</s>", "\U000f0001\n"])
+def test_thoughts_beside_texts_of_any_kind(question: str, answer: str) -> None:
+    """A template that looks into contents is followed by keeping what it looks for, and nothing else."""
+    parts = told(THOUGHTS_LEFT_OUT, turns(question, f"<think>\none\n</think>\n\n{answer}"), markers=False)
+    assert [part for part in parts if part[0] != "template"] == [
+        ("user", question),
+        ("assistant", f"<think>\none\n</think>\n\n{answer}"),
+    ]
+
+
 def test_a_system_message_in_the_user_s() -> None:
     chat = turns(" user ", "model\n", system="system")
     assert told(SYSTEM_IN_USER, chat) == [
@@ -209,6 +220,33 @@ def test_calls_of_tools_are_the_assistant_s(arguments: Any) -> None:
 def test_a_message_without_content_is_written_as_the_template_can(template: str) -> None:
     (only,) = told(template, [{"role": "assistant", "content": None}, {"role": "assistant", "content": "b"}])
     assert only in [("assistant", "<turn></turn><turn>b</turn>"), ("assistant", "<turn>none</turn><turn>b</turn>")]
+
+
+TURN = "<turn>{{ m.role }}\n{{ m.content }}</turn>\n"
+WAYS_TO_LOOP = {
+    "by number": "{% for i in range(messages | length) %}{% set m = messages[i] %}" + TURN + "{% endfor %}",
+    "with a macro": "{% macro turn(m) %}" + TURN + "{% endmacro %}{% for m in messages %}"
+    "{{ turn(m) | trim + '\n' }}{% endfor %}",
+    "over messages of its own": "{% set n = namespace(own=[]) %}{% for m in messages %}"
+    "{% set n.own = n.own + [dict(role=m.role, content=m.content)] %}{% endfor %}{% for m in n.own %}"
+    + TURN
+    + "{% endfor %}",
+    "looking ahead": "{% for m in messages %}{% for later in messages[loop.index:] %}{% if later.role == 'tool' %}!"
+    "{% endif %}{% endfor %}" + TURN + "{% endfor %}",
+    "leaving early": "{% for m in messages %}{% for c in m.content %}{% if loop.index > 1 %}{% break %}{% endif %}"
+    "{% endfor %}" + TURN + "{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}",
+    "unrolled": "".join(f"{{% set m = messages[{i}] %}}" + TURN for i in range(3)) + "{{ '' }}",
+    "back to front": "{% for m in (messages | reverse | list) | reverse %}" + TURN + "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", WAYS_TO_LOOP.values(), ids=list(WAYS_TO_LOOP))
+def test_messages_are_followed_however_a_template_comes_to_them(template: str) -> None:
+    assert told(template, turns("a", "user", system="</turn>")) == [
+        ("system", "<turn>system\n</turn></turn>\n"),
+        ("user", "<turn>user\na</turn>\n"),
+        ("assistant", "<turn>assistant\nuser</turn>\n"),
+    ]
 
 
 def test_what_a_template_keeps_and_writes_later() -> None:
