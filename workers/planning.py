@@ -7,7 +7,6 @@ same result.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +69,13 @@ class Source:
     def identity_beside(self, stored: Record) -> Record:
         """The identity, to be compared with the plan of a store. Those made before files at URLs were told by their
         versions hold samples of the content, which then have to be fetched (docs/decisions/0019)."""
-        pairs = zip(self.identity["source"], stored["source"], strict=False)
-        if stored == self.identity or not any("versions" in new and "sha256" in old for new, old in pairs):
-            return self.identity
-        source = [
-            fingerprint(corpus.files, by_content=True) if isinstance(corpus, Corpus) and "sha256" in old else new
-            for corpus, new, old in zip_longest(self.corpora, self.identity["source"], stored["source"], fillvalue={})
-            if new
-        ]
-        return {**self.identity, "source": source}
+        told: list[Record] = []
+        for number, (corpus, source) in enumerate(zip(self.corpora, self.identity["source"], strict=True)):
+            had = stored["source"][number] if number < len(stored["source"]) else {}
+            if isinstance(corpus, Corpus) and "versions" in source and "sha256" in had:
+                source = fingerprint(corpus.files, by_content=True)
+            told.append(source)
+        return {**self.identity, "source": told}
 
     def _chat_template(self) -> Record:
         return {"chat_template": self.tokenizer.chat_template} if self.settings.messages else {}
