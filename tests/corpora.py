@@ -15,7 +15,8 @@ from workers.corpus_settings import CorpusSettings
 from workers.planning import plan_rows, write_plan
 from workers.settings import ModelSettings
 from workers.source import open_source
-from workers.tabling import Cuts, TablePlan
+from workers.table_calls import Cuts
+from workers.tabling import TablePlan
 from workers.tasks import Here
 
 VOCABULARY = 400

@@ -19,8 +19,9 @@ from workers.corpus_settings import CorpusSettings
 from workers.matching import growth_of, refuse_growth, source_words
 from workers.settings import ModelSettings
 from workers.source import Source, open_source
+from workers.table_calls import Cuts
 from workers.table_writing import write_table
-from workers.tabling import Cuts, Progress, TablePlan, plan_table, planning_ended
+from workers.tabling import Progress, TablePlan, plan_table, planning_ended
 from workers.tasks import Tasks
 from workers.versions import versions
 

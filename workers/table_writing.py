@@ -11,7 +11,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pyarrow as pa
 
-from pipeline.layout import Documents, Sizes, context_starts, documents_table, row_column, rows_between
+from pipeline.columns import context_starts, documents_table, row_column, rows_between
+from pipeline.layout import Documents, Sizes
 from pipeline.token_labels import Names
 from storage.arrays import DTYPES
 from storage.create import COLUMN_CHUNK_ROWS, TableFiles

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus
@@ -26,50 +25,19 @@ from pipeline.corpora.records import Piece
 from pipeline.errors import InputError
 from pipeline.layout import (
     NO_ROWS,
-    Documents,
     Sizes,
-    first_rows,
-    in_order,
-    joined,
-    split,
 )
 from pipeline.skipped import Skipped
 from pipeline.token_labels import Names, all_names, disagreement
 from storage.create import TableSizes
+from workers.table_calls import LABEL_VALUES, Cuts, cut_bucket, order_bucket, read_pieces, read_stream, unified
 from workers.tasks import Handle, Tasks
 
 ALL_KEYS = 2**64
 BYTES_PER_ROW = 8
 """Bytes of text for which at least one row is expected: a guess that is rather too large takes a part of the corpus
 that is rather too large. What is found says how much more is needed."""
-LABEL_VALUES = 4096
-"""A label has at most this many values: means are kept for each at every site, and a column of urls, of which every
-document has its own, would take more than the activations."""
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """How the work is cut. Has no part in the result."""
-
-    task_bytes: int = 32 * 2**20
-    """Content of the corpus that a call reads before it gives away what it has."""
-    bucket_bytes: int = 64 * 2**20
-    """Content of a bucket, about."""
-    task_pieces: int = 4096
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a call read, in short."""
-
-    rows: int
-    role_names: tuple[str, ...]
-    schema: pa.Schema
-    label_values: dict[str, set[Any]]
-    """The values of each label, of which no more than LABEL_VALUES and one."""
-    label_names: Names
-    """The values of each label of tokens."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +183,7 @@ class _Reading:
                 self.role_names.update(found.role_names)
                 self._count_labels(found.label_values)
                 self.label_names = all_names([self.label_names, found.label_names])
-                self.schemas = [_unified([*self.schemas, found.schema])]
+                self.schemas = [unified([*self.schemas, found.schema])]
                 _check_forms(self.label_names, self.schemas[0])
                 self.progress(min(self.rows, self.max_rows or self.rows), self.max_rows or 0)
         self.parts += [(segment, bucket) for bucket in parts if bucket]
@@ -286,84 +254,8 @@ def _grouped(pieces: Sequence[Piece], cuts: Cuts) -> list[list[Piece]]:
     return groups
 
 
-def _unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    try:
-        return pa.unify_schemas(list(schemas), promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(f"corpus.labels: the files do not agree on a label's type: {error}") from None
-
-
 def _check_forms(label_names: Names, schema: pa.Schema) -> None:
     """Raise InputError for a label that some files have as spans or tokens and others as single values."""
     for label in label_names:
         if label in schema.names:
             raise disagreement(label)
-
-
-# ---- the calls
-
-
-def read_pieces(
-    recipe: Recipe, corpus: Corpus, pieces: Sequence[Piece], bounds: Sequence[int], cuts: Cuts
-) -> Iterator[object]:
-    """Read pieces; yield, again and again, a `Found` and the documents for each bucket."""
-    chunks = (
-        recipe.documents(chunk, piece.file, corpus.files[piece.file], bounds[0], bounds[-1])
-        for piece in pieces
-        for chunk in corpus.chunks(piece)
-    )
-    yield from _parted(chunks, bounds, cuts, recipe.labels)
-
-
-def read_stream(
-    recipe: Recipe, dataset: NamedDataset, rows: int, bounds: Sequence[int], cuts: Cuts
-) -> Iterator[object]:
-    """Read a stream until it has given at least `rows` rows; yield as `read_pieces` does."""
-
-    def enough() -> Iterator[Documents]:
-        found = 0
-        for chunk in dataset.chunks():
-            documents = recipe.documents(chunk, 0, dataset.file, bounds[0], bounds[-1])
-            yield documents
-            found += documents.sizes.rows
-            if found >= rows:
-                return
-
-    yield from _parted(enough(), bounds, cuts, recipe.labels)
-
-
-def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labels: Sequence[str]) -> Iterator[object]:
-    held: list[Documents] = []
-    for documents in chunks:
-        held.append(documents)
-        if sum(len(d.tokens) for d in held) * 4 >= cuts.task_bytes:  # tokens take about as much as their text
-            yield from _give(held, bounds, labels)
-            held = []
-    if held:
-        yield from _give(held, bounds, labels)
-
-
-def _give(held: Sequence[Documents], bounds: Sequence[int], labels: Sequence[str]) -> Iterator[object]:
-    schema = _unified([d.about.schema for d in held])
-    together = joined(held, sorted({name for d in held for name in d.role_names}))
-    of_documents = [label for label in labels if label in together.about.column_names]
-    values = {
-        label: set(pc.unique(together.about.column(label))[: LABEL_VALUES + 1].to_pylist()) for label in of_documents
-    }
-    found = Found(together.sizes.rows, together.role_names, schema, values, together.labels.names)
-    parts = split(together, bounds)
-    yield found
-    for part in parts:  # noqa: UP028 one by one: Ray sends to the generator, which a list has no use for
-        yield part
-
-
-def order_bucket(role_names: Sequence[str], *parts: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
-    return _described(in_order(parts, role_names))
-
-
-def cut_bucket(rows: int, documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
-    return _described(first_rows(documents, rows))
-
-
-def _described(documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
-    return documents, documents.sizes, Skipped.of(documents.left_out), documents.labels.used(documents.is_row)

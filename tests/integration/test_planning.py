@@ -20,7 +20,7 @@ from workers.cluster import connected
 from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
 from workers.settings import ModelSettings
-from workers.tabling import Cuts
+from workers.table_calls import Cuts
 
 RECORDS = 400
 

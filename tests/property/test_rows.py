@@ -11,15 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.columns import context_starts, documents_table, row_column
 from pipeline.corpora.contents import TokensEncoder
 from pipeline.corpora.files import CorpusFile
 from pipeline.corpora.open import Corpus
 from pipeline.corpora.recipe import Recipe
 from pipeline.corpora.records import FILE_SHIFT, Chunk, Piece
 from pipeline.errors import InputError
-from pipeline.layout import Sizes, context_starts, document_keys, documents_table, row_column
+from pipeline.layout import Sizes, document_keys
 from pipeline.rows import ContextPolicy, ContextRows, contexts_of_rows
-from workers.tabling import Cuts, plan_table
+from workers.table_calls import Cuts
+from workers.tabling import plan_table
 from workers.tasks import Here
 
 BOS = 99

@@ -8,11 +8,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
+from pipeline.columns import row_column
 from pipeline.corpora.aligned import AlignedLabel
 from pipeline.corpora.contents import TextEncoder, TokensEncoder
 from pipeline.corpora.extents import encode_with_extents, trimmed
 from pipeline.corpora.spans import innermost, labelled
-from pipeline.layout import Sizes, cut, document_keys, row_column
+from pipeline.layout import Sizes, cut, document_keys
 from pipeline.rows import ContextPolicy
 from pipeline.token_labels import NONE, TokenLabels, joined_labels
 from pipeline.tokenizer import encode_texts

@@ -12,7 +12,8 @@ import transformers
 from conftest import KINDS, harvest, start_harvest, write_corpus
 from tokenizers import Tokenizer
 
-from pipeline.layout import Sizes, context_starts, row_column
+from pipeline.columns import context_starts, row_column
+from pipeline.layout import Sizes
 from pipeline.loading import DTYPES, load_base_model
 from pipeline.models import describe_model
 from pipeline.rows import contexts_of_rows

@@ -23,7 +23,7 @@ from workers import planning, source
 from workers.corpus_settings import CorpusSettings
 from workers.matching import check_settings, table_settings
 from workers.settings import ModelSettings
-from workers.tabling import Cuts
+from workers.table_calls import Cuts
 
 TURN = "{{ '<' + m.role + '>' + m.content + '</s>' }}"
 LOOP = "{% for m in messages %}" + TURN + "{% endfor %}"

@@ -13,8 +13,9 @@ import pytest
 import transformers
 from corpora import plan, store_of
 
+from pipeline.columns import row_column
 from pipeline.errors import InputError
-from pipeline.layout import Documents, row_column
+from pipeline.layout import Documents
 from workers.corpus_settings import CorpusSettings
 
 MARKED = (

@@ -14,7 +14,7 @@ from conftest import Harvesting, sentence, start_harvest, write_corpus
 from lab import GONE, TRAIN, Lab, changed
 
 from jobs.spec import load_spec
-from pipeline.layout import row_column
+from pipeline.columns import row_column
 from storage.anchors import read_anchors
 from storage.errors import StoreMismatch
 from storage.places import open_place
@@ -30,7 +30,7 @@ from workers.matching import growth_of
 from workers.planning import ensure_store, plan_rows
 from workers.settings import ModelSettings, TrainSettings
 from workers.source import open_source
-from workers.tabling import Cuts
+from workers.table_calls import Cuts
 from workers.tasks import Here
 from workers.training_plan import plan_training
 

@@ -15,7 +15,7 @@ from storage.store import Store, open_store
 from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
 from workers.settings import ModelSettings
-from workers.tabling import Cuts
+from workers.table_calls import Cuts
 
 
 def test_the_value_of_a_row_in_windows_with_bos(tmp_path: Path, llama: Path) -> None:

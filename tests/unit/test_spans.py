@@ -15,7 +15,7 @@ from spans import SPANS, TEXT, as_layout, expected, stored_values, table_values,
 from pipeline.corpora import spans
 from pipeline.errors import InputError
 from pipeline.token_labels import MOST_VALUES
-from workers.tabling import Cuts
+from workers.table_calls import Cuts
 
 LAYOUTS = ("start end label", "start stop value", "pipeline", "offsets", "label and value", "floats", "columns")
 NOBODY = "nobody met nobody"

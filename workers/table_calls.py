@@ -1,0 +1,129 @@
+"""The calls that make a table of rows: each reads a part of a corpus, or orders a bucket of it.
+
+They are functions of their arguments and may be run anywhere (`workers.tasks`); `workers.tabling` says which there are
+and puts what they give together.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.corpora.named import NamedDataset
+from pipeline.corpora.open import Corpus
+from pipeline.corpora.recipe import Recipe
+from pipeline.corpora.records import Piece
+from pipeline.errors import InputError
+from pipeline.layout import (
+    Documents,
+    Sizes,
+    first_rows,
+    in_order,
+    joined,
+    split,
+)
+from pipeline.skipped import Skipped
+from pipeline.token_labels import Names
+
+LABEL_VALUES = 4096
+"""A label has at most this many values: means are kept for each at every site, and a column of urls, of which every
+document has its own, would take more than the activations."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How the work is cut. Has no part in the result."""
+
+    task_bytes: int = 32 * 2**20
+    """Content of the corpus that a call reads before it gives away what it has."""
+    bucket_bytes: int = 64 * 2**20
+    """Content of a bucket, about."""
+    task_pieces: int = 4096
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a call read, in short."""
+
+    rows: int
+    role_names: tuple[str, ...]
+    schema: pa.Schema
+    label_values: dict[str, set[Any]]
+    """The values of each label, of which no more than LABEL_VALUES and one."""
+    label_names: Names
+    """The values of each label of tokens."""
+
+
+def read_pieces(
+    recipe: Recipe, corpus: Corpus, pieces: Sequence[Piece], bounds: Sequence[int], cuts: Cuts
+) -> Iterator[object]:
+    """Read pieces; yield, again and again, a `Found` and the documents for each bucket."""
+    chunks = (
+        recipe.documents(chunk, piece.file, corpus.files[piece.file], bounds[0], bounds[-1])
+        for piece in pieces
+        for chunk in corpus.chunks(piece)
+    )
+    yield from _parted(chunks, bounds, cuts, recipe.labels)
+
+
+def read_stream(
+    recipe: Recipe, dataset: NamedDataset, rows: int, bounds: Sequence[int], cuts: Cuts
+) -> Iterator[object]:
+    """Read a stream until it has given at least `rows` rows; yield as `read_pieces` does."""
+
+    def enough() -> Iterator[Documents]:
+        found = 0
+        for chunk in dataset.chunks():
+            documents = recipe.documents(chunk, 0, dataset.file, bounds[0], bounds[-1])
+            yield documents
+            found += documents.sizes.rows
+            if found >= rows:
+                return
+
+    yield from _parted(enough(), bounds, cuts, recipe.labels)
+
+
+def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labels: Sequence[str]) -> Iterator[object]:
+    held: list[Documents] = []
+    for documents in chunks:
+        held.append(documents)
+        if sum(len(d.tokens) for d in held) * 4 >= cuts.task_bytes:  # tokens take about as much as their text
+            yield from _give(held, bounds, labels)
+            held = []
+    if held:
+        yield from _give(held, bounds, labels)
+
+
+def _give(held: Sequence[Documents], bounds: Sequence[int], labels: Sequence[str]) -> Iterator[object]:
+    schema = unified([d.about.schema for d in held])
+    together = joined(held, sorted({name for d in held for name in d.role_names}))
+    of_documents = [label for label in labels if label in together.about.column_names]
+    values = {
+        label: set(pc.unique(together.about.column(label))[: LABEL_VALUES + 1].to_pylist()) for label in of_documents
+    }
+    found = Found(together.sizes.rows, together.role_names, schema, values, together.labels.names)
+    parts = split(together, bounds)
+    yield found
+    for part in parts:  # noqa: UP028 one by one: Ray sends to the generator, which a list has no use for
+        yield part
+
+
+def order_bucket(role_names: Sequence[str], *parts: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+    return _described(in_order(parts, role_names))
+
+
+def cut_bucket(rows: int, documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+    return _described(first_rows(documents, rows))
+
+
+def _described(documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+    return documents, documents.sizes, Skipped.of(documents.left_out), documents.labels.used(documents.is_row)
+
+
+def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    try:
+        return pa.unify_schemas(list(schemas), promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(f"corpus.labels: the files do not agree on a label's type: {error}") from None
