@@ -14,8 +14,8 @@ from jobs.economics import (
     training_pass,
     unit_rows,
 )
+from jobs.preflight import bytes_of_rows, check_place, check_room, cluster_for, unit_bytes
 from jobs.progress import ProgressLine
-from jobs.run import bytes_of_rows, check_place, check_room, cluster_for, unit_bytes
 from jobs.spec import Spec
 from jobs.tables import Prices, load_prices, storage_costs
 from pipeline.corpora.open import Corpus

@@ -70,7 +70,7 @@ def test_plan_refuses_what_harvest_would(lab: Lab, bucket: str, faulty_s3: Calla
 
 def test_plan_refuses_a_disk_without_room(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(lab.folder)
-    monkeypatch.setattr("jobs.run.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("jobs.preflight.shutil.disk_usage", lambda path: usage._replace(free=1000))
     for verb in ("plan", "harvest"):
         assert "is too full: the harvest needs 816.0 KiB and 1000 B are free" in refused(lab, str(lab.store), verb)
 
