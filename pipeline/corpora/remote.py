@@ -20,12 +20,12 @@ from pipeline.errors import InputError
 T = TypeVar("T")
 
 VERSION_KEYS = (
-    *("ETag", "etag", "e_tag", "blob_id", "md5Hash", "md5", "content_md5", "Content-MD5", "Digest", "checksum", "sha"),
+    *("blob_id", "md5Hash", "md5", "ETag", "etag", "e_tag", "Content-MD5", "Digest", "content_md5", "checksum", "sha"),
     *("crc32c", "generation", "VersionId", "version_id", "version"),
     *("Last-Modified", "LastModified", "last_modified", "mtime", "modify", "modified", "updated"),
 )
-"""What file systems call it, the surest first: those of S3, HTTP, Google, Azure and the hub, and of SFTP, FTP, WebDAV,
-HDFS, GitHub."""
+"""What file systems call it, the surest first: those of the hub, Google, S3, HTTP, Azure, and of SFTP, FTP, WebDAV,
+HDFS, GitHub. (Google's etag changes with what is noted beside the content.)"""
 LOCAL_PROTOCOLS = {"file", "local", "memory"}
 """Their content is at hand, and says more than a time."""
 NOT_THERE = (404, 410)
@@ -88,15 +88,23 @@ def _named(system: Any, path: str, endings: tuple[str, ...]) -> dict[str, Any]:
 
 
 def version_of(system: Any, about: Mapping[str, Any]) -> str:
-    """The version of a file, from what its file system knows of it; empty where that is nothing."""
+    """The version of a file, from what its file system knows of it, as 'etag 5d41402a'; empty where that is nothing."""
     protocols = {system.protocol} if isinstance(system.protocol, str) else {*system.protocol}
     if protocols & LOCAL_PROTOCOLS:
         return ""
-    for key in VERSION_KEYS:
-        if value := about.get(key):
-            text = value.hex() if isinstance(value, bytes | bytearray) else str(value)
-            return text.removeprefix("W/").strip('"')
-    return ""
+    key = next((key for key in VERSION_KEYS if about.get(key)), None)
+    return "" if key is None else f"{key.lower()} {_text_of(about[key])}"
+
+
+def is_version(version: str, about: Mapping[str, Any]) -> bool:
+    """Whether a file is of a version, as far as what is known of it now says: a listing may say more than a look."""
+    kind, _, text = version.partition(" ")
+    return all(_text_of(value) == text for key, value in about.items() if key.lower() == kind and value)
+
+
+def _text_of(value: Any) -> str:
+    text = value.hex() if isinstance(value, bytes | bytearray) else str(value)
+    return text.removeprefix("W/").strip('"')
 
 
 class RemoteFile(io.RawIOBase):
@@ -168,7 +176,7 @@ class RemoteFile(io.RawIOBase):
 
     def _opened(self) -> Any:
         system, path = fsspec.core.url_to_fs(self._url)
-        if self._version and version_of(system, system.info(path)) != self._version:
+        if self._version and not is_version(self._version, system.info(path)):
             raise _changed(self._url)
         return system.open(path, "rb", **self._how)
 

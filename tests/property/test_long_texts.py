@@ -2,7 +2,10 @@
 
 import json
 import random
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +16,7 @@ from benchmarks.long_texts import KINDS, TEXTS, make_text, make_tokenizer
 from pipeline import long_texts
 from pipeline.tokenizer import encode_texts
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"LONG_CHARS": 300, "WINDOW_CHARS": 400, "OVERLAP_CHARS": 160, "MOST_VARIED_CHARS": 3200}
 
 
@@ -155,3 +159,26 @@ def test_how_far_a_text_is_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     long_texts.encode(tokenizer("bytes"), [make_text("words", 4000), "short"], said.append)
     assert said[0].startswith("tokenising a text of 4,000 characters: 9 %")
     assert len(said) >= 8
+
+
+MEMORY = """
+import resource
+from benchmarks.long_texts import make_text, make_tokenizer
+from pipeline import long_texts
+tokenizer = make_tokenizer("llama2", vocabulary=600, chars=20_000)
+texts = [make_text("KIND", 20_000_000), *("the grain of field %d" % n for n in range(1000))]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids = long_texts.encode(tokenizer, texts, lambda text: None)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, len(ids), len(ids[0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["words", "letters"])
+def test_a_text_of_20_mb_beside_short_ones_takes_little_memory(kind: str) -> None:
+    """By itself the tokenizer takes 1.3 to 2.3 GB; what is left is 8 bytes a token, and the windows."""
+    code = MEMORY.replace("KIND", kind)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    peak_mib, num_texts, num_tokens = map(int, result.stdout.split())
+    assert (num_texts, num_tokens > 5_000_000) == (1001, True)
+    assert peak_mib < 600

@@ -160,9 +160,12 @@ def test_a_weak_tag_is_the_same_version() -> None:
     class Http:
         protocol = ("http", "https")
 
-    assert remote.version_of(Http, {"ETag": 'W/"a-1"'}) == remote.version_of(Http, {"ETag": '"a-1"'}) == "a-1"
-    assert remote.version_of(Http, {"content_md5": b"\x01\xff"}) == "01ff"
-    assert remote.version_of(Http, {"size": 3}) == ""
+    assert remote.version_of(Http, {"ETag": 'W/"a-1"'}) == remote.version_of(Http, {"etag": '"a-1"'}) == "etag a-1"
+    assert remote.version_of(Http, {"content_md5": b"\x01\xff"}) == "content_md5 01ff"
+    assert remote.version_of(Http, {"size": 3, "ETag": ""}) == ""
+    assert remote.is_version("etag a-1", {"ETag": '"a-1"', "md5Hash": "x"})
+    assert not remote.is_version("etag a-1", {"etag": '"a-2"'})
+    assert remote.is_version("md5hash x", {"etag": '"a-2"'})  # it does not say now
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(web: Web) -> None:
