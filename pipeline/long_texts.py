@@ -27,6 +27,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 LONG_CHARS = 2**19
 """Texts of more characters are encoded in windows."""
 WINDOW_CHARS = 2**17
@@ -46,6 +49,7 @@ MOST_VARIED_CHARS = 8 * WINDOW_CHARS
 """But for longer windows than this, which are runs of one thing: there one of those paths is as good as another."""
 SAID_EVERY_S = 20.0
 
+Int64 = npt.NDArray[np.int64]
 Say = Callable[[str], None]
 
 
@@ -67,8 +71,29 @@ def encode(tokenizer: Any, texts: Sequence[str], say: Say = announce) -> list[li
     return ids
 
 
-def encode_long(tokenizer: Any, text: str, progress: Callable[[int], None] = lambda chars: None) -> list[int]:
-    """The token ids of one text. `progress` is told how many characters are done."""
+def encode_with_places(tokenizer: Any, texts: Sequence[str], say: Say = announce) -> list[tuple[list[int], Int64]]:
+    """Of each text the token ids, and where in it each token begins and ends: int64 [tokens, 2]."""
+    found: list[tuple[list[int], Int64]] = [([], np.empty((0, 2), np.int64))] * len(texts)
+    short = [number for number, text in enumerate(texts) if len(text) <= LONG_CHARS]
+    encodings = tokenizer.encode_batch([texts[number] for number in short], add_special_tokens=False)
+    for number, encoding in zip(short, encodings, strict=True):
+        found[number] = encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    del encodings
+    for number in sorted({*range(len(texts))}.difference(short)):
+        places: list[Int64] = []
+        ids = encode_long(tokenizer, texts[number], _Progress(len(texts[number]), say), places)
+        found[number] = ids, np.concatenate(places)
+    return found
+
+
+def encode_long(
+    tokenizer: Any,
+    text: str,
+    progress: Callable[[int], None] = lambda chars: None,
+    places: list[Int64] | None = None,
+) -> list[int]:
+    """The token ids of one text. `progress` is told how many characters are done. `places` takes [n, 2], again and
+    again: where in the text the next n tokens begin and end."""
     starts = window_starts(text)
     fetched = _fetched(tokenizer, text, starts)
     ids: list[int] = []
@@ -78,15 +103,23 @@ def encode_long(tokenizer: Any, text: str, progress: Callable[[int], None] = lam
         found = _next_window(tokenizer, text, current, at, next(fetched))
         if found is not None:
             following, end, begin = found
+            if places is not None:
+                places.append(current.places(at, end))
             ids += [same.setdefault(token, token) for token in current.ids[at:end]]
             current, at = following, begin
             progress(current.start)
             continue
         wider = _encoded(tokenizer, text, [(current.start, _wider(text, starts, current))])[0]
         if wider.tokens(0, at) != current.tokens(0, at):
-            return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            if places is None:
+                return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            (whole,) = _encoded(tokenizer, text, [(0, len(text))])
+            places[:] = [whole.places(0, len(whole.ids))]
+            return whole.ids
         current = wider
         fetched = _fetched(tokenizer, text, [start for start in starts if start + OVERLAP_CHARS >= current.stop])
+    if places is not None:
+        places.append(current.places(at, len(current.ids)))
     return ids + current.ids[at:]
 
 
@@ -106,6 +139,10 @@ class Window:
     def first_from(self, char: int) -> int:
         """The first token that begins at a character of the text or after it."""
         return bisect_left(self.offsets, (char - self.start,))
+
+    def places(self, first: int, last: int) -> Int64:
+        """Where in the text tokens begin and end: [n, 2]."""
+        return np.array(self.offsets[first:last], dtype=np.int64).reshape(-1, 2) + self.start
 
     def tokens(self, first: int, last: int) -> list[tuple[int, int, int, bool]]:
         """Of tokens: begin and end in the text, id, and whether a piece begins with it."""

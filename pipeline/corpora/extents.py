@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import long_texts
+
 Int64 = npt.NDArray[np.int64]
 
 SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
@@ -15,12 +17,8 @@ SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype
 def encode_with_extents(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[Int64]]:
     """Token ids of each text, as `pipeline.tokenizer.encode_texts` gives them, and of each token [start, stop): the
     characters that it stands for, as `trimmed`; int64 [tokens, 2]."""
-    encodings = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    extents = [
-        trimmed(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2), text)
-        for encoding, text in zip(encodings, texts, strict=True)
-    ]
-    return [encoding.ids for encoding in encodings], extents
+    found = long_texts.encode_with_places(tokenizer.backend_tokenizer, texts)
+    return [ids for ids, _ in found], [trimmed(places, text) for (_, places), text in zip(found, texts, strict=True)]
 
 
 def trimmed(offsets: Int64, text: str) -> Int64:
