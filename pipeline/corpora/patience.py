@@ -46,8 +46,10 @@ PASSING_CLASSES = {
     *("HTTPClientError", "ResponseStreamingError", "ResponseParserError", "IncompleteReadError"),  # botocore's
     "gaierror",
 }
+OFFLINE = "OfflineModeIsEnabled"
+"""`datasets` raises an error of another kind in its place, of which only the words tell."""
 LASTING_CLASSES = {
-    *("OfflineModeIsEnabled", "SSLCertVerificationError", "ClientSSLError"),
+    *(OFFLINE, "SSLCertVerificationError", "ClientSSLError"),
     *("UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "ProxyError"),
     "FileExpired",  # s3fs: the object is another now; its errno is EBUSY
 }
@@ -72,7 +74,7 @@ class Failure:
 def failure_of(error: BaseException) -> Failure | None:
     """What failed, if it may pass: told by the outermost HTTP status of a chain of errors, else by their kinds."""
     chain = list(chain_of(error))
-    if any(_names(each) & LASTING_CLASSES for each in chain):
+    if any(_names(each) & LASTING_CLASSES or OFFLINE in str(each) for each in chain):
         return None
     for each in chain:
         status = status_of(each)
