@@ -46,8 +46,10 @@ PASSING_CLASSES = {
     *("HTTPClientError", "ResponseStreamingError", "ResponseParserError", "IncompleteReadError"),  # botocore's
     "gaierror",
 }
+OFFLINE = "OfflineModeIsEnabled"
+"""`datasets` raises an error of another kind in its place, of which only the words tell."""
 LASTING_CLASSES = {
-    *("OfflineModeIsEnabled", "SSLCertVerificationError", "ClientSSLError"),
+    *(OFFLINE, "SSLCertVerificationError", "ClientSSLError"),
     *("UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "ProxyError"),
     "FileExpired",  # s3fs: the object is another now; its errno is EBUSY
 }

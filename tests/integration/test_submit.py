@@ -63,6 +63,8 @@ class ClusterOfOne:
     """Ray's, host:port, as RAY_ADDRESS is inside a job."""
     hub: Path
     """HF_HOME where jobs are submitted, and nowhere else."""
+    environment: dict[str, str]
+    """Of a process that may use the cluster."""
     shell: subprocess.Popen[str]
 
     def granary(self, *command: str | Path) -> Result:
@@ -124,7 +126,7 @@ def cluster() -> Iterator[ClusterOfOne]:
         here = allowed | {"HF_HOME": str(folder / "hub"), "HF_TOKEN": SECRET}
         shell = subprocess.Popen([sys.executable, "-c", SHELL], cwd=ROOT, env=here, stdin=pipe, stdout=pipe, text=True)
         with shell:
-            yield ClusterOfOne(address, f"127.0.0.1:{gcs}", folder / "hub", shell)
+            yield ClusterOfOne(address, f"127.0.0.1:{gcs}", folder / "hub", here, shell)
     finally:
         head.terminate()  # it ends all its children, which die with it in any case
         try:
@@ -255,6 +257,22 @@ def test_variables_that_are_named_reach_the_workers_and_their_values_nothing_els
     refused = cluster.granary("submit", spec, "--env", "HF_TOKEN", "--env", "NOT_SET_HERE")
     assert (refused.status, refused.out, refused.err.count("\n")) == (1, "", 1)
     assert "NOT_SET_HERE is not set in the environment here" in refused.err
+
+
+JOIN = """
+import os, sys, ray
+from workers.cluster import connected
+with connected(sys.argv[1], env=["HF_TOKEN"]):
+    print(ray.get(ray.remote(lambda: os.environ.get("HF_TOKEN")).remote()) == os.environ["HF_TOKEN"])
+"""
+
+
+@pytest.mark.slow
+def test_variables_that_are_named_reach_a_cluster_that_is_joined(cluster: ClusterOfOne) -> None:
+    command = [sys.executable, "-c", JOIN, cluster.own_address]
+    result = subprocess.run(command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
+    assert SECRET not in result.stderr
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *command: str) -> str:

@@ -130,6 +130,7 @@ def lasting() -> list[Exception]:
         within(FileNotFoundError("http://h/x"), answer(404)),
         boto("AccessDenied", 403),
         within(ConnectionError("couldn't reach the hub"), OfflineModeIsEnabled("offline")),
+        ConnectionError("Couldn't reach 'no/such' on the Hub (OfflineModeIsEnabled)"),
         within(ConnectionError("no secure connection"), ssl.SSLCertVerificationError("self-signed")),
         FileNotFoundError("x"),
         PermissionError(errno.EACCES, "no"),
@@ -138,7 +139,7 @@ def lasting() -> list[Exception]:
     ]
 
 
-@pytest.mark.parametrize("number", range(16))
+@pytest.mark.parametrize("number", range(17))
 def test_what_lasts_is_not_waited_for(number: int, clock: Clock) -> None:
     error = lasting()[number]
     assert failure_of(error) is None, repr(error)
