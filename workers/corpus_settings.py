@@ -73,7 +73,11 @@ class CorpusSettings(Settings):
             raise ValueError(f"labels are kept beside documents anyway: leave {', '.join(both)} out of columns")
         if self.roles and self.messages is None:
             raise ValueError("roles are those of messages: give the column that holds the chats as messages")
-        if self.messages is None and (given := [name for name in CHAT_KEYS if name in self.model_fields_set]):
+        defaults = {
+            name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
+        }
+        given = [name for name in CHAT_KEYS if getattr(self, name) != defaults[name]]
+        if self.messages is None and given:
             raise ValueError(
                 f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for chats: give the column that holds "
                 "them as messages"

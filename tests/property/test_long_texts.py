@@ -76,8 +76,8 @@ def test_places_are_those_in_the_whole_text(kind: str, text: str) -> None:
     of, long = tokenizer(kind), make_text(text, 3000)
     (ids, places), (short, of_short) = long_texts.encode_with_places(of, [long, long[:100]])
     assert (ids, short) == (whole(of, long), whole(of, long[:100]))
-    for found, given in ((places, long), (of_short, long[:100])):
-        assert found.tolist() == [list(p) for p in of.encode(given, add_special_tokens=False).offsets]
+    for found, of_text in ((places, long), (of_short, long[:100])):
+        assert found.tolist() == [list(p) for p in of.encode(of_text, add_special_tokens=False).offsets]
 
 
 def test_several_texts_keep_their_places() -> None:

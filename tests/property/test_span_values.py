@@ -47,7 +47,7 @@ def sentencepiece() -> transformers.PreTrainedTokenizerFast:
 @pytest.fixture(scope="module", params=["bytes", "sentencepiece"])
 def encoder(request: pytest.FixtureRequest, tokenizer: transformers.PreTrainedTokenizerFast) -> TextEncoder:
     of = tokenizer if request.param == "bytes" else request.getfixturevalue("sentencepiece")
-    return TextEncoder(of, with_extents=True)
+    return TextEncoder(of, None, "tokens", with_extents=True)
 
 
 def value_of(characters: range, text: str, spans: list[tuple[int, int, str]]) -> str | None:
@@ -70,7 +70,7 @@ def test_rows_have_the_values_of_their_characters(
 ) -> None:
     texts = [text for text, _ in given_texts]
     aligned = {"span": AlignedLabel([[list(span) for span in spans] for _, spans in given_texts], are_tags=False)}
-    plain = TextEncoder(encoder.tokenizer).encode(texts)
+    plain = TextEncoder(encoder.tokenizer, None, "tokens").encode(texts)
     encoded = labelled(encoder.encode(texts), aligned, texts)
     assert encoded.tokens.tolist() == plain.tokens.tolist()  # offsets change no token
     assert (encoded.lengths.tolist(), encoded.bad) == (plain.lengths.tolist(), plain.bad)

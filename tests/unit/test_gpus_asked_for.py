@@ -31,7 +31,7 @@ REFUSED = "asks for {} GPU(s) and this Ray cluster of one machine has 0; set it 
 
 @pytest.fixture(autouse=True)
 def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "connected", lambda address, cpus: nullcontext())
+    monkeypatch.setattr(cluster, "connected", lambda address, cpus, env=(): nullcontext())
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(ray, "nodes", lambda: [{}])
 
