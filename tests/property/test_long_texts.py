@@ -63,6 +63,7 @@ def test_the_ids_are_those_of_the_whole_text(kind: str, parts: list[str]) -> Non
     assert ids == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_of_one_kind(kind: str, text: str) -> None:
@@ -110,6 +111,7 @@ def test_a_vocabulary_of_runs_is_cut_where_its_tokens_end() -> None:
         assert long_texts.encode_long(of, "a" * length) == whole(of, "a" * length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [2, 3, 5, 7])
 def test_pieces_that_are_counted_from_the_beginning_of_a_run(most: int) -> None:
     of = make_tokenizer("bytes", vocabulary=600, chars=20_000)
@@ -140,6 +142,7 @@ def test_a_text_without_any_place_to_cut_is_encoded_whole() -> None:
     assert long_texts.encode_long(of, "x" * 5000) == whole(of, "x" * 5000) == [of.token_to_id("<unk>")]
 
 
+@pytest.mark.slow
 def test_memory_of_a_window_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given to the tokenizer at once is windows, for texts without spaces too."""
     monkeypatch.setattr(long_texts, "AGREEING", 4)  # of tokens of 16 characters more than this do not fit an overlap

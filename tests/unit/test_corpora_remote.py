@@ -279,6 +279,7 @@ def test_an_object_is_told_by_its_tag(s3: S3Server, bucket: str, fresh_s3: None)
         handle.read(1)
 
 
+@pytest.mark.slow
 def test_objects_are_read_through_a_server_s_failures(
     s3: S3Server, bucket: str, faulty_s3: Callable[..., FaultyS3], fresh_s3: None
 ) -> None:
