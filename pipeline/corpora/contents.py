@@ -187,10 +187,11 @@ class TokensEncoder:
             ids = np.asarray([] if content is None else content)
         except ValueError:
             ids = np.asarray(["ragged"])
-        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        is_wide = ids.ndim == 1 and ids.dtype.kind in "fO" and all(type(i) is int for i in content)  # beyond 64 bits
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu" and not is_wide):
             return NO_TOKEN_IDS, np.empty(0, np.int32)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
-            wrong = int(ids[(ids < 0) | (ids >= self.vocabulary)][0])
+            wrong = next(int(i) for i in content if not 0 <= i < self.vocabulary)
             raise BadContent(
                 number,
                 f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}: the corpus was "

@@ -387,3 +387,17 @@ def test_labels_where_a_record_has_a_token_without_an_embedding(tmp_path: Path, 
     store = store_of(tmp_path / "store", corpus, model, labels=("entity",))
     assert store.info.skipped == {NOT_EMBEDDED: {"count": 1, "first": ["a.jsonl:1"]}}
     assert {found for _, found in values_of(store, "entity")} == {None, "PLACE"}
+
+
+@pytest.mark.parametrize("wrong", [2**31, 2**63, 2**70, -1, -(2**70), VOCABULARY])
+def test_ids_of_any_size_are_told_to_be_of_another_tokenizer(tmp_path: Path, llama: Path, wrong: int) -> None:
+    corpus = write(tmp_path / "a.jsonl", [{"tokens": [40, 41]}, {"tokens": [40, wrong]}])
+    with pytest.raises(InputError, match=rf"a\.jsonl:2 of .*token id {wrong} is outside the model's vocabulary"):
+        plan(corpus, llama, tokens="tokens")
+
+
+@pytest.mark.parametrize("ids", [[40, 1.5], [40, "x"], [True, False], [[40]], {"a": 1}, "40 41", [40, None]])
+def test_what_is_no_list_of_token_ids_is_left_out(tmp_path: Path, llama: Path, ids: Any) -> None:
+    found = plan(write(tmp_path / "a.jsonl", [{"tokens": [40, 41]}, {"tokens": ids}]), llama, tokens="tokens")
+    assert found.sizes.documents == 1
+    assert sum(found.skipped.counts.values()) == 1
