@@ -21,7 +21,7 @@ from jobs.tables import Prices, load_prices, storage_costs
 from pipeline.corpora.open import Corpus
 from pipeline.errors import InputError
 from pipeline.layout import Documents, Sizes
-from pipeline.models import ModelInfo, describe_model
+from pipeline.models import ModelInfo, adapter_notice, describe_model
 from pipeline.sites import layers_up_to
 from storage.arrays import RowArray
 from storage.commits import UNITS_PER_BLOCK, committed_units
@@ -122,7 +122,8 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
         "prices_from": "the table that comes with Granary" if options.prices is None else options.prices,
         "measured_rows": None if measured is None else measured.rows,
         "reference": storage_costs().measured,
-        "notice": emulation_notice(info, spec.model, spec.harvest),
+        "notice": "; ".join(filter(None, (emulation_notice(info, spec.model, spec.harvest), adapter_notice(info))))
+        or None,
     }
 
 

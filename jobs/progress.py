@@ -95,6 +95,8 @@ def extreme_norms(found: Mapping[str, Any]) -> str:
     def most(parts: Sequence[tuple[Any, float]]) -> str:
         return ", ".join(f"{value!r} ({100 * share:.0f} %)" for value, share in parts)
 
+    if "unread" in found:
+        return f"cannot be looked at: {found['unread']}"
     return (
         f"{100 * found['share']:.2g} % of {found['looked_at']:,} rows looked at at {found['site']} have more than 10 "
         f"times the median norm, up to {found['largest']:,.0f} times: at position {most(found['positions'])}, on token "

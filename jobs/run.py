@@ -1,16 +1,15 @@
 """Running the stages of a spec: what `granary harvest`, `anchors`, `train`, `evaluate` and `run` do."""
 
 import time
-from dataclasses import asdict
 
 from jobs.preflight import Cluster, bytes_of_rows, check_place, check_room, cluster_for, unit_bytes
 from jobs.progress import ProgressLine, duration, extreme_norms, left_out, loss_recovered, no_held_out_rows
 from jobs.spec import Spec, SpecError
+from jobs.status import found_extreme
 from pipeline.models import ModelInfo, adapter_notice, describe_model
 from storage.held_out import values_without_held_out_rows
 from storage.places import open_place
 from storage.records import Record
-from storage.sinks import extreme_rows
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.anchor_settings import AnchorSettings
@@ -176,8 +175,8 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
         f"{100 * padding / max(1, positions_run):.1f} % of the positions run were padding{others})"
     )
     of_model = store.for_model(name_in_store(store, info))
-    for found in filter(None, (extreme_rows(of_model, site) for site in spec.harvest.sites)):
-        say(f"  {extreme_norms(asdict(found))}")
+    for found in found_extreme(of_model, spec.harvest.sites):
+        say(f"  norms: {extreme_norms(found)}")
     return store, info, True
 
 

@@ -1,11 +1,12 @@
 """`granary status`: what a store holds and how far its harvests are, from the store alone."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 
 from jobs.progress import counted, duration, extreme_norms, left_out, loss_recovered, size
 from jobs.tables import storage_costs
 from storage.anchors import anchor_names, read_anchors
+from storage.errors import StorageError
 from storage.harvests import Harvest, row_bytes
 from storage.history import read_history
 from storage.progress import harvest_progress
@@ -47,10 +48,18 @@ def status_record(store: Store) -> Record:
         "segments": info.segments,
         "grown_from": [table["num_rows"] for table in info.grown_from],
         "harvests": harvests,
-        "extreme_norms": [asdict(found) for found in map(partial(extreme_rows, store), store.sites) if found],
+        "extreme_norms": found_extreme(store, store.sites),
         "anchors": {name: len(read_anchors(store, name).values) for name in anchor_names(store)},
         "runs": runs,
     }
+
+
+def found_extreme(store: Store, sites: Sequence[str]) -> list[Record]:
+    """What `storage.sinks` finds at some sites. Damage there is said, and keeps nothing else from being shown."""
+    try:
+        return [asdict(found) for found in extreme_rows(store, sites)]
+    except StorageError as error:
+        return [{"unread": str(error)}]
 
 
 def _harvest_record(store: Store, harvest: Harvest) -> Record:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpora.contents import Encoded
+from pipeline.corpora.contents import EMPTY, Encoded
 from pipeline.corpora.messages import check_role_names
 from pipeline.rows import ContextPolicy
 from pipeline.token_labels import TokenLabels, joined_labels
@@ -106,11 +106,6 @@ def cut(
         tokens = np.insert(tokens, starts - np.arange(len(starts)), policy.bos)
     position = np.arange(len(tokens)) - np.repeat(starts, context_lengths)
     is_row = position >= policy.skip_first
-    only_excluded = np.zeros(len(lengths), dtype=bool)
-    if policy.excluded:
-        is_row &= ~np.isin(tokens, policy.excluded)
-        only_excluded[:] = True
-        only_excluded[np.repeat(document, context_lengths)[is_row]] = False
     labels = encoded.labels.with_none_at(starts - np.arange(len(starts))) if lead else encoded.labels
     if of_tokens is not None:
         if lead:  # BOS counts with the token after it
@@ -119,6 +114,10 @@ def cut(
             )
         if roles:
             is_row &= np.array([name in roles for name in encoded.role_names] or [False])[of_tokens]
+    only_excluded = np.zeros(len(lengths), dtype=bool)  # of documents without a row: whether that is why
+    if policy.excluded:
+        only_excluded[np.repeat(document, context_lengths)[is_row]] = True
+        is_row &= ~np.isin(tokens, policy.excluded)
     last = np.maximum.reduceat(np.where(is_row, position, -1), starts) if len(starts) else starts
     kept = position <= np.repeat(last, context_lengths)  # what follows the last row is not run
     has_rows = last >= 0
@@ -151,6 +150,8 @@ def _left_out(
     def reason(i: int) -> str:
         if i in encoded.bad:
             return encoded.bad[i]
+        if encoded.lengths[i] == 0:
+            return EMPTY
         if encoded.lengths[i] + lead <= policy.skip_first:
             return TOO_SHORT
         return ONLY_EXCLUDED if only_excluded[i] else NO_ROWS

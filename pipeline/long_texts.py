@@ -162,9 +162,8 @@ def join(before: Window, after: Window, varied: int = 1) -> tuple[int, int] | No
     while a < len(here) and b < len(there):
         if here[a] == there[b]:
             agreeing += 1
-            if (
-                agreeing >= 2 * AGREEING and here[a - AGREEING][0] >= here[a - AGREEING - 1][1]
-            ):  # not within a character
+            agrees = agreeing >= 2 * AGREEING and _kinds(here, a, varied) >= varied
+            if agrees and here[a - AGREEING][0] >= here[a - AGREEING - 1][1]:  # not within a character
                 return i + a - AGREEING, j + b - AGREEING
             a, b = a + 1, b + 1
             continue

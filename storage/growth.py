@@ -62,7 +62,7 @@ class GrownFiles(TableFiles):
             if name == "source":  # a place, which may have another name now
                 continue
             # As text, as the moments of subpopulations have them: with more files a label's type may be a wider one.
-            values, now = ([str(v) for v in table.column(name).to_pylist()] for table in (stored, new))
+            values, now = ([str(v) for v in column.to_pylist()] for column in _of_one_type(stored, new, name))
             if name == "row_stop" and first + len(values) == self.before.num_documents:
                 values, now = values[:-1], now[:-1]  # the last document may go on
             if values != now:
@@ -182,3 +182,12 @@ def _remove_old(root: Place, info: CorpusInfo) -> None:
         table = TABLE_NAME.fullmatch(name)
         if table and int(table[1] or 1) <= info.generation and name not in tables_kept(info):
             (root / name).remove()
+
+
+def _of_one_type(stored: pa.Table, new: pa.Table, name: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """A column of both tables. A struct that has more fields in later files has them in all documents then."""
+    had, has = stored.column(name), new.column(name)
+    if had.type != has.type and pa.types.is_nested(had.type):
+        with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+            had = had.cast(has.type)
+    return had, has

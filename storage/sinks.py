@@ -4,7 +4,8 @@ Their norms are a hundred times those of other rows. They stand at the same posi
 (BOS, a newline, a comma), which says what leaves them out.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,10 +35,22 @@ class ExtremeRows:
     """The same for tokens: their strings, as the tokenizer's file spells them."""
 
 
-def extreme_rows(store: Store, site: str) -> ExtremeRows | None:
-    """Look at some committed rows of `site` for extreme norms; None if there are none.
+def extreme_rows(store: Store, sites: Sequence[str]) -> list[ExtremeRows]:
+    """Look at some committed rows of each site for extreme norms; sites without are left out.
 
-    Reads 4 bytes a row of at most SAMPLED_UNITS * SAMPLED_ROWS rows. Raises StorageError."""
+    Reads 4 bytes a row of at most SAMPLED_UNITS * SAMPLED_ROWS rows of a site. Raises StorageError."""
+    pieces: dict[int, str] = {}
+    found = []
+    for site in sites:
+        if (extreme := _of_site(store, site)) is None:
+            continue
+        pieces = pieces or {token: piece for piece, token in token_pieces(store).items()}
+        found.append(replace(extreme, tokens=tuple((pieces.get(int(t), t), share) for t, share in extreme.tokens)))
+    return found
+
+
+def _of_site(store: Store, site: str) -> ExtremeRows | None:
+    """With token ids in place of their strings."""
     committed = sorted(store.committed(site))
     if not committed:
         return None
@@ -51,15 +64,8 @@ def extreme_rows(store: Store, site: str) -> ExtremeRows | None:
     columns = [store.columns(start, stop, ("position", "token")) for start, stop in ranges]
     positions, tokens = (np.concatenate([c[name] for c in columns])[is_extreme] for name in ("position", "token"))
     largest = float(norms.max()) / median
-    names = {token: piece for piece, token in token_pieces(store).items()}
-    return ExtremeRows(
-        site,
-        len(norms),
-        float(is_extreme.mean()),
-        largest,
-        _most(positions),
-        tuple((names.get(token, str(token)), share) for token, share in _most(tokens)),
-    )
+    most = tuple((str(token), share) for token, share in _most(tokens))
+    return ExtremeRows(site, len(norms), float(is_extreme.mean()), largest, _most(positions), most)
 
 
 def _most(values: Array) -> tuple[tuple[int, float], ...]:

@@ -29,14 +29,15 @@ def _as_day(value: Any) -> Any:
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments as they are: what a template may be given, and the store's record can hold."""
+    plain = {}
     for name, value in arguments.items():
         if name in _TAKEN:
             raise ValueError(f"{name} comes from corpus.{_TAKEN[name]}: give it there")
         try:
-            json.dumps(value, allow_nan=False)
+            plain[name] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError):
             raise ValueError(f"{name} is {value!r}, and templates are given what JSON has: quote it") from None
-    return arguments
+    return plain
 
 
 Day = Annotated[str, BeforeValidator(_as_day)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from workers.chat_settings import CHAT_KEYS, Day, TemplateArguments
-from workers.section import Count, Names, Seed, Settings, TokenNames
+from workers.section import Count, Names, Seed, Settings, TokenName, TokenNames
 
 
 class CorpusSettings(Settings):
@@ -47,7 +47,7 @@ class CorpusSettings(Settings):
     tokens that they name."""
     exclude_tokens: TokenNames = ()
     """Tokens, ids or strings, that are run and are no rows."""
-    separator: int | str | None = None
+    separator: TokenName | None = None
     """With tokens: the token at which a record is cut into documents, itself part of none."""
     context: Annotated[int, Field(gt=1)] = 1024
     """Most tokens of a context, BOS included."""

@@ -76,7 +76,7 @@ class TopContexts:
             first = max(self.store.info.skip_first, peak - TOKENS_BEFORE)
             fires = dict(zip(positions.tolist(), activations[rows].tolist(), strict=True))
             document = int(self.columns["document"][offset])
-            about = self.store.documents_between(document, document).to_pylist()[0]
+            about = self.store.documents_between(document, document, ("source", *self.store.info.labels)).to_pylist()[0]
             found.append(
                 {
                     "row": self.start + offset,

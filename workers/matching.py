@@ -39,6 +39,8 @@ def check_settings(store: Store, corpus: CorpusSettings) -> None:
     if corpus.chat_date is not None and "chat_date" in store.info.plan:
         expected["chat_date"] = corpus.chat_date
     stored = {name: store.info.plan.get(name) for name in expected}
+    for name, (of_spec, of_store) in _token_settings(store.info.plan, corpus).items():
+        expected[name], stored[name] = of_spec, of_store
     entries, stored_entries = len(corpus.path), len(store.info.plan["source"])
     if entries != stored_entries:
         expected["path"], stored["path"] = f"{entries} entries", f"{stored_entries} entries"
@@ -46,6 +48,22 @@ def check_settings(store: Store, corpus: CorpusSettings) -> None:
         may_grow = {name for name in expected if stored[name] != expected[name]} <= {"rows", "path"}
         hint = f"`granary harvest --grow` appends rows to it; or {_OTHERWISE}" if may_grow else ""
         raise mismatch(store.url, differences(stored, expected, "corpus."), hint)
+
+
+def _token_settings(plan: Record, corpus: CorpusSettings) -> dict[str, tuple[Any, Any]]:
+    """What tokens are by the spec and in a store, as far as it can be told without the tokenizer."""
+    found: dict[str, tuple[Any, Any]] = {}
+    if corpus.bos != "auto":
+        found["bos"] = corpus.bos, plan["bos"] is not None
+    if corpus.tokens is None:
+        found["specials"] = corpus.specials, plan.get("specials", "tokens")
+    if all(isinstance(token, int) for token in corpus.exclude_tokens):
+        found["exclude_tokens"] = sorted(set(corpus.exclude_tokens)), plan.get("exclude_tokens", [])
+    elif "exclude_tokens" not in plan:
+        found["exclude_tokens"] = list(corpus.exclude_tokens), []
+    if not isinstance(corpus.separator, str):
+        found["separator"] = corpus.separator, plan.get("separator")
+    return found
 
 
 def growth_of(store: Store, identity: Record) -> str | None:
@@ -99,6 +117,10 @@ def _told(identity: Record) -> Record:
     shown = {k: v for k, v in identity.items() if k not in ("source", "chat_template")}
     if identity["tokens"] is None:
         shown.setdefault("specials", "tokens")  # what there was before there was a choice
+    if isinstance(shown.get("bos"), int):  # as the spec says it, and which token that is
+        shown |= {"bos": True, "bos_token": identity["bos"]}
+    else:
+        shown["bos"] = False
     return {**shown, "path": " + ".join(map(source_words, identity["source"]))}
 
 

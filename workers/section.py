@@ -23,7 +23,16 @@ def _as_sites(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
-TokenNames = Annotated[tuple[int | str, ...], BeforeValidator(_as_list)]
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):  # a number, to Python
+        raise ValueError(f"a token is an id or a string, not {str(value).lower()}")
+    return value
+
+
+TokenName = Annotated[int | str, BeforeValidator(_no_truth_value)]
+TokenNames = Annotated[tuple[TokenName, ...], BeforeValidator(_as_list)]
 """Tokens, by their ids or by their strings."""
 Sites = Annotated[tuple[str, ...], BeforeValidator(_as_sites)]
 Count = Annotated[int, Field(gt=0)]

@@ -4,14 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
 from pipeline.corpora.chat import needs_day
 from pipeline.corpora.files import fingerprint
+from pipeline.corpora.lines import PIECE_BYTES, JsonLines
+from pipeline.corpora.messages import WithTools
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus, check_label_names, open_corpora
 from pipeline.corpora.recipe import ChatOptions, Recipe, make_encoder
-from pipeline.corpora.records import Columns
+from pipeline.corpora.records import Columns, Piece
 from pipeline.errors import InputError
 from pipeline.hub import is_commit
 from pipeline.round_trip import check_round_trip, sample_texts
@@ -31,6 +34,8 @@ from workers.settings import ModelSettings
 from workers.stored_tokenizer import check_tokenizer
 from workers.tasks import Here, OnRay, Tasks
 
+FIRST_CHATS = 1000
+"""Chats of which one at least must have tools, where corpus.tools names a column of them."""
 SMALL_BYTES = 64 * 2**20
 """Corpora below this are planned in the process itself, with the tokenizer's own threads: no Ray has to be started."""
 SMALL_ROWS = 2**24
@@ -121,15 +126,29 @@ class Source:
         kind, _ = self.settings.content
         if kind != "tokens":
             check_round_trip(self.tokenizer, sample_texts(self._contents(), kind), self.tokenizer_place[0])
+        if self.settings.tools is not None:
+            first = list(islice(chain.from_iterable(self._contents()), FIRST_CHATS))
+            if first and all(isinstance(chat, WithTools) and chat.tools is None for chat in first):
+                raise InputError(
+                    f"corpus.tools: none of the first {len(first):,} chats has {self.settings.tools!r}; mend the "
+                    "name, or leave the key out"
+                )
 
     def _contents(self) -> Iterator[Sequence[Any]]:
+        """The contents of records, from the first on. Of a large file only the beginning is looked for."""
         for corpus in self.corpora:
             if isinstance(corpus, NamedDataset):
                 yield from (chunk.contents for chunk in corpus.chunks())
                 continue
             for number, file in enumerate(corpus.files):
-                for piece in corpus.format.pieces(number, file):
-                    yield from (chunk.contents for chunk in corpus.chunks(piece))
+                is_large = isinstance(corpus.format, JsonLines) and file.num_bytes > PIECE_BYTES
+                head = [Piece(number, 0, PIECE_BYTES, 1, PIECE_BYTES)]  # cutting it into pieces reads all of it
+                for piece in head if is_large else corpus.format.pieces(number, file):
+                    try:
+                        yield from (chunk.contents for chunk in corpus.chunks(piece))
+                    except InputError:
+                        if not is_large:
+                            raise
 
     def recipe(self) -> Recipe:
         """How records become documents. Raises InputError."""
@@ -149,7 +168,9 @@ class Source:
         )
         encoder = make_encoder(kind, self.tokenizer, self.vocabulary, self.bos, settings.specials, self.separator, chat)
         policy = ContextPolicy(settings.context, settings.skip_first, self.bos, self.excluded)
-        return Recipe(encoder, policy, settings.seed, settings.roles, self.vocabulary, settings.labels)
+        return Recipe(
+            encoder, policy, settings.seed, settings.roles, self.vocabulary, settings.labels, settings.columns
+        )
 
     def tasks(self, connect: Callable[[], None] | None) -> Tasks:
         """Where to plan: here what is small, or where Ray cannot be had; else on Ray, which `connect` brings up."""

@@ -89,7 +89,8 @@ def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labe
     held: list[Documents] = []
     for documents in chunks:
         held.append(documents)
-        if sum(len(d.tokens) for d in held) * 4 >= cuts.task_bytes:  # tokens take about as much as their text
+        # Tokens take about as much as their text.
+        if sum(4 * len(d.tokens) + d.about.nbytes for d in held) >= cuts.task_bytes:
             yield from _give(held, bounds, labels)
             held = []
     if held:
@@ -126,4 +127,4 @@ def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
     try:
         return pa.unify_schemas(list(schemas), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(f"corpus.labels: the files do not agree on a label's type: {error}") from None
+        raise InputError(f"corpus.labels, corpus.columns: the files do not agree on a column's type: {error}") from None

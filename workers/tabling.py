@@ -103,6 +103,10 @@ def plan_table(
     except Unread as error:
         raise planning_ended(error, reading.rows, rows) from error
     plan = reading.ordered(roles, labels or {})
+    nothing = {field.name for field in plan.schema if pa.types.is_null(field.type)}
+    if absent := [name for name in recipe.kept if name in nothing]:
+        names = ", ".join(absent)
+        raise InputError(f"corpus.columns: no record has a value for {names}; mend the name, or leave it out")
     found = plan.sizes.rows
     if found == 0:
         where = "; ".join(corpus.summary for corpus in corpora)

@@ -62,7 +62,7 @@ def _labels(info: CorpusInfo) -> str:
 
 def _dropped(skip_first: int) -> str:
     if not skip_first:
-        return "every token is kept"
+        return "no leading token is left out"
     which = "token is" if skip_first == 1 else f"{skip_first} tokens are"
     return f"the first {which} run but not kept"
 

@@ -190,11 +190,14 @@ class TokensEncoder:
         is_wide = ids.ndim == 1 and ids.dtype.kind in "fO" and all(type(i) is int for i in content)  # beyond 64 bits
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu" and not is_wide):
             return NO_TOKEN_IDS, np.empty(0, np.int32)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocabulary):
-            wrong = next(int(i) for i in content if not 0 <= i < self.vocabulary)
+        is_outside = len(ids) > 0 and (ids.min() < 0 or ids.max() >= self.vocabulary)
+        outside = (
+            [int(i) for i in content if not 0 <= i < self.vocabulary and i != self.separator] if is_outside else []
+        )
+        if outside:
             raise BadContent(
                 number,
-                f"token id {wrong} is outside the model's vocabulary of {self.vocabulary}: the corpus was "
+                f"token id {outside[0]} is outside the model's vocabulary of {self.vocabulary}: the corpus was "
                 "made with another tokenizer",
             )
         return None, ids.astype(np.int32)

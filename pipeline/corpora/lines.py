@@ -80,7 +80,7 @@ class JsonLines:
                 content = find(only, self.columns.content)
                 if content is MISSING or (self.columns.kind == "text" and not isinstance(content, str)):
                     refuse_object(only, content is not MISSING, file)
-            self.columns.check_present(sorted(found), file.url)
+            self.columns.required.check_present(sorted(found), file.url)
 
     def _groups(self, handle: IO[bytes], file: CorpusFile, piece: Piece) -> Iterator[Group]:
         """The records of a piece, in groups of about CHUNK_BYTES."""

@@ -9,7 +9,7 @@ it is set to a place a little before, and what comes must be what came before.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -54,7 +54,7 @@ class NamedDataset:
                 found: dict[str, None] = {}
                 numbers = np.arange(first, first + len(records))
                 chunk = chunk_of_objects(records, numbers, self.columns, self.file, found)
-                replace(self.columns, tools=None).check_present(sorted(found), self._name)
+                self.columns.required.check_present(sorted(found), self._name)
                 yield chunk
                 first += len(records)
 
@@ -134,6 +134,7 @@ class _Stream:
         try:
             self._marks.append((self.taken, self._current.state_dict()))
         except (NotImplementedError, RuntimeError):  # a kind of stream that cannot tell where it is
+            self._kept = []
             return
         if len(self._marks) > 2:
             del self._marks[0]

@@ -1,7 +1,6 @@
 """Records that are Python dictionaries already, as of JSON and of datasets by name."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def chunk_of_objects(
         labels[name] = [of_folders.get(name) if value is MISSING else value for value in values]
     tools = None if columns.tools is None else [_tools(record, columns.tools, found) for record in objects]
     if columns.content in found:  # what has no content has no labels either, and is told by its content
-        replace(columns, tools=None).check_present(sorted(found), file.url)  # chats without tools may come first
+        columns.required.check_present(sorted(found), file.url)
     return chunk_of(numbers, [_content(value, columns) for value in contents], labels, columns, file, tools)
 
 

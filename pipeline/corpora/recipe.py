@@ -30,6 +30,8 @@ class Recipe:
     """Tokens that the model has embeddings for."""
     labels: tuple[str, ...] = ()
     """Of what is kept beside each document, the columns that define subpopulations."""
+    kept: tuple[str, ...] = ()
+    """The others."""
 
     def documents(self, chunk: Chunk, number: int, file: CorpusFile, low: int, high: int) -> Documents:
         """The documents of a chunk of file `number` with keys from `low` up to, not including, `high`."""
@@ -58,9 +60,7 @@ class Recipe:
             encoder = replace(encoder, with_extents=True)
         encoded = encoder.encode(contents)
         if chunk.aligned:
-            records = range(len(kept)) if encoded.record is None else encoded.record.tolist()
-            aligned = {name: label.take([kept[i] for i in records]) for name, label in chunk.aligned.items()}
-            encoded = labelled(encoded, aligned, [contents[i] for i in records])
+            encoded = labelled(encoded, {name: label.take(kept) for name, label in chunk.aligned.items()}, contents)
         return encoded.embedded(self.vocabulary)
 
     def _keys(self, numbers: Any, file: int) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """What every format gives: pieces that can be read apart from one another, and records in chunks of bounded size."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +55,12 @@ class Columns:
             *(("columns", name) for name in self.kept),
             *([] if self.tools is None else [("tools", self.tools)]),
         ]
+
+    @property
+    def required(self) -> "Columns":
+        """Those that every file must have, where a record may lack a key that others have: a table of JSON has no
+        columns, and what is there of it depends on how it is cut."""
+        return replace(self, kept=(), tools=None)
 
     @property
     def names(self) -> tuple[str, ...]:

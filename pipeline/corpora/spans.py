@@ -37,22 +37,26 @@ class BadSpans(Exception):
 
 def labelled(encoded: Encoded, aligned: Mapping[str, AlignedLabel], contents: Sequence[Any]) -> Encoded:
     """Give tokens their labels. `encoded` has the extents of its tokens, which are those of `contents`. Records with
-    bad spans lose their tokens. Raises InputError for a label of too many values."""
+    bad spans lose their tokens, and are one document. Raises InputError for a label of too many values."""
     assert encoded.extents is not None
     assert encoded.sizes is not None
-    bounds = np.concatenate([[0], np.cumsum(encoded.lengths)]).tolist()
+    record_of = np.arange(len(encoded.lengths)) if encoded.record is None else encoded.record
+    first = np.searchsorted(record_of, np.arange(len(contents)))  # document of each record
+    bounds = np.insert(np.cumsum(encoded.lengths), 0, 0)[[*first, len(record_of)]].tolist()
     codes = {name: np.full(len(encoded.tokens), NONE, dtype=np.int32) for name in aligned}
     numbers: dict[str, dict[str, int]] = {name: {} for name in aligned}
     bad = dict(encoded.bad)
+    wrong: set[int] = set()
     for record, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:
             continue
-        extents, size = encoded.extents[start:stop], int(encoded.sizes[record])
+        extents, size = encoded.extents[start:stop], int(encoded.sizes[first[record]])
         for name, label in aligned.items():
             try:
                 values = _values_of(label, record, contents[record], size)
             except BadSpans as problem:
-                bad.setdefault(record, f"{name}: {problem}")
+                bad.setdefault(int(first[record]), f"{name}: {problem}")
+                wrong.add(record)
                 continue
             of_label = numbers[name]
             found = [NONE if value is None else of_label.setdefault(value, len(of_label)) for *_, value in values]
@@ -65,14 +69,19 @@ def labelled(encoded: Encoded, aligned: Mapping[str, AlignedLabel], contents: Se
     all_names([names])  # raises
     is_kept = np.ones(len(encoded.lengths), dtype=bool)
     is_kept[list(bad)] = False
+    is_kept[np.isin(record_of, list(wrong))] = False
     kept = np.repeat(is_kept, encoded.lengths)
+    stays = is_kept | np.isin(np.arange(len(is_kept)), list(bad))  # a record's other documents go with its spans
+    number = np.cumsum(stays) - 1
     return replace(
         encoded,
         tokens=encoded.tokens[kept],
-        lengths=np.where(is_kept, encoded.lengths, 0),
-        bad=bad,
+        lengths=np.where(is_kept, encoded.lengths, 0)[stays],
+        bad={int(number[document]): problem for document, problem in bad.items()},
         extents=None,
+        sizes=None,
         labels=TokenLabels(codes, names)[kept],
+        record=None if encoded.record is None else encoded.record[stays],
     )
 
 

@@ -81,6 +81,16 @@ def test_places_are_those_in_the_whole_text(kind: str, text: str) -> None:
         assert found.tolist() == [list(p) for p in of.encode(of_text, add_special_tokens=False).offsets]
 
 
+def test_runs_of_a_vocabulary_of_runs_take_the_best_path() -> None:
+    """Paths of a run differ in where they put what is left over: windows are not joined inside it."""
+    pieces = [("<unk>", 0.0), *((c * n, -float(n % 3) - 1.0) for c in "ab" for n in (1, 2, 3, 5))]
+    of = Tokenizer(models.Unigram(pieces, unk_id=0))
+    rng = random.Random(0)
+    for _ in range(60):
+        text = "".join(rng.choice("ab") * rng.randint(1, 200) for _ in range(12))
+        assert long_texts.encode_long(of, text) == whole(of, text)
+
+
 def test_several_texts_keep_their_places() -> None:
     of = tokenizer("bytes")
     texts = ["short", make_text("words", 2000), "", make_text("cjk", 1500, 2), "the end"]

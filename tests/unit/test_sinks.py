@@ -32,8 +32,7 @@ def with_sinks(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..
 
 
 def test_where_they_are(with_sinks: Store) -> None:
-    found = extreme_rows(with_sinks, SITE)
-    assert found is not None
+    (found,) = extreme_rows(with_sinks, [SITE])
     norms = with_sinks.norms(SITE)
     tokens = with_sinks.columns(0, with_sinks.num_rows, ("token",))["token"]
     extreme = norms > 10 * np.median(norms)
@@ -53,7 +52,7 @@ def test_status_says_it_and_what_to_do(with_sinks: Store) -> None:
 
 
 def test_nothing_is_said_where_there_are_none(harvested: Store) -> None:
-    assert extreme_rows(harvested, SITE) is None
+    assert extreme_rows(harvested, [SITE]) == []
     assert status_record(harvested)["extreme_norms"] == []
     assert "norms  " not in status_text(status_record(harvested))
 
@@ -66,7 +65,15 @@ def test_positions_are_named(tmp_path: Path, llama: Path, corpus: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "model")
     store = harvest(tmp_path / "store", tmp_path / "model", corpus, [SITE], skip_first=0)
-    found = extreme_rows(store, SITE)
-    assert found is not None
+    (found,) = extreme_rows(store, [SITE])
     assert found.positions[0] == (0, 1.0)
     assert "at position 0 (100 %)" in extreme_norms(vars(found))
+
+
+def test_damage_keeps_nothing_else_from_being_shown(tmp_path: Path, llama: Path, corpus: Path) -> None:
+    store = harvest(tmp_path / "store", llama, corpus, [SITE])
+    (norms,) = (tmp_path / "store" / "norms").glob("*/*/c/0")
+    norms.write_bytes(b"x" * 40)
+    text = status_text(status_record(store))
+    assert "norms     cannot be looked at: " in text
+    assert "complete" in text
