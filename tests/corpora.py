@@ -1,14 +1,17 @@
 """Corpora for tests: read through a format, or planned with a tokenizer whose tokens are easy to foretell."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 
 from pipeline.corpora.open import open_corpus
 from pipeline.corpora.records import Columns
+from pipeline.tokenizer import load_tokenizer
 from storage.create import TableSizes
 from storage.store import Store
 from workers.corpus_settings import CorpusSettings
@@ -63,3 +66,28 @@ def store_of(place: Path, path: Any, model: Path, cuts: Cuts | None = None, **se
     table = plan_rows(source, lambda done, total: None, Here(), cuts)
     assert isinstance(table.table_sizes, TableSizes)
     return write_plan(open_place(place), source, table, Here())
+
+
+def write(path: Path, records: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def with_tokenizer(folder: Path, llama: Path, change: Callable[[Any], None]) -> Path:
+    """A folder with the test model's tokenizer, changed."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def contexts_of(store: Store) -> list[list[int]]:
+    return [tokens.tolist() for tokens in store.context_tokens(0, store.info.num_contexts - 1)]
+
+
+def ids(model: Path, text: str) -> list[int]:
+    return load_tokenizer(str(model)).backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def values_of(store: Store, label: str) -> list[tuple[int, str | None]]:
+    return store.sql(f"select token, {label} from rows order by row").fetchall()

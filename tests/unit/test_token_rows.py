@@ -1,46 +1,27 @@
 """What a token row is: BOS, control strings, excluded tokens, separators, and what is kept beside documents."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import transformers
-from corpora import VOCABULARY, plan, store_of
+from corpora import contexts_of, ids, plan, store_of, with_tokenizer, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from pipeline.corpora.contents import NOT_EMBEDDED, TextEncoder, TokensEncoder
+from pipeline.corpora.contents import TextEncoder
 from pipeline.errors import InputError
-from pipeline.layout import ONLY_EXCLUDED
 from pipeline.tokenizer import load_tokenizer
 from storage.errors import StoreMismatch
 from storage.store import Store
-from workers import tabling
 from workers.corpus_settings import CorpusSettings
 from workers.planning import ensure_store
 from workers.settings import ModelSettings
 
 BOS, EOS = 0, 1
 Tokenizing = Callable[[Path], Any]
-
-
-def write(path: Path, records: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def with_tokenizer(folder: Path, llama: Path, change: Callable[[Any], None]) -> Path:
-    """A folder with the test model's tokenizer, changed."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    change(tokenizer)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +32,6 @@ def without_added_bos(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> 
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
 
     return with_tokenizer(tmp_path_factory.mktemp("no-bos"), llama, change)
-
-
-def contexts_of(store: Store) -> list[list[int]]:
-    return [tokens.tolist() for tokens in store.context_tokens(0, store.info.num_contexts - 1)]
-
-
-def ids(model: Path, text: str) -> list[int]:
-    return load_tokenizer(str(model)).backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 # ---- BOS
@@ -196,208 +169,3 @@ def test_rows_are_the_text_and_nothing_else(
     tokens = store.columns(0, store.num_rows, ("token",))["token"].tolist()
     assert load_tokenizer(str(llama)).decode(tokens, skip_special_tokens=False) == text
     assert not {BOS, EOS, 2}.intersection(tokens)
-
-
-# ---- excluded tokens
-
-
-@pytest.mark.parametrize("spelling", ["as the vocabulary spells it", "as text", "by its id"])
-def test_excluded_tokens_are_run_and_are_no_rows(tmp_path: Path, llama: Path, spelling: str) -> None:
-    corpus = write(tmp_path / "a.jsonl", [{"text": "count every town and store what every town gave in towns"}])
-    to = ids(llama, " to")
-    assert len(to) == 1
-    excluded = {"as the vocabulary spells it": "Ġto", "as text": " to", "by its id": to[0]}[spelling]
-    plain = store_of(tmp_path / "plain", corpus, llama)
-    store = store_of(tmp_path / "store", corpus, llama, exclude_tokens=(excluded,))
-    tokens = plain.columns(0, plain.num_rows, ("token",))["token"]
-    found = store.columns(0, store.num_rows, ("token", "position"))
-    assert np.array_equal(found["token"], tokens[tokens != to[0]])
-    assert np.array_equal(found["position"], 1 + np.flatnonzero(tokens != to[0]))
-    assert contexts_of(store) == contexts_of(plain)  # all are run
-    assert store.info.plan["exclude_tokens"] == to
-
-
-def test_a_document_of_excluded_tokens_is_counted(tmp_path: Path, llama: Path) -> None:
-    corpus = write(tmp_path / "a.jsonl", [{"tokens": [40, 40]}, {"tokens": [40, 41]}, {"tokens": []}])
-    found = plan(corpus, llama, tokens="tokens", exclude_tokens=(40,))
-    assert found.skipped.counts == {ONLY_EXCLUDED: 1, "empty": 1}
-    assert found.sizes.rows == 1
-
-
-@pytest.mark.parametrize(
-    ("token", "why"),
-    [
-        ("count every town", r"'count every town' is no single token but c o u n t "),
-        ("", r"'' is no single token but nothing"),
-        (10**6, r"the tokenizer has no token 1000000; its ids are 0 to \d+"),
-        (-1, r"the tokenizer has no token -1"),
-    ],
-)
-def test_what_is_no_token(tmp_path: Path, llama: Path, token: Any, why: str) -> None:
-    corpus = write(tmp_path / "a.jsonl", [{"text": "count every town"}])
-    with pytest.raises(InputError, match=r"corpus\.exclude_tokens: " + why):
-        plan(corpus, llama, exclude_tokens=(token,))
-
-
-# ---- separators
-
-
-def test_a_separator_cuts_records_into_documents(tmp_path: Path, llama: Path) -> None:
-    records = [[40, 41, EOS, 42, 43, 44, EOS], [EOS, EOS, 45, 46], [50, 51], [EOS, EOS]]
-    corpus = write(tmp_path / "a.jsonl", [{"tokens": r, "kind": f"k{i}"} for i, r in enumerate(records)])
-    store = store_of(
-        tmp_path / "store", corpus, llama, tokens="tokens", separator=EOS, labels=("kind",), rows_per_unit=1024
-    )
-    found = dict(zip(store.documents["source"].to_pylist(), contexts_of(store), strict=True))
-    assert found == {
-        "a.jsonl:1#0": [BOS, 40, 41],
-        "a.jsonl:1#1": [BOS, 42, 43, 44],
-        "a.jsonl:2#0": [BOS, 45, 46],
-        "a.jsonl:3#0": [BOS, 50, 51],
-    }
-    kinds = dict(zip(store.documents["source"].to_pylist(), store.documents["kind"].to_pylist(), strict=True))
-    assert (kinds["a.jsonl:1#0"], kinds["a.jsonl:1#1"], kinds["a.jsonl:2#0"]) == ("k0", "k0", "k1")
-    assert store.info.skipped == {"empty": {"count": 1, "first": ["a.jsonl:4#0"]}}
-
-
-def test_a_separator_by_its_string_and_without_bos(tmp_path: Path, llama: Path, without_added_bos: Path) -> None:
-    corpus = write(tmp_path / "a.jsonl", [{"tokens": [40, 41, EOS, 42, 43]}])
-    store = store_of(tmp_path / "store", corpus, without_added_bos, tokens="tokens", separator="</s>", skip_first=0)
-    assert contexts_of(store) == [[40, 41], [42, 43]]
-    assert store.info.plan["separator"] == EOS
-
-
-def test_a_separator_needs_tokens() -> None:
-    with pytest.raises(ValueError, match="a separator cuts records of token ids"):
-        CorpusSettings(path="x", separator=3)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 6), max_size=12), min_size=1, max_size=6))
-def test_no_token_is_lost_at_separators(records: list[list[int]]) -> None:
-    encoded = TokensEncoder(10, None, separator=3).encode(records)
-    assert encoded.tokens.tolist() == [t for record in records for t in record if t != 3]
-    assert encoded.record is not None
-    for number, record in enumerate(records):
-        expected = [part for part in "".join(map(str, record)).split("3") if part]
-        of_record = np.flatnonzero(encoded.record == number)
-        ends = np.cumsum(encoded.lengths)
-        found = ["".join(map(str, encoded.tokens[ends[i] - encoded.lengths[i] : ends[i]])) for i in of_record]
-        assert [f for f in found if f] == expected
-        assert (int(of_record[0]) in encoded.bad) == (not expected)
-
-
-# ---- tokens without an embedding
-
-
-def test_a_tokenizer_with_more_tokens_than_embeddings(tmp_path: Path, llama: Path) -> None:
-    def change(tokenizer: Any) -> None:
-        tokenizer.add_tokens([f"<extra{i}>" for i in range(VOCABULARY)])
-
-    model = with_tokenizer(tmp_path / "model", llama, change)
-    corpus = write(tmp_path / "a.jsonl", [{"text": "count every town"}, {"text": f"an <extra{VOCABULARY - 1}> town"}])
-    found = plan(corpus, model)
-    assert found.skipped.counts == {NOT_EMBEDDED: 1}
-    assert found.skipped.first[NOT_EMBEDDED] == [(2, "a.jsonl:2")]
-    assert found.sizes.documents == 1
-
-
-# ---- columns beside documents
-
-
-def test_columns_are_kept_and_are_no_subpopulations(tmp_path: Path, llama: Path) -> None:
-    table = pa.table({"text": ["count every town"] * 3, "url": ["a", None, "c"], "n": [1, 2, 3], "kind": ["x"] * 3})
-    pq.write_table(table, tmp_path / "a.parquet")
-    store = store_of(tmp_path / "store", tmp_path / "a.parquet", llama, columns=("url", "n"), labels=("kind",))
-    kept = sorted(store.documents.select(["url", "n", "kind"]).to_pylist(), key=lambda line: line["n"])
-    assert kept == table.select(["url", "n", "kind"]).to_pylist()
-    assert store.info.labels == ["kind"]
-    assert store.sql("select count(*) from documents where url = 'c'").fetchall() == [(1,)]
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"columns": ("source",)}, r"corpus\.columns: source is a column of Granary's own"),
-        ({"columns": ("nothing",)}, r"corpus\.columns: no column 'nothing' in"),
-    ],
-)
-def test_columns_that_cannot_be(tmp_path: Path, llama: Path, options: dict[str, Any], why: str) -> None:
-    pq.write_table(pa.table({"text": ["count every town"], "source": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=why):
-        plan(tmp_path / "a.parquet", llama, **options)
-
-
-def test_a_column_is_not_a_label_too() -> None:
-    with pytest.raises(ValueError, match="leave kind out of columns"):
-        CorpusSettings(path="x", labels=("kind",), columns=("kind", "url"))
-
-
-def test_a_label_of_too_many_values_is_refused_before_anything_is_written(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tabling, "LABEL_VALUES", 100)
-    corpus = write(tmp_path / "a.jsonl", [{"text": "count every town", "url": f"u{i}"} for i in range(101)])
-    with pytest.raises(InputError, match=r"'url' has more than 100 values \('u0', 'u1'.*corpus\.columns"):
-        store_of(tmp_path / "store", corpus, llama, labels=("url",))
-    assert not (tmp_path / "store").exists()
-    corpus = write(tmp_path / "b.jsonl", [{"text": "count every town", "url": f"u{i % 100}"} for i in range(301)])
-    assert store_of(tmp_path / "store", corpus, llama, labels=("url",)).info.labels == ["url"]
-
-
-# ---- with labels of tokens and spans
-
-
-def values_of(store: Store, label: str) -> list[tuple[int, str | None]]:
-    return store.sql(f"select token, {label} from rows order by row").fetchall()
-
-
-def test_labels_of_tokens_in_documents_that_were_cut(tmp_path: Path, llama: Path) -> None:
-    records = [{"tokens": [BOS, 40, 41, EOS, 42, EOS], "tag": ["s", "a", None, "x", "b", "x"]}]
-    corpus = write(tmp_path / "a.jsonl", records)
-    store = store_of(tmp_path / "store", corpus, llama, tokens="tokens", separator=EOS, labels=("tag",))
-    assert values_of(store, "tag") == [(40, "a"), (41, None), (42, "b")]
-
-
-def test_spans_in_texts_with_control_strings(tmp_path: Path, llama: Path) -> None:
-    """Offsets are those of the text as it is read: its control strings are characters."""
-    text = "<s>town</s> and field"
-    spans = [{"start": 3, "end": 7, "label": "PLACE"}, {"start": 16, "end": 21, "label": "LAND"}]
-    corpus = write(tmp_path / "a.jsonl", [{"text": text, "entity": spans}])
-    store = store_of(tmp_path / "store", corpus, llama, labels=("entity",))
-    decode = load_tokenizer(str(llama)).decode
-    for value, word in (("PLACE", "town"), ("LAND", " field")):
-        assert decode([token for token, found in values_of(store, "entity") if found == value]) == word
-
-
-def test_spans_of_a_text_that_begins_with_bos(tmp_path: Path, llama: Path) -> None:
-    corpus = write(tmp_path / "a.jsonl", [{"text": "<s>town", "entity": [{"start": 3, "end": 7, "label": "PLACE"}]}])
-    store = store_of(tmp_path / "store", corpus, llama, labels=("entity",), specials="tokens")
-    assert {found for _, found in values_of(store, "entity")} == {"PLACE"}
-
-
-def test_labels_where_a_record_has_a_token_without_an_embedding(tmp_path: Path, llama: Path) -> None:
-    def change(tokenizer: Any) -> None:
-        tokenizer.add_tokens([f"<extra{i}>" for i in range(VOCABULARY)])
-
-    model = with_tokenizer(tmp_path / "model", llama, change)
-    texts = [f"an <extra{VOCABULARY - 1}> town", "count every town"]
-    spans = [[{"start": 0, "end": 2, "label": "FIRST"}], [{"start": 12, "end": 16, "label": "PLACE"}]]
-    corpus = write(tmp_path / "a.jsonl", [{"text": t, "entity": s} for t, s in zip(texts, spans, strict=True)])
-    store = store_of(tmp_path / "store", corpus, model, labels=("entity",))
-    assert store.info.skipped == {NOT_EMBEDDED: {"count": 1, "first": ["a.jsonl:1"]}}
-    assert {found for _, found in values_of(store, "entity")} == {None, "PLACE"}
-
-
-@pytest.mark.parametrize("wrong", [2**31, 2**63, 2**70, -1, -(2**70), VOCABULARY])
-def test_ids_of_any_size_are_told_to_be_of_another_tokenizer(tmp_path: Path, llama: Path, wrong: int) -> None:
-    corpus = write(tmp_path / "a.jsonl", [{"tokens": [40, 41]}, {"tokens": [40, wrong]}])
-    with pytest.raises(InputError, match=rf"a\.jsonl:2 of .*token id {wrong} is outside the model's vocabulary"):
-        plan(corpus, llama, tokens="tokens")
-
-
-@pytest.mark.parametrize("ids", [[40, 1.5], [40, "x"], [True, False], [[40]], {"a": 1}, "40 41", [40, None]])
-def test_what_is_no_list_of_token_ids_is_left_out(tmp_path: Path, llama: Path, ids: Any) -> None:
-    found = plan(write(tmp_path / "a.jsonl", [{"tokens": [40, 41]}, {"tokens": ids}]), llama, tokens="tokens")
-    assert found.sizes.documents == 1
-    assert sum(found.skipped.counts.values()) == 1
