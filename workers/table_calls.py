@@ -25,9 +25,9 @@ from pipeline.layout import (
     split,
 )
 from pipeline.skipped import Skipped
-from pipeline.token_labels import Names
+from pipeline.token_labels import MOST_VALUES, Names
 
-LABEL_VALUES = 4096
+LABEL_VALUES = MOST_VALUES
 """A label has at most this many values: means are kept for each at every site, and a column of urls, of which every
 document has its own, would take more than the activations."""
 

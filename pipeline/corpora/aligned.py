@@ -5,13 +5,13 @@ sequence of spans, one {start: [...], end: [...], label: [...]}. A list of plain
 is in a list is looked at later, record by record (`pipeline.corpora.spans`).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.corpora.arrow_types import is_list
 from pipeline.errors import InputError
 
 START_KEYS = ("start", "begin", "start_offset")
@@ -42,9 +42,6 @@ def aligned_label(column: pa.Array | list[Any], kind: str) -> AlignedLabel | Non
     if isinstance(column, list):
         are_tags = _form_of_values(column)
         values = column
-    elif getattr(column.type, "extension_name", None) == "arrow.json":  # Arrow's JSON type, of pyarrow 19 and later
-        values = [None if text is None else json.loads(text) for text in column.to_pylist()]
-        are_tags = _form_of_values(values)
     else:
         are_tags = _form_of_type(column.type)
         values = column.to_pylist() if are_tags is not None else []
@@ -86,14 +83,3 @@ def _form_of_type(found: pa.DataType) -> bool | None:
         return None
     inner = found.value_type
     return not (pa.types.is_struct(inner) or is_list(inner) or pa.types.is_null(inner))
-
-
-def is_list(found: pa.DataType) -> bool:
-    types = pa.types
-    return bool(
-        types.is_list(found)
-        or types.is_large_list(found)
-        or types.is_fixed_size_list(found)
-        or types.is_list_view(found)
-        or types.is_large_list_view(found)
-    )

@@ -23,6 +23,9 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 FIRST_COLOUR = 0xF0000
+MOST_MISSES = 64
+"""After so many stretches that are not found in a message's text it is not searched any more, each time from its
+beginning: the template changes the text, its case for example."""
 MOST_COLOURS = ord(MARK) - FIRST_COLOUR
 NOBODY = -1
 NAMES = {"role", "type", "id", "tool_call_id"}
@@ -207,6 +210,8 @@ class _Source:
         # MARK between texts: a character that no rendering has and that was not kept.
         self.text = MARK.join(["", *_texts(message), ""])
         self.paint = MARK.join(["", *_texts(painted), ""])
+        self.letters = {*self.text.casefold()}
+        self.misses = 0
         self.at = 0
         self.end = -1
         """Where in the rendering the last stretch ended."""
@@ -217,11 +222,14 @@ class _Source:
         begin = self._after_kept(self.at)
         follows = self.text.startswith(stretch, begin)
         if not follows:
-            begin = self.text.find(stretch, self.at)
-            begin = self.text.find(stretch) if begin < 0 else begin
+            begin = -1
+            if self.misses < MOST_MISSES:
+                begin = self.text.find(stretch, self.at)
+                begin = self.text.find(stretch) if begin < 0 else begin
             if begin < 0:  # two texts in one, or one that the template has changed: its case, say
+                self.misses += 1
                 self.end = -1
-                return {*stretch.casefold()} <= {*self.text.casefold()}
+                return {*stretch.casefold()} <= self.letters
         if follows and self.at > 0 and MARK not in self.text[self.at : begin] and self.end >= 0:
             between = owner[self.end : start]
             if (between == NOBODY).all():
