@@ -143,7 +143,7 @@ def read_config(model_id: str, revision: str) -> Any:
         raise InputError(f"model.id: the folder {folder} has no config.json: it is not a Hugging Face model")
     try:
         config = transformers.AutoConfig.from_pretrained(model_id, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"model.id: {model_id} cannot be loaded: {first_line(error)}") from None
     kind = getattr(config, "model_type", "?")
     if kind in TEXT_PARTS:

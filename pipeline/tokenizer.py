@@ -44,6 +44,8 @@ def load_tokenizer(model_id: str, revision: str = "main") -> Any:
     # Saved with some tokenizers, and applied in silence: texts would be cut, and padding would become rows.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):  # of training: other ids at each call
+        tokenizer.backend_tokenizer.model.dropout = None
     return tokenizer
 
 
@@ -93,6 +95,15 @@ def vocabulary_token(tokenizer: Any, given: int | str, key: str) -> int:
         return int(ids[0])
     parts = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
     raise InputError(f"{key}: {given!r} is no single token but {parts}; give a token of the vocabulary, or its id")
+
+
+def control_ids(tokenizer: Any) -> list[int]:
+    """The ids of special tokens, but for the one of what is unknown, which texts give.
+
+    Where they are in the vocabulary itself, as SentencePiece's Unigram writes them, a text may give them even when it
+    is read as text."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return [i for i, token in added.items() if token.special and i != tokenizer.unk_token_id]
 
 
 @contextmanager

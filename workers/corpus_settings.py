@@ -82,6 +82,8 @@ class CorpusSettings(Settings):
                 f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for chats: give the column that holds "
                 "them as messages"
             )
+        if self.format != "datasets" and (self.subset is not None or self.split != "train"):
+            raise ValueError("subset and split are those of a dataset by name, format: datasets; files have none")
         if self.format == "datasets" and self.rows is None:
             raise ValueError("a dataset that is streamed has no known end: say how many rows to take from it with rows")
         if self.format == "datasets" and len(self.path) > 1:

@@ -5,13 +5,14 @@ sequence of spans, one {start: [...], end: [...], label: [...]}. A list of plain
 is in a list is looked at later, record by record (`pipeline.corpora.spans`).
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.corpora.arrow_types import is_list
+from pipeline.corpora.arrow_types import is_list, is_text
 from pipeline.errors import InputError
 
 START_KEYS = ("start", "begin", "start_offset")
@@ -40,14 +41,42 @@ class AlignedLabel:
 def aligned_label(column: pa.Array | list[Any], kind: str) -> AlignedLabel | None:
     """A column as a label of spans or tokens; None if it is something else. `kind`: what the content is."""
     if isinstance(column, list):
-        are_tags = _form_of_values(column)
-        values = column
+        values = _from_json(column)
+        are_tags = _form_of_values(values)
+    elif (texts := _texts(column)) is not None:
+        values = _from_json(texts)
+        are_tags = _form_of_values(values)
     else:
         are_tags = _form_of_type(column.type)
         values = column.to_pylist() if are_tags is not None else []
     if are_tags is None or (are_tags and kind != "tokens"):
         return None
     return AlignedLabel(values, are_tags)
+
+
+def _texts(column: pa.Array) -> list[Any] | None:
+    """A column of texts, of which some begin as lists do in JSON; None for any other."""
+    if not is_text(column.type):
+        return None
+    values = column.to_pylist()
+    return values if any(isinstance(value, str) and value.lstrip()[:1] in ("[", "{") for value in values) else None
+
+
+def _from_json(values: list[Any]) -> list[Any]:
+    """Spans that are held as JSON in texts, where the first of them that is not empty shows that they are."""
+    texts = [value for value in values if isinstance(value, str) and value.lstrip()[:1] in ("[", "{")]
+    first: Any = next((parsed for text in texts if (parsed := _parsed(text)) not in ([], {})), [])
+    is_spans = _is_columnar(first) or (isinstance(first, list) and all(isinstance(span, dict | list) for span in first))
+    if not texts or not is_spans or not all(value is None or isinstance(value, str) for value in values):
+        return values
+    return [None if value is None else _parsed(value) for value in values]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_name(name: str, kind: str, where: str) -> None:

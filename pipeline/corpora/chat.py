@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.corpora.chat_roles import UNCLEAR_ROLE, Int32, Letters, letters, rendered
 from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template
-from pipeline.corpora.contents import UNDECODABLE, Encoded, is_unicode
+from pipeline.corpora.contents import NOT_AS_TEXT, UNDECODABLE, Encoded, is_unicode
 from pipeline.corpora.control_strings import ControlStrings, Int64
 from pipeline.corpora.messages import Chat, Message, check_role_names, read_chat, texts_in
 from pipeline.errors import InputError
@@ -71,6 +71,9 @@ class ChatEncoder:
         for (number, chat), (ids, starts, stops) in zip(
             chats.items(), self._encoded(list(chats.values())), strict=True
         ):
+            if self.specials == "text" and self._holds_control(chat, ids, starts, stops):
+                bad[number] = NOT_AS_TEXT
+                continue
             of_token = chat.letters.role_numbers(self._ranks(chat.letters.ranks, ids, starts, stops))
             first = int(len(ids) > 0 and ids[0] == self.bos)  # contexts get theirs: it is not doubled
             tokens[number], messages[number] = ids[first:].astype(np.int32), of_token[first:]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pipeline.corpora.extents import encode_with_extents
 from pipeline.errors import InputError
 from pipeline.token_labels import TokenLabels
-from pipeline.tokenizer import encode_texts, special_tokens_as
+from pipeline.tokenizer import control_ids, encode_texts, special_tokens_as
 
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
@@ -20,6 +20,7 @@ EMPTY = "empty"
 UNDECODABLE = "undecodable"
 NOT_TEXT = "not text"
 NO_TOKEN_IDS = "not a list of token ids"
+NOT_AS_TEXT = "a control string that the tokenizer has in its vocabulary and cannot read as text"
 NOT_EMBEDDED = "has a token that the model has no embedding for"
 
 
@@ -128,6 +129,10 @@ class TextEncoder:
             else:
                 ids = encode_texts(self.tokenizer, texts)
         tokens = [without_bos(np.array(i, dtype=np.int32), self.bos) for i in ids]
+        if self.specials == "text":
+            control = control_ids(self.tokenizer)
+            bad |= {i: NOT_AS_TEXT for i, of_text in enumerate(tokens) if np.isin(of_text, control).any()}
+            tokens = [of_text[:0] if i in bad else of_text for i, of_text in enumerate(tokens)]
         encoded = Encoded.of(tokens, bad)
         if not self.with_extents:
             return encoded

@@ -17,6 +17,7 @@ NO_MESSAGES = "empty"
 NO_LIST = "not a list of messages"
 NO_ROLE = "a message without a role"
 NO_TEXT = "a message whose content is no text"
+NO_CONTENT = "a message without content"
 BAD_TOOLS = "tools that are no list of dictionaries"
 TOO_DEEP = "messages nested too deeply"
 
@@ -39,6 +40,8 @@ ROLES = {
     "function_response": "tool",
 }
 """The names of `from` in `{from, value}` conversations, and the roles that templates know. Others stay as they are."""
+CONTENT_KEYS = {"content", "value", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning"}
+"""A message has one of them: of one with its words elsewhere (`text`, `parts`) nothing but markers would be left."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning; templates read the first, some the second, and transformers fills both."""
 
@@ -126,6 +129,8 @@ def _messages(given: Any) -> list[Message] | str:
     messages = []
     for one in map(_from_json, given):
         message = _message(without_none(one)) if isinstance(one, dict) else NO_ROLE
+        if isinstance(message, dict) and not CONTENT_KEYS & {*one, *message}:
+            message = NO_CONTENT
         if isinstance(message, str):
             return message
         messages.append(message)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.corpora.aligned import OWN_COLUMNS
 from pipeline.corpora.files import CorpusFile, find_files
 from pipeline.corpora.lines import JsonLines, TextFiles
 from pipeline.corpora.records import Chunk, Columns, Format, Piece
@@ -95,8 +96,10 @@ def open_corpus(path: str, columns: Columns, format: str = "auto") -> Corpus:
 def check_label_names(columns: Columns) -> None:
     """Raise InputError for labels with names that the documents' own columns have, or two that SQL takes for one."""
     if "" in columns.beside:
-        raise InputError("corpus.labels: a label without a name; give each its column's name")
+        raise InputError(f"{columns.key('')}: a column without a name; give each its name")
     known = {name: f"{name} is a column of Granary's own" for name in RESERVED_COLUMNS}
+    if own := sorted({*columns.kept} & {*OWN_COLUMNS}):
+        raise InputError(f"corpus.columns: {own[0]} is a column of Granary's own rows; rename it")
     for label in dict.fromkeys(columns.beside):
         if (same := label.casefold()) in known:
             rest = "" if label == same else f", and SQL does not tell {label} from it"

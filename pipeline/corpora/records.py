@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.corpora.aligned import AlignedLabel, aligned_label, check_name
 from pipeline.corpora.files import CorpusFile
@@ -152,6 +153,7 @@ def chunk_of(
         else:
             labels[name] = values
     check_labels({name: values for name, values in labels.items() if name in columns.labels}, numbers, file)
+    check_kept({name: values for name, values in labels.items() if name in columns.kept}, numbers, file)
     return Chunk(numbers, list(contents), labels, broken, aligned)
 
 
@@ -163,6 +165,9 @@ def label_array(
     name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile, key: str = "corpus.labels"
 ) -> pa.Array:
     """The values of a label in the records `numbers`, as JSON has them. Raises InputError for what is no label."""
+    kinds = {type(value) for value in values if value is not None}
+    if bool in kinds and kinds & {int, float}:  # Arrow would take true for 1
+        raise InputError(f"{key}: {name!r} has truth values and numbers in {file.url}: give it one type")
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
@@ -204,8 +209,31 @@ def check_labels(labels: dict[str, pa.Array], numbers: npt.NDArray[np.int64], fi
             )
         if pa.types.is_nested(values.type):
             fields = [values.type.field(i).name for i in range(values.type.num_fields)]
-            advice = f"name one of its fields, as {name}.{fields[0]}" if pa.types.is_struct(values.type) else TAKEN
+            advice = f"name one of its fields, as {name}.{fields[0]}" if fields and fields[0] else TAKEN
+            advice = advice if pa.types.is_struct(values.type) else TAKEN
             raise InputError(f"corpus.labels: {name!r} is no single value but {values.type} in {where}; {advice}")
+
+
+def check_kept(columns: dict[str, pa.Array], numbers: npt.NDArray[np.int64], file: CorpusFile) -> None:
+    """Raise InputError for columns whose values the documents of a store cannot hold, or could not be asked for."""
+    for name, values in columns.items():
+        if len(values) and not (_is_told(values) and _is_stored(values)):
+            raise InputError(
+                f"corpus.columns: {name!r} has values of the type {values.type} in {file.url}:{numbers[0]}, which "
+                "Parquet or SQL cannot hold: write them as texts, or leave the column out"
+            )
+
+
+def _is_stored(values: pa.Array) -> bool:
+    """Whether Parquet takes the values, of which it tries one, or all where it depends on them: times have ranges."""
+    if "decimal256" in str(values.type) or "union" in str(values.type):
+        return False
+    tried = values if pa.types.is_temporal(values.type) else values.slice(0, 1)
+    try:
+        pq.write_table(pa.table({"x": tried}), pa.BufferOutputStream())
+    except (pa.ArrowException, OverflowError):
+        return False
+    return True
 
 
 def _is_told(values: pa.Array) -> bool:
@@ -214,6 +242,6 @@ def _is_told(values: pa.Array) -> bool:
         return not pa.types.is_decimal256(values.type)
     try:
         values.to_pylist()
-    except (pa.ArrowException, ValueError, LookupError):
+    except (pa.ArrowException, ValueError, LookupError, OverflowError):
         return False
     return not pa.types.is_interval(values.type)

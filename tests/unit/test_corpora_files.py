@@ -195,7 +195,7 @@ def test_labels_that_sql_takes_for_one_are_refused(tmp_path: Path) -> None:
     for labels, problem in (
         (("Document",), "document is a column of Granary's own, and SQL does not tell Document from it; rename"),
         (("lang", "Lang"), "lang is kept already, and SQL does not tell Lang from it; rename"),
-        (("",), "a label without a name"),
+        (("",), "a column without a name"),
     ):
         with pytest.raises(InputError, match=rf"corpus\.labels: {problem}"):
             open_corpus(path, Columns("body", "text", labels))
