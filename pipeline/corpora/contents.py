@@ -188,8 +188,9 @@ class TokensEncoder:
 
     def _ids(self, number: int, content: Any) -> tuple[str | None, Int32]:
         """A problem, or the token ids of a record. Raises BadContent for ids of another tokenizer."""
+        content = [] if content is None else content
         try:
-            ids = np.asarray([] if content is None else content)
+            ids = np.asarray(content)
         except ValueError:
             ids = np.asarray(["ragged"])
         is_wide = ids.ndim == 1 and ids.dtype.kind in "fO" and all(type(i) is int for i in content)  # beyond 64 bits

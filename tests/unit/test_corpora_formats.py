@@ -94,7 +94,7 @@ def test_a_label_without_a_value_names_the_label_and_the_record(tmp_path: Path) 
 def test_labels_of_different_types_are_refused(tmp_path: Path, llama: Path) -> None:
     write(tmp_path / "0.parquet", text=["a b"], year=[1984])
     write(tmp_path / "1.parquet", text=["b c"], year=["x"])
-    with pytest.raises(InputError, match="do not agree on a label's type"):
+    with pytest.raises(InputError, match="do not agree on a column's type"):
         plan(tmp_path, llama, labels=("year",))
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "x.jsonl").write_text('{"text": "a", "year": 1}\n{"text": "b", "year": "x"}\n')

@@ -59,8 +59,6 @@ def unigram() -> Any:
     of.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=of, **names)
-        tokenizer_object=of, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def test_control_strings_that_cannot_be_read_as_text() -> None:
