@@ -72,6 +72,7 @@ def test_any_damaged_byte_is_found_and_its_object_named(whole: Store, tmp_path: 
     assert names_with_faults(store) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [0, 1, 6])
 def test_shards_and_their_indexes(unit: int) -> None:
     """On object stores a unit is one object: its chunks, and an index that other readers go by."""

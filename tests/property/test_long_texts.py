@@ -71,6 +71,7 @@ def test_a_text_of_one_kind(kind: str, text: str) -> None:
     assert long_texts.encode_long(of, long) == whole(of, long)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_places_are_those_in_the_whole_text(kind: str, text: str) -> None:

@@ -161,6 +161,7 @@ def test_one_of_many_creators_wins(place: Place) -> None:
         assert not name.create(b"late")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nbytes", [PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES, 21 * MIB])
 def test_objects_of_several_parts(place: Place, nbytes: int) -> None:
     content = np.random.default_rng(nbytes).integers(0, 256, nbytes, dtype=np.uint8)
