@@ -72,6 +72,7 @@ def test_gpus_that_are_not_there_are_found_before_anything_is_written(
     assert snapshot(lab.folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_trainer_whose_gpu_torch_does_not_find(stored: Lab, granary: Callable[..., Any]) -> None:
     status, _, err = granary("train", stored.spec({"train": {**TRAIN, "gpus": 1}}))

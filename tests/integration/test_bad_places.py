@@ -145,6 +145,7 @@ def test_an_endpoint_that_says_nothing(lab: Lab, silence: str, monkeypatch: pyte
     assert f"s3://bucket/acts cannot be read: the server at {at} does not answer (" in refused(lab, "s3://bucket/acts")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model", "s3")
 @pytest.mark.parametrize(
     "endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid:9000", "http://192.0.2.1:9000"]

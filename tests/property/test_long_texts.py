@@ -51,7 +51,7 @@ PARTS = st.one_of(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(parts=st.lists(PARTS, max_size=8))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
 def test_the_ids_are_those_of_the_whole_text(kind: str, parts: list[str]) -> None:
     of, text = tokenizer(kind), "".join(parts)
     ids, expected = long_texts.encode_long(of, text), whole(of, text)

@@ -224,6 +224,7 @@ def test_another_type_under_the_same_name_is_refused_with_the_way_out(
     assert message.endswith("a site is stored a second time, as another type, under a name like resid_post.1@int8")
 
 
+@pytest.mark.slow
 def test_a_dictionary_is_trained_and_evaluated_on_int8(lab: Lab) -> None:
     dictionary = {"name": "sae", "input": f"{SITE}@int8", "latents": 64, "activation": {"k": 4}}
     spec = lab.spec(
