@@ -42,6 +42,7 @@ bench: environment          ## the measurements of benchmarks/, one after the ot
 	$(BIN)/python -m benchmarks.padding
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.storage_types
+	$(BIN)/python -m benchmarks.columns
 	$(BIN)/python -m benchmarks.planning --tokens
 	$(BIN)/python -m benchmarks.long_texts --megabytes 20 --tokenizer gpt4 --tokenizer llama2 --text words --text letters
 	$(BIN)/python -m benchmarks.resampling
