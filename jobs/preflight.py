@@ -66,12 +66,12 @@ def cluster_for(spec: Spec) -> Iterator[Cluster]:
 
 
 def unit_bytes(rows: int, sites: dict[str, Record]) -> int:
-    """Bytes of one whole unit of so many rows: activations, norms and scales."""
+    """Return the bytes of one whole unit of `rows` rows: activations, norms and scales."""
     return sum(rows * row_bytes(layout) for layout in sites.values())
 
 
 def bytes_of_rows(spec: Spec, info: ModelInfo, num_rows: int) -> int:
-    """Bytes of so many new rows at the spec's sites, in whole units."""
+    """Return the bytes of `num_rows` new rows at the spec's sites, in whole units."""
     from workers.harvesting import layout_of
 
     per_unit = spec.corpus.unit_size(num_rows)
@@ -88,7 +88,7 @@ def check_place(place: Place) -> None:
 
 
 def check_room(place: Place, needed: int) -> None:
-    """Raise StorageError unless a local place can be written and has room for so many bytes."""
+    """Raise StorageError unless a local place can be written and has `needed` bytes free."""
     if not place.backend.is_local or not needed:
         return
     place.backend.check_writable()

@@ -87,12 +87,13 @@ def read_stream(
 
 def _parted(chunks: Iterator[Documents], bounds: Sequence[int], cuts: Cuts, labels: Sequence[str]) -> Iterator[object]:
     held: list[Documents] = []
+    num_bytes = 0
     for documents in chunks:
         held.append(documents)
-        # Tokens take about as much as their text.
-        if sum(4 * len(d.tokens) + d.about.nbytes for d in held) >= cuts.task_bytes:
+        num_bytes += 4 * len(documents.tokens) + documents.about.nbytes  # tokens take about as much as their text
+        if num_bytes >= cuts.task_bytes:
             yield from _give(held, bounds, labels)
-            held = []
+            held, num_bytes = [], 0
     if held:
         yield from _give(held, bounds, labels)
 

@@ -30,7 +30,7 @@ class AlignedLabel:
     """A label of spans or tokens, of some records."""
 
     values: list[Any]
-    """Of each record, as JSON has them."""
+    """The value of each record, as JSON has it."""
     are_tags: bool
     """A plain value for each token, else spans."""
 

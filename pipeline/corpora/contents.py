@@ -67,19 +67,23 @@ class Encoded:
         """The same without the records that have a token of `vocabulary` or above, which are bad then.
 
         A tokenizer may have more tokens than its model has embeddings: most texts never use them."""
-        beyond = self.tokens >= vocabulary
-        if not beyond.any():
+        return self.without(self.tokens >= vocabulary, NOT_EMBEDDED)
+
+    def without(self, wrong: npt.NDArray[np.bool_], reason: str) -> "Encoded":
+        """The same without the documents that have a token which is `wrong` [tokens]; they are bad for this reason."""
+        if not wrong.any():
             return self
         document = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        wrong = np.isin(document, document[beyond])
-        bad = dict.fromkeys(np.unique(document[beyond]).tolist(), NOT_EMBEDDED)
+        bad = np.unique(document[wrong])
+        kept = ~np.isin(document, bad)
         return replace(
             self,
-            tokens=self.tokens[~wrong],
-            lengths=np.where(np.isin(np.arange(len(self.lengths)), list(bad)), 0, self.lengths),
-            bad=self.bad | bad,
-            roles=None if self.roles is None else self.roles[~wrong],
-            labels=self.labels[~wrong],
+            tokens=self.tokens[kept],
+            lengths=np.where(np.isin(np.arange(len(self.lengths)), bad), 0, self.lengths),
+            bad=self.bad | dict.fromkeys(bad.tolist(), reason),
+            roles=None if self.roles is None else self.roles[kept],
+            labels=self.labels[kept],
+            extents=None if self.extents is None else self.extents[kept],
         )
 
 
@@ -129,15 +133,13 @@ class TextEncoder:
             else:
                 ids = encode_texts(self.tokenizer, texts)
         tokens = [without_bos(np.array(i, dtype=np.int32), self.bos) for i in ids]
-        if self.specials == "text":
-            control = control_ids(self.tokenizer)
-            bad |= {i: NOT_AS_TEXT for i, of_text in enumerate(tokens) if np.isin(of_text, control).any()}
-            tokens = [of_text[:0] if i in bad else of_text for i, of_text in enumerate(tokens)]
         encoded = Encoded.of(tokens, bad)
-        if not self.with_extents:
+        if self.with_extents:
+            of_rest = [extent[len(extent) - len(t) :] for extent, t in zip(extents, tokens, strict=True)]
+            encoded = encoded.at(of_rest, [len(text) for text in texts])
+        if self.specials == "tokens":
             return encoded
-        of_rest = [extent[len(extent) - len(t) :] for extent, t in zip(extents, tokens, strict=True)]
-        return encoded.at(of_rest, [len(text) for text in texts])
+        return encoded.without(np.isin(encoded.tokens, control_ids(self.tokenizer)), NOT_AS_TEXT)
 
 
 def without_bos(ids: Int32, bos: int | None) -> Int32:

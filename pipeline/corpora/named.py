@@ -77,7 +77,9 @@ class NamedDataset:
                 return
             except InputError:
                 raise
-            except Exception as error:
+            except (
+                Exception
+            ) as error:  # datasets, hub and fsspec raise kinds of their own; all are raised again or named
                 so_far = f"it gave {0 if stream is None else stream.taken:,} records"
                 if not patience.waits_for(error if stream is None else _as_interruption(error), so_far):
                     raise Unread(f"corpus.path: {self._name} cannot be read: {words_of(error)}; {so_far}") from error

@@ -47,7 +47,7 @@ def patiently(what: str, request: Callable[[], T]) -> T:
     while True:
         try:
             return request()
-        except Exception as error:
+        except Exception as error:  # every file system has kinds of its own; what does not pass is raised again
             if not patience.waits_for(error):
                 raise
 
@@ -136,7 +136,7 @@ class RemoteFile(io.RawIOBase):
         while True:
             try:
                 data = self._read(len(buffer))
-            except Exception as error:
+            except Exception as error:  # as in `patiently`
                 self._drop()
                 if type(error).__name__ == "FileExpired":  # s3fs asks for the ETag that it has seen
                     raise _changed(self._url) from error
