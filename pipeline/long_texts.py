@@ -20,7 +20,6 @@ others are tried that begin a few characters earlier, or further back; then one 
 that is the whole text, as a tokenizer by itself would have it.
 """
 
-import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.saying import Say, announce
 
 LONG_CHARS = 2**19
 """Texts of more characters are encoded in windows."""
@@ -50,11 +51,6 @@ MOST_VARIED_CHARS = 8 * WINDOW_CHARS
 SAID_EVERY_S = 20.0
 
 Int64 = npt.NDArray[np.int64]
-Say = Callable[[str], None]
-
-
-def announce(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def encode(tokenizer: Any, texts: Sequence[str], say: Say = announce) -> list[list[int]]:

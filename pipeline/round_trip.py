@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers.models import Unigram
 
-from pipeline.corpora.messages import WithTools
+from pipeline.corpora.messages import read_chat
 from pipeline.errors import InputError
 
 TEXTS = 100
@@ -92,12 +92,10 @@ def sample_texts(contents: Iterable[Sequence[Any]], kind: str) -> list[str]:
 
 
 def _texts_of(content: Any, kind: str) -> list[str]:
-    if isinstance(content, WithTools):
-        content = content.messages
-    if kind == "text" or not isinstance(content, list):
+    if kind == "text":
         return [_as_text(content)]
-    messages = [message for message in content if isinstance(message, dict)]
-    return [_as_text(message.get(key)) for message in messages for key in ("content", "value")]
+    chat = read_chat(content)
+    return [] if isinstance(chat, str) else [_as_text(message.get("content")) for message in chat.messages]
 
 
 def _as_text(content: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import transformers
 
+from pipeline.corpora.messages import messages_of
 from pipeline.corpora.open import open_corpus
 from pipeline.corpora.records import Columns
 from pipeline.tokenizer import load_tokenizer
@@ -45,11 +46,17 @@ def read_corpus(
     for piece in corpus.pieces():
         for chunk in corpus.chunks(piece):
             found.numbers.extend((piece.file, int(n)) for n in chunk.numbers)
-            found.contents.extend(c.tolist() if isinstance(c, np.ndarray) else c for c in chunk.contents)
+            found.contents.extend(_plain(content, kind) for content in chunk.contents)
             for label, values in chunk.labels.items():
                 found.labels[label].extend(values.to_pylist())
             found.broken.extend((corpus.files[piece.file].name, number, reason) for number, reason in chunk.broken)
     return found
+
+
+def _plain(content: Any, kind: str) -> Any:
+    if kind == "messages":
+        return messages_of(content)
+    return content.tolist() if isinstance(content, np.ndarray) else content
 
 
 def plan(path: Any, model: Path, cuts: Cuts | None = None, **settings: Any) -> TablePlan:

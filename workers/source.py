@@ -7,13 +7,14 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
-from pipeline.corpora.chat import needs_day
+from pipeline.corpora.chat import ChatEncoder, needs_day
+from pipeline.corpora.contents import Encoder, TextEncoder, TokensEncoder
 from pipeline.corpora.files import fingerprint
 from pipeline.corpora.lines import PIECE_BYTES, JsonLines
 from pipeline.corpora.messages import WithTools
 from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus, check_label_names, open_corpora
-from pipeline.corpora.recipe import ChatOptions, Recipe, make_encoder
+from pipeline.corpora.recipe import Recipe
 from pipeline.corpora.records import Columns, Piece
 from pipeline.errors import InputError
 from pipeline.hub import is_commit
@@ -158,18 +159,28 @@ class Source:
                 "not belong together; give model.tokenizer the model's own"
             )
         settings = self.settings
+        policy = ContextPolicy(settings.context, settings.skip_first, self.bos, self.excluded)
+        return Recipe(
+            self._encoder(), policy, settings.seed, settings.roles, self.vocabulary, settings.labels, settings.columns
+        )
+
+    def _encoder(self) -> Encoder:
+        """What makes tokens of records. Raises InputError for chats where the tokenizer has no template."""
+        settings = self.settings
         kind, _ = settings.content
-        chat = ChatOptions(
+        if kind == "text":
+            return TextEncoder(self.tokenizer, self.bos, settings.specials)
+        if kind == "tokens":
+            return TokensEncoder(self.vocabulary, self.bos, self.separator)
+        return ChatEncoder(
+            self.tokenizer,
+            self.bos,
+            settings.specials,
             markers=settings.markers,
             day=self.day,
             names_day=settings.chat_date is not None,
             arguments=settings.template_arguments,
             roles_asked=bool(settings.roles),
-        )
-        encoder = make_encoder(kind, self.tokenizer, self.vocabulary, self.bos, settings.specials, self.separator, chat)
-        policy = ContextPolicy(settings.context, settings.skip_first, self.bos, self.excluded)
-        return Recipe(
-            encoder, policy, settings.seed, settings.roles, self.vocabulary, settings.labels, settings.columns
         )
 
     def tasks(self, connect: Callable[[], None] | None) -> Tasks:

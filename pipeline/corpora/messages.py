@@ -1,7 +1,7 @@
 """The forms in which chats come, made into one: a list of {role, content} without None, and the tools it may call.
 
-Read are lists of dictionaries, JSON in a string, `{from, value}` conversations, contents that are a text, nothing (a
-message of tool calls), or a list of parts. Arrow gives every dictionary every key that any of them has, with None for
+Read are lists of dictionaries, JSON in a string, a list for each key, `{from, value}` conversations, contents that are a
+text, nothing (a message of tool calls), or a list of parts. Arrow gives every dictionary every key that any of them has, with None for
 those it lacks; templates ask whether a key is there, so keys with None are removed at every depth.
 """
 
@@ -64,13 +64,24 @@ def read_chat(content: Any) -> Chat | str:
     """A record's chat, or why it is none."""
     given, tools = (content.messages, content.tools) if isinstance(content, WithTools) else (content, None)
     try:
-        messages = _messages(_from_json(given))
+        messages = _messages(messages_of(given))
         if isinstance(messages, str):
             return messages
         found = _tools(tools)
     except RecursionError:
         return TOO_DEEP
     return found if isinstance(found, str) else Chat(messages, found)
+
+
+def messages_of(value: Any) -> Any:
+    """Return the messages of a record, which may be held as JSON in a text, as a whole or message by message, or as a
+    dictionary that has a list for each of their keys. What is none of these is returned as it is."""
+    value = _from_json(value)
+    if isinstance(value, dict) and all(isinstance(of_key, list) for of_key in value.values()):
+        if len({len(of_key) for of_key in value.values()}) != 1:  # also where there is no key
+            return value
+        return [dict(zip(value, message, strict=True)) for message in zip(*value.values(), strict=True)]
+    return [_from_json(message) for message in value] if isinstance(value, list) else value
 
 
 def variants(chat: Chat) -> Iterator[Chat]:
@@ -127,7 +138,7 @@ def _messages(given: Any) -> list[Message] | str:
     if not isinstance(given, list):
         return NO_LIST
     messages = []
-    for one in map(_from_json, given):
+    for one in given:
         message = _message(without_none(one)) if isinstance(one, dict) else NO_ROLE
         if isinstance(message, dict) and not CONTENT_KEYS & {*one, *message}:
             message = NO_CONTENT

@@ -11,15 +11,15 @@ A server that cannot be reached and never was is more likely a mistake in the UR
 import errno
 import os
 import random
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
 from pipeline.errors import InputError
+from pipeline.saying import Say, announce
 
 PATIENCE_S = 600.0
 """Longer than a restart or a rate limit of the hub's (5 minutes). GRANARY_PATIENCE_S in the environment changes it, as
@@ -96,14 +96,10 @@ def patience_s() -> float:
     return float(os.environ.get("GRANARY_PATIENCE_S", PATIENCE_S))
 
 
-def announce(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 class Patience:
     """How long one reader waits for one place. Not for several threads."""
 
-    def __init__(self, what: str, say: Callable[[str], None] = announce):
+    def __init__(self, what: str, say: Say = announce):
         """`what`: the place, as sentences name it. `say`: told when a wait is long, and when it is over."""
         self.what, self._say = what, say
         self._has_worked = False

@@ -1,14 +1,12 @@
 """From records to documents: which records of a chunk are in a range of keys, their tokens, their contexts."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpora.chat import ChatEncoder
 from pipeline.corpora.contents import BadContent, Encoded, Encoder, TextEncoder, TokensEncoder
 from pipeline.corpora.files import CorpusFile
 from pipeline.corpora.records import FILE_SHIFT, Chunk
@@ -66,32 +64,6 @@ class Recipe:
     def _keys(self, numbers: Any, file: int) -> tuple[Any, Any]:
         records = np.asarray(numbers, dtype=np.int64) + (file << FILE_SHIFT)
         return records, document_keys(self.seed, records)
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How chats are rendered and read: see ChatEncoder."""
-
-    markers: bool = True
-    day: str | None = None
-    names_day: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    roles_asked: bool = False
-
-
-def make_encoder(
-    kind: str,
-    tokenizer: Any,
-    vocabulary: int,
-    bos: int | None,
-    specials: Literal["text", "tokens"],
-    separator: int | None,
-    chat: ChatOptions,
-) -> Encoder:
-    """`kind`: what the records hold: text, tokens or messages. Raises InputError for a tokenizer without template."""
-    if kind == "messages":
-        return ChatEncoder(tokenizer, bos, specials, **vars(chat))
-    return TokensEncoder(vocabulary, bos, separator) if kind == "tokens" else TextEncoder(tokenizer, bos, specials)
 
 
 def _about_parts(about: pa.Table, record: npt.NDArray[np.int64]) -> pa.Table:

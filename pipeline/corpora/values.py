@@ -50,28 +50,7 @@ def content_list(column: pa.Array, kind: str) -> list[Any]:
 
 def content_value(value: Any, kind: str) -> Any:
     """The content of a record out of a value as JSON has it. What does not fit is left to the encoder to judge."""
-    if kind == "tokens" and isinstance(value, list) and None in value:
-        return Unreadable(NO_ID)
-    return messages_of(value) if kind == "messages" else value
-
-
-def messages_of(value: Any) -> Any:
-    """Messages as a list of dictionaries, out of JSON held as text, as a whole or message by message, and of a
-    dictionary that has a list for each key. What is none of these is returned as it is."""
-    value = _unless_plain_text(value)
-    if isinstance(value, dict) and all(isinstance(of_key, list) for of_key in value.values()):
-        if len({len(of_key) for of_key in value.values()}) != 1:  # also where there is no key
-            return value
-        return [dict(zip(value, message, strict=True)) for message in zip(*value.values(), strict=True)]
-    return [_unless_plain_text(message) for message in value] if isinstance(value, list) else value
-
-
-def _unless_plain_text(value: Any) -> Any:
-    """The list or dictionary that a text is in JSON, or the text itself."""
-    if not isinstance(value, str | bytes):
-        return value
-    found = parsed(value)
-    return found if isinstance(found, list | dict) else value
+    return Unreadable(NO_ID) if kind == "tokens" and isinstance(value, list) and None in value else value
 
 
 def _token_lists(column: pa.Array) -> list[Any]:
