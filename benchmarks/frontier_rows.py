@@ -114,9 +114,10 @@ def harvest(folder: Path, rows: int) -> Store:
     corpus = CorpusSettings(
         path=(str(folder / "corpus.parquet"),), context=256, rows=rows, rows_per_unit=16384, holdout=HELD_OUT
     )
-    store, _ = ensure_store(folder / "store", corpus, model, lambda done, total: None)
+    info = describe_model(model.id)
+    store, _ = ensure_store(folder / "store", corpus, model, info, lambda done, total: None)
     settings = HarvestSettings(sites=(f"{SITE}@float32",), compile=False)
-    for job in prepare_harvests(store, model, describe_model(model.id), settings):
+    for job in prepare_harvests(store, model, info, settings):
         declare(store, job)
         harvester = Harvester(job.setup)
         for unit in job.units:

@@ -296,8 +296,9 @@ def prepare(folder: Path, units: int, threads: int, compiled: bool) -> Harvester
     harvest = HarvestSettings(
         sites=tuple(SITES), threads_per_worker=threads, batch_tokens=BATCH_TOKENS, compile=compiled
     )
-    store, _ = ensure_store(folder / f"store-{units}-{threads}", corpus, model, lambda done, total: None)
-    (job,) = prepare_harvests(store, model, describe_model(model.id), harvest)
+    info = describe_model(model.id)
+    store, _ = ensure_store(folder / f"store-{units}-{threads}", corpus, model, info, lambda done, total: None)
+    (job,) = prepare_harvests(store, model, info, harvest)
     declare(store, job)
     return job.setup
 

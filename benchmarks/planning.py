@@ -88,6 +88,7 @@ def plan(folder: Path) -> dict[str, Any]:
     """In a process of its own: plan and write, and say how long it took once Ray was up."""
     import ray
 
+    from pipeline.models import describe_model
     from workers import source
     from workers.corpus_settings import CorpusSettings
     from workers.planning import ensure_store
@@ -107,7 +108,8 @@ def plan(folder: Path) -> dict[str, Any]:
     ):
         started = time.monotonic()
         model = ModelSettings(id=str(folder / "model"))
-        store, _ = ensure_store(folder / "store", settings, model, lambda done, total: None, connect=lambda: None)
+        info = describe_model(model.id)
+        store, _ = ensure_store(folder / "store", settings, model, info, lambda done, total: None, connect=lambda: None)
         seconds = time.monotonic() - started
     return {"seconds": seconds, "tokens": store.num_rows, "documents": store.info.num_documents}
 

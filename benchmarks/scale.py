@@ -164,10 +164,11 @@ def plan(folder: Path, units: int) -> tuple[Store, HarvesterSetup]:
     )
     corpus = corpus.model_copy(update={"rows_per_unit": ROWS_PER_UNIT})
     model = ModelSettings(id=str(folder / "model"))
-    store, _ = ensure_store(folder / f"store-{units}", corpus, model, lambda done, total: None)
+    info = describe_model(model.id)
+    store, _ = ensure_store(folder / f"store-{units}", corpus, model, info, lambda done, total: None)
     path.unlink()
     assert store.info.num_units == units
-    (job,) = prepare_harvests(store, model, describe_model(model.id), HarvestSettings(sites=("resid_post.0",)))
+    (job,) = prepare_harvests(store, model, info, HarvestSettings(sites=("resid_post.0",)))
     declare(store, job)
     return store, job.setup
 

@@ -70,8 +70,9 @@ def harvest(folder: Path, rows: int) -> Store:
         path=(str(folder / "corpus.parquet"),), context=256, rows=rows, rows_per_unit=16384, holdout=0.1
     )
     sites = tuple(f"{place}@{stored}" for place in PLACES for stored in STORED_TYPES)
-    store, _ = ensure_store(folder / "store", corpus, model, lambda done, total: None)
-    (job,) = prepare_harvests(store, model, describe_model(model.id), HarvestSettings(sites=sites, compile=False))
+    info = describe_model(model.id)
+    store, _ = ensure_store(folder / "store", corpus, model, info, lambda done, total: None)
+    (job,) = prepare_harvests(store, model, info, HarvestSettings(sites=sites, compile=False))
     declare(store, job)
     harvester = Harvester(job.setup)
     for unit in job.units:

@@ -122,7 +122,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
             check_gpus(info, spec.model, spec.harvest)
 
     with ProgressLine("planning", "rows") as line:
-        store, made = ensure_store(spec.store, spec.corpus, spec.model, line.update, check, cluster.connect, grow, info)
+        store, made = ensure_store(spec.store, spec.corpus, spec.model, info, line.update, check, cluster.connect, grow)
     if made:
         before = store.info.grown_from[-1]["num_rows"] if store.info.grown_from else 0
         appended = f"appended {store.num_rows - before:,} rows, now " if before else "planned "

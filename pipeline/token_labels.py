@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 
 Int32 = npt.NDArray[np.int32]
-Names = Mapping[str, Sequence[str]]
+LabelValues = Mapping[str, Sequence[str]]
 """Label -> its values; a value's place is its number."""
 
 NONE = -1
@@ -41,7 +41,7 @@ class TokenLabels:
         """The labels when tokens without a value are inserted, as by `np.insert`: BOS is in no span."""
         return self.map(lambda codes: np.insert(codes, places, NONE))
 
-    def numbered(self, names: Names) -> "TokenLabels":
+    def numbered(self, names: LabelValues) -> "TokenLabels":
         """The same labels, with numbers that are places in other names; a value that is not among them is lost."""
         codes = {}
         for label, old in self.codes.items():
@@ -74,7 +74,7 @@ def joined_labels(parts: Sequence[TokenLabels], lengths: Sequence[int]) -> Token
     )
 
 
-def all_names(parts: Sequence[Names], before: Names | None = None) -> dict[str, list[str]]:
+def all_names(parts: Sequence[LabelValues], before: LabelValues | None = None) -> dict[str, list[str]]:
     """The values of all parts: those that have numbers already (`before`) first, then the others in order. Raises
     InputError for a label with more values than MOST_VALUES."""
     found: dict[str, list[str]] = {}

@@ -201,8 +201,8 @@ def start_harvest(
     corpus_settings = CorpusSettings(path=paths, **corpus_options)
     model_settings = ModelSettings(id=str(model), dtype=options.get("model_dtype", "float32"))
     harvest_settings = HarvestSettings(sites=tuple(sites), threads_per_worker=1, workers=1, **harvest_options)
-    store, _ = ensure_store(path, corpus_settings, model_settings, lambda done, total: None, grow=grow)
     info = describe_model(model_settings.id)
+    store, _ = ensure_store(path, corpus_settings, model_settings, info, lambda done, total: None, grow=grow)
     jobs = prepare_harvests(store, model_settings, info, harvest_settings)
     for job in jobs:
         declare(store, job)

@@ -12,11 +12,12 @@ import transformers
 from pipeline.corpora.messages import messages_of
 from pipeline.corpora.open import open_corpus
 from pipeline.corpora.records import Columns
+from pipeline.models import describe_model
 from pipeline.tokenizer import load_tokenizer
 from storage.create import TableSizes
 from storage.store import Store
 from workers.corpus_settings import CorpusSettings
-from workers.planning import plan_rows, write_plan
+from workers.planning import ensure_store, plan_rows, write_plan
 from workers.settings import ModelSettings
 from workers.source import open_source
 from workers.table_calls import Cuts
@@ -61,7 +62,7 @@ def _plain(content: Any, kind: str) -> Any:
 
 def plan(path: Any, model: Path, cuts: Cuts | None = None, **settings: Any) -> TablePlan:
     """Plan a corpus in this process."""
-    source = open_source(CorpusSettings(path=str(path), **settings), ModelSettings(id=str(model)), VOCABULARY)
+    source = open_source(CorpusSettings(path=str(path), **settings), ModelSettings(id=str(model)), VOCABULARY, "main")
     return plan_rows(source, lambda done, total: None, Here(), cuts)
 
 
@@ -69,10 +70,16 @@ def store_of(place: Path, path: Any, model: Path, cuts: Cuts | None = None, **se
     """Plan a corpus in this process and write it."""
     from storage.places import open_place
 
-    source = open_source(CorpusSettings(path=str(path), **settings), ModelSettings(id=str(model)), VOCABULARY)
+    source = open_source(CorpusSettings(path=str(path), **settings), ModelSettings(id=str(model)), VOCABULARY, "main")
     table = plan_rows(source, lambda done, total: None, Here(), cuts)
     assert isinstance(table.table_sizes, TableSizes)
     return write_plan(open_place(place), source, table, Here())
+
+
+def ensure_rows(place: Path, corpus: CorpusSettings, model: ModelSettings, **options: Any) -> tuple[Store, bool]:
+    """Make a store in this process, or open or grow the one that is there, as `granary harvest` does."""
+    info = describe_model(model.id, model.revision)
+    return ensure_store(place, corpus, model, info, lambda done, total: None, **options)
 
 
 def write(path: Path, records: Sequence[dict[str, Any]]) -> Path:

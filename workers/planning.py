@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.corpora.patience import Unread
-from pipeline.models import ModelInfo, describe_model
-from pipeline.token_labels import Names
+from pipeline.models import ModelInfo
+from pipeline.token_labels import LabelValues
 from storage.create import TableFiles, corpus_digest, new_store, refuse_if_taken
 from storage.growth import grown_table, settle
 from storage.places import Place, open_place
@@ -32,7 +32,7 @@ def plan_rows(
     tasks: Tasks,
     cuts: Cuts | None = None,
     roles: Sequence[str] = (),
-    labels: Names | None = None,
+    labels: LabelValues | None = None,
 ) -> TablePlan:
     """Read, tokenise and lay out the corpus; write nothing. `roles`, `labels`: see `plan_table`. Raises InputError."""
     recipe, rows = source.recipe(), source.settings.rows
@@ -47,20 +47,19 @@ def ensure_store(
     url: str | Path,
     corpus: CorpusSettings,
     model: ModelSettings,
+    info: ModelInfo,
     progress: Progress,
     check: Callable[[int], None] = lambda num_rows: None,
     connect: Callable[[], None] | None = None,
     grow: bool = False,
-    info: ModelInfo | None = None,
 ) -> tuple[Store, bool]:
     """Open the store at `url` if its table is the one the spec describes, else make it, or with `grow` append to it
     what is missing. Return whether anything was written.
 
-    `check` is given the number of rows that are new before anything is written; `connect` brings up Ray, for a large
-    corpus; `info` is the model's, where it was described already. Raises StoreMismatch, showing both values, when the
-    store there has another table.
+    `info` is what `describe_model` says of the model: asked once for a run, as a revision on the hub may be another
+    commit a second later. `check` is given the number of rows that are new before anything is written; `connect` brings
+    up Ray, for a large corpus. Raises StoreMismatch, showing both values, when the store there has another table.
     """
-    info = info or describe_model(model.id, model.revision)
     info.check_context(corpus.context)
     source = open_source(corpus, model, info.vocabulary, info.revision)
     place = open_place(url)

@@ -191,9 +191,9 @@ class Source:
         return OnRay("planning")
 
 
-def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int, commit: str | None = None) -> Source:
-    """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. `commit`: the model's, if
-    it is known already. Raises InputError."""
+def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int, commit: str) -> Source:
+    """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. `commit`: the model's, as
+    `describe_model` resolved it for this run. Raises InputError."""
     kind, column = settings.content
     columns = Columns(column, kind, settings.labels, settings.columns, settings.tools)
     corpora: Sequence[Corpus | NamedDataset]
@@ -202,7 +202,7 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int,
         corpora = [NamedDataset(settings.path[0], settings.subset, settings.split, columns)]
     else:
         corpora = open_corpora(settings.path, columns, settings.format)
-    name, revision = model.tokenizer_place(commit or model.revision)
+    name, revision = model.tokenizer_place(commit)
     revision = pin_tokenizer(name, revision)
     tokenizer = load_tokenizer(name, revision)
     excluded = {vocabulary_token(tokenizer, token, "corpus.exclude_tokens") for token in settings.exclude_tokens}

@@ -25,7 +25,7 @@ from pipeline.layout import (
     split,
 )
 from pipeline.skipped import Skipped
-from pipeline.token_labels import MOST_VALUES, Names
+from pipeline.token_labels import MOST_VALUES, LabelValues
 
 LABEL_VALUES = MOST_VALUES
 """A label has at most this many values: means are kept for each at every site, and a column of urls, of which every
@@ -52,7 +52,7 @@ class Found:
     schema: pa.Schema
     label_values: dict[str, set[Any]]
     """The values of each label, of which no more than LABEL_VALUES and one."""
-    label_names: Names
+    label_names: LabelValues
     """The values of each label of tokens."""
 
 
@@ -112,15 +112,15 @@ def _give(held: Sequence[Documents], bounds: Sequence[int], labels: Sequence[str
         yield part
 
 
-def order_bucket(role_names: Sequence[str], *parts: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+def order_bucket(role_names: Sequence[str], *parts: Documents) -> tuple[Documents, Sizes, Skipped, LabelValues]:
     return _described(in_order(parts, role_names))
 
 
-def cut_bucket(rows: int, documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+def cut_bucket(rows: int, documents: Documents) -> tuple[Documents, Sizes, Skipped, LabelValues]:
     return _described(first_rows(documents, rows))
 
 
-def _described(documents: Documents) -> tuple[Documents, Sizes, Skipped, Names]:
+def _described(documents: Documents) -> tuple[Documents, Sizes, Skipped, LabelValues]:
     return documents, documents.sizes, Skipped.of(documents.left_out), documents.labels.used(documents.is_row)
 
 

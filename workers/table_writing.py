@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.columns import context_starts, documents_table, row_column, rows_between
 from pipeline.layout import Documents, Sizes
-from pipeline.token_labels import Names
+from pipeline.token_labels import LabelValues
 from storage.arrays import DTYPES
 from storage.create import COLUMN_CHUNK_ROWS, TableFiles
 from storage.root import label_columns
@@ -31,7 +31,7 @@ class Naming:
 
     schema: pa.Schema
     """Of what is known of documents."""
-    label_names: Names
+    label_names: LabelValues
     """The values of each label of tokens, in the order of their numbers."""
 
 

@@ -28,7 +28,7 @@ from pipeline.layout import (
     Sizes,
 )
 from pipeline.skipped import Skipped
-from pipeline.token_labels import Names, all_names, disagreement
+from pipeline.token_labels import LabelValues, all_names, disagreement
 from storage.create import TableSizes
 from workers.table_calls import LABEL_VALUES, Cuts, cut_bucket, order_bucket, read_pieces, read_stream, unified
 from workers.tasks import Handle, Tasks
@@ -47,7 +47,7 @@ class Bucket:
     documents: Handle
     sizes: Sizes
     skipped: Skipped
-    label_names: Names
+    label_names: LabelValues
     """The values that its rows have of each label of tokens."""
 
 
@@ -59,7 +59,7 @@ class TablePlan:
     skipped: Skipped = field(default_factory=Skipped)
     role_names: list[str] = field(default_factory=list)
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
-    label_names: Names = field(default_factory=dict)
+    label_names: LabelValues = field(default_factory=dict)
     """The values of each label of tokens, in the order of their numbers."""
 
     @property
@@ -91,7 +91,7 @@ def plan_table(
     progress: Progress,
     cuts: Cuts,
     roles: Sequence[str] = (),
-    labels: Names | None = None,
+    labels: LabelValues | None = None,
 ) -> TablePlan:
     """Read, tokenise and order corpora, which follow one another. `roles`, `labels`: those roles, and values of labels
     of tokens, that have numbers already. Raises InputError, also when there are no rows, or fewer than `rows`."""
@@ -145,7 +145,7 @@ class _Reading:
         self.rows = 0
         self.parts: list[tuple[int, list[Handle]]] = []  # of each bucket: its segment, and what was read of it
         self.role_names: set[str] = set()
-        self.label_names: Names = {}
+        self.label_names: LabelValues = {}
         self.schemas: list[pa.Schema] = []
         self.label_values: dict[str, set[Any]] = {}
 
@@ -203,7 +203,7 @@ class _Reading:
                     f"kept for each at every site; to keep it beside the documents without, name it in corpus.columns"
                 )
 
-    def ordered(self, roles: Sequence[str], labels: Names) -> TablePlan:
+    def ordered(self, roles: Sequence[str], labels: LabelValues) -> TablePlan:
         """Put the documents of each bucket in order, as many buckets as are needed."""
         role_names = [*roles, *sorted(self.role_names.difference(roles))]
         plan = TablePlan(role_names=role_names, schema=(self.schemas or [pa.schema([])])[0])
@@ -258,7 +258,7 @@ def _grouped(pieces: Sequence[Piece], cuts: Cuts) -> list[list[Piece]]:
     return groups
 
 
-def _check_forms(label_names: Names, schema: pa.Schema) -> None:
+def _check_forms(label_names: LabelValues, schema: pa.Schema) -> None:
     """Raise InputError for a label that some files have as spans or tokens and others as single values."""
     for label in label_names:
         if label in schema.names:

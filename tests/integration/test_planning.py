@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import sentence
-from corpora import store_of
+from corpora import ensure_rows, store_of
 from lab import snapshot
 
 from pipeline.corpora import lines
@@ -103,13 +103,14 @@ def test_planned_on_ray_and_here(tmp_path: Path, folder: Path, llama: Path, monk
     corpus = CorpusSettings(path=str(folder), labels=("language", "word"), context=64)
     model = ModelSettings(id=str(llama))
     monkeypatch.undo()  # workers are processes of their own
-    here, _ = ensure_store(tmp_path / "here", corpus, model, lambda done, total: None)
+    here, _ = ensure_rows(tmp_path / "here", corpus, model)
     monkeypatch.setattr(source, "SMALL_BYTES", 0)
     monkeypatch.setattr(tabling.Cuts, "__init__", _cuts_of(tabling.Cuts.__init__))
     done: list[int] = []
     with connected("local", cpus=2):
         calls: list[int] = []
-        arguments = (model, lambda rows, total: done.append(rows), lambda rows: None, lambda: calls.append(1))
+        info = describe_model(model.id)
+        arguments = (model, info, lambda rows, total: done.append(rows), lambda rows: None, lambda: calls.append(1))
         there, made = ensure_store(tmp_path / "there", corpus, *arguments)
         assert made
         assert calls == [1]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from corpora import plan, read_corpus
+from corpora import ensure_rows, plan, read_corpus
 from pydantic import ValidationError
 
 from pipeline.corpora.open import open_corpus
@@ -19,7 +19,7 @@ from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
 from storage.errors import StoreMismatch
 from storage.store import Store
-from workers import planning, source
+from workers import source
 from workers.corpus_settings import CorpusSettings
 from workers.matching import check_settings, table_settings
 from workers.settings import ModelSettings
@@ -63,7 +63,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(place: Path, corpus: Path, model: Path, grow: bool = False, **settings: Any) -> tuple[Store, bool]:
     spec = CorpusSettings(path=str(corpus), messages="messages", context=100, rows_per_unit=1024, **settings)
-    return planning.ensure_store(place, spec, ModelSettings(id=str(model)), lambda done, total: None, grow=grow)
+    return ensure_rows(place, spec, ModelSettings(id=str(model)), grow=grow)
 
 
 def text_of(store: Store) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import Records, read_corpus
+from corpora import Records, ensure_rows, read_corpus
 from s3 import FaultyS3, S3Server
 from web import Spoil, Web
 
@@ -24,7 +24,6 @@ from pipeline.errors import InputError
 from storage.errors import StoreMismatch
 from storage.store import Store
 from workers.corpus_settings import CorpusSettings
-from workers.planning import ensure_store
 from workers.settings import ModelSettings
 
 ANY = [".parquet", ".jsonl", ".jsonl.gz"]
@@ -186,7 +185,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(web: Web) -> None:
 
 def made(place: Path, url: str, model: Path, **settings: Any) -> tuple[Store, bool]:
     corpus = CorpusSettings(path=(url,), rows_per_unit=1024, context=64, **settings)
-    return ensure_store(place, corpus, ModelSettings(id=str(model)), lambda done, total: None)
+    return ensure_rows(place, corpus, ModelSettings(id=str(model)))
 
 
 def test_a_store_goes_on_while_its_remote_files_are_the_same(web: Web, llama: Path, tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def test_a_store_planned_by_content_goes_on(
     assert "sha256" in store.info.plan["source"][0]
     assert not made(tmp_path / "store", url, llama, rows=1000)[1]
     corpus = CorpusSettings(path=(url,), rows_per_unit=1024, context=64, rows=1500)
-    grown, _ = ensure_store(tmp_path / "store", corpus, ModelSettings(id=str(llama)), lambda a, b: None, grow=True)
+    grown, _ = ensure_rows(tmp_path / "store", corpus, ModelSettings(id=str(llama)), grow=True)
     assert grown.num_rows == 1500
     assert "versions" in grown.info.plan["source"][0]
     assert not made(tmp_path / "store", url, llama, rows=1500)[1]
@@ -238,7 +237,7 @@ def test_planning_that_fails_says_how_far_it_came(
 
     monkeypatch.setattr(JsonLines, "read", then_down)
     with pytest.raises(Unread, match=r"b\.jsonl cannot be read: .*Planning had found [1-9][\d,]+ rows by then"):
-        ensure_store(tmp_path / "store", corpus, ModelSettings(id=str(llama)), lambda done, total: None)
+        ensure_rows(tmp_path / "store", corpus, ModelSettings(id=str(llama)))
     assert not (tmp_path / "store").exists()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from corpora import ensure_rows
 from lab import SITES, TRAIN, Lab
 
 from pipeline.models import describe_model
@@ -20,7 +21,6 @@ from workers import cluster, stages
 from workers.corpus_settings import CorpusSettings
 from workers.harvester import Harvester
 from workers.harvesting import declare, prepare_harvests
-from workers.planning import ensure_store
 from workers.settings import EvaluateSettings, HarvestSettings, ModelSettings, TrainSettings
 from workers.trainer import Trainer
 from workers.training_plan import plan_training
@@ -46,7 +46,7 @@ def made_on_gpus(lab: Lab, llama: Path) -> Lab:
     """A store that a harvest with one GPU a worker would have made, with a dictionary that is trained."""
     model = ModelSettings(id=str(llama), dtype="float32")
     of_corpus = {**lab.base["corpus"], "holdout": 0.25}
-    store, _ = ensure_store(lab.store, CorpusSettings.model_validate(of_corpus), model, lambda done, total: None)
+    store, _ = ensure_rows(lab.store, CorpusSettings.model_validate(of_corpus), model)
     settings = HarvestSettings(sites=tuple(SITES), threads_per_worker=1, workers=1, gpus_per_worker=1)
     (job,) = prepare_harvests(store, model, describe_model(str(llama)), settings)
     declare(store, job)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Harvesting, sentence, start_harvest, write_corpus
+from corpora import ensure_rows
 from lab import GONE, TRAIN, Lab, changed
 
 from jobs.spec import load_spec
@@ -27,7 +28,7 @@ from workers.anchoring import make_anchors
 from workers.corpus_settings import CorpusSettings
 from workers.dictionary_settings import DictionarySettings
 from workers.matching import growth_of
-from workers.planning import ensure_store, plan_rows
+from workers.planning import plan_rows
 from workers.settings import ModelSettings, TrainSettings
 from workers.source import open_source
 from workers.table_calls import Cuts
@@ -187,7 +188,7 @@ def test_a_table_is_the_beginning_of_the_one_with_more_rows(llama: Path, files: 
 
     def tokens(paths: Sequence[Path], rows: int | None) -> list[int]:
         corpus = CorpusSettings(path=tuple(map(str, paths)), context=64, rows=rows)
-        source = open_source(corpus, ModelSettings(id=str(llama)), 400)
+        source = open_source(corpus, ModelSettings(id=str(llama)), 400, "main")
         plan = plan_rows(source, lambda done, total: None, Here(), cuts)
         return [t for bucket in plan.buckets for t in row_column(bucket.documents, "token", plan.sizes).tolist()]
 
@@ -274,7 +275,7 @@ def test_plan_and_status_tell_of_growth(growing: Lab, files: list[Path], start: 
     assert json.loads(growing.run("plan", spec, "--json"))["rows_to_append"] == 2500
     assert "would be appended" not in growing.run("plan", growing.spec())
     loaded = load_spec(growing.spec(two))
-    ensure_store(loaded.store, loaded.corpus, loaded.model, lambda done, total: None, grow=True)
+    ensure_rows(loaded.store, loaded.corpus, loaded.model, grow=True)
     out = growing.run("status", growing.store)
     assert "1 of 4 units" in out
     assert "grown     from 1,500 rows" in out

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import sentence, write_corpus
+from corpora import ensure_rows
 
 from jobs.demo import demo
 from jobs.demo.corpus import LABELS, DemoDocument, split_documents, write_documents
@@ -16,7 +17,6 @@ from jobs.report.store import _held_out
 from storage.held_out import values_without_held_out_rows
 from storage.store import Store
 from workers.corpus_settings import CorpusSettings
-from workers.planning import ensure_store
 from workers.settings import ModelSettings
 
 
@@ -27,9 +27,7 @@ def test_values_that_held_out_rows_lack(tmp_path: Path, llama: Path, corpus: Pat
     model = ModelSettings(id=str(llama), dtype="float32")
 
     def lacking(name: str, **more: object) -> dict[str, list[str]]:
-        store, _ = ensure_store(
-            tmp_path / name, CorpusSettings.model_validate({**settings, **more}), model, lambda done, total: None
-        )
+        store, _ = ensure_rows(tmp_path / name, CorpusSettings.model_validate({**settings, **more}), model)
         found = values_without_held_out_rows(store)
         for label in store.info.labels:  # the same, row by row
             sql = f"select cast({label} as varchar), count(*) filter (row_start >= {store.info.held_out_start}) as n"
@@ -95,7 +93,7 @@ def test_the_demo_holds_out_some_of_every_value(tmp_path: Path, library: Path) -
     paths = [str(tmp_path / name) for name in spec["corpus"]["path"]]
     settings = CorpusSettings.model_validate({**spec["corpus"], "path": paths})
     model = ModelSettings(id=str(demo.HERE / "model"), dtype="float32")
-    store, _ = ensure_store(tmp_path / "store", settings, model, lambda done, total: None)
+    store, _ = ensure_rows(tmp_path / "store", settings, model)
     assert values_without_held_out_rows(store) == {}
     assert tuple(store.info.labels) == LABELS
     evaluated = spec["evaluate"]["rows"]

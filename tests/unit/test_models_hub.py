@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import harvest, start_harvest, write_corpus
+from corpora import ensure_rows
 from hub import FakeHub
 from lab import SITE, SITES, Lab, RayStarted
 from transformers import AutoTokenizer
@@ -28,7 +29,6 @@ from storage.store import open_store
 from workers.corpus_settings import CorpusSettings
 from workers.harvester import Harvester
 from workers.harvesting import prepare_harvests
-from workers.planning import ensure_store
 from workers.rerun import find_model
 from workers.settings import HarvestSettings, ModelSettings
 from workers.source import open_source
@@ -49,7 +49,7 @@ def harvest_of(store: Path, model: str, corpus: Path, revision: str = "main") ->
     """What a harvest of one site would be, with the store that it needs."""
     corpus_settings = CorpusSettings(path=str(corpus), context=64)
     settings = ModelSettings(id=model, revision=revision, dtype="float32")
-    made, _ = ensure_store(store, corpus_settings, settings, lambda done, total: None)
+    made, _ = ensure_rows(store, corpus_settings, settings)
     return prepare_harvests(made, settings, describe_model(model, revision), HarvestSettings(sites=(SITE,)))
 
 
@@ -346,8 +346,8 @@ def test_a_tokenizer_from_elsewhere_has_its_own_revision(
     """The model's revision is of the model: its tag need not be in the tokenizer's repository, nor mean the same."""
     corpus = CorpusSettings(path=str(small), context=64)
     model = ModelSettings(id="a/model", revision="v1", tokenizer="a/words", tokenizer_revision=revision)
-    assert len(open_source(corpus, model, 328).tokenizer) == length
-    store, _ = ensure_store(tmp_path / "store", corpus, model, lambda done, total: None)
+    assert len(open_source(corpus, model, 328, "v1").tokenizer) == length
+    store, _ = ensure_rows(tmp_path / "store", corpus, model)
     assert store.info.made_with["tokenizer"] == "a/words"
     assert store.info.made_with["tokenizer_revision"] == elsewhere[commit]
 
@@ -367,7 +367,7 @@ def test_the_models_own_tokenizer_is_of_the_models_commit(
     corpus, model = CorpusSettings(path=str(small), context=64), ModelSettings(id="a/tiny")
     source = open_source(corpus, model, info.vocabulary, info.revision)
     assert (len(source.tokenizer), source.made_with["tokenizer_revision"]) == (320, commit)
-    assert len(open_source(corpus, model, info.vocabulary).tokenizer) == 321
+    assert len(open_source(corpus, model, info.vocabulary, "main").tokenizer) == 321
     named = ModelSettings(id="a/tiny", tokenizer="a/tiny")
     assert len(open_source(corpus, named, info.vocabulary, info.revision).tokenizer) == 320
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import store_of
+from corpora import ensure_rows, store_of
 from spans import TEXT, expected, faults, records, stored_values, write_lines
 
 from pipeline.errors import InputError
 from storage.errors import CorruptChunk
 from storage.store import Store, open_store
 from workers.corpus_settings import CorpusSettings
-from workers.planning import ensure_store
 from workers.settings import ModelSettings
 from workers.table_calls import Cuts
 
@@ -88,13 +87,7 @@ def test_growing_keeps_the_numbers_of_values(tmp_path: Path, llama: Path) -> Non
     def ensure(*files: str, **more: Any) -> Store:
         paths = tuple(str(tmp_path / file) for file in files)
         settings = {"labels": ("entities",), "rows_per_unit": 1024, "context": 64, **more}
-        store, _ = ensure_store(
-            tmp_path / "store",
-            CorpusSettings(path=paths, **settings),
-            model,
-            lambda done, total: None,
-            grow=True,
-        )
+        store, _ = ensure_rows(tmp_path / "store", CorpusSettings(path=paths, **settings), model, grow=True)
         return store
 
     before = ensure("a.jsonl")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
-from corpora import contexts_of, ids, plan, store_of, with_tokenizer, write
+from corpora import contexts_of, ensure_rows, ids, plan, store_of, with_tokenizer, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -17,7 +17,6 @@ from pipeline.tokenizer import load_tokenizer
 from storage.errors import StoreMismatch
 from storage.store import Store
 from workers.corpus_settings import CorpusSettings
-from workers.planning import ensure_store
 from workers.settings import ModelSettings
 
 BOS, EOS = 0, 1
@@ -142,7 +141,7 @@ def test_a_store_from_before_there_was_a_choice_says_so(tmp_path: Path, llama: P
 
     def ensure(**options: Any) -> tuple[Store, bool]:
         spec = CorpusSettings(path=str(corpus), context=64, **options)
-        return ensure_store(tmp_path / "store", spec, model, lambda done, total: None)
+        return ensure_rows(tmp_path / "store", spec, model)
 
     store, made = ensure(specials="tokens")
     assert made

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import VOCABULARY, contexts_of, ids, plan, store_of, values_of, with_tokenizer, write
+from corpora import VOCABULARY, contexts_of, ensure_rows, ids, plan, store_of, values_of, with_tokenizer, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -21,7 +21,6 @@ from storage.errors import StoreMismatch
 from workers import tabling
 from workers.corpus_settings import CorpusSettings
 from workers.matching import check_settings
-from workers.planning import ensure_store
 from workers.settings import ModelSettings
 
 BOS, EOS = 0, 1
@@ -326,8 +325,6 @@ def test_later_stages_notice_other_tokens(tmp_path: Path, llama: Path, options: 
 def test_a_bos_is_told_as_the_spec_says_it(tmp_path: Path, llama: Path) -> None:
     corpus = write(tmp_path / "a.jsonl", [{"text": "count every town"}])
     model = ModelSettings(id=str(llama))
-    ensure_store(tmp_path / "store", CorpusSettings(path=str(corpus), context=64), model, lambda done, total: None)
+    ensure_rows(tmp_path / "store", CorpusSettings(path=str(corpus), context=64), model)
     with pytest.raises(StoreMismatch, match=r"corpus\.bos: True in the store, False in the spec"):
-        ensure_store(
-            tmp_path / "store", CorpusSettings(path=str(corpus), context=64, bos=False), model, lambda done, total: None
-        )
+        ensure_rows(tmp_path / "store", CorpusSettings(path=str(corpus), context=64, bos=False), model)
