@@ -18,6 +18,7 @@ from jobs.preflight import bytes_of_rows, check_place, check_room, cluster_for, 
 from jobs.progress import ProgressLine
 from jobs.spec import Spec
 from jobs.tables import Prices, load_prices, storage_costs
+from jobs.token_rows import token_rows
 from pipeline.corpora.open import Corpus
 from pipeline.errors import InputError
 from pipeline.layout import Documents, Sizes
@@ -114,6 +115,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
         "left_out": left_out,
         "contexts": rows.contexts,
         "rows": rows.rows,
+        "token_rows": token_rows(source.settings_identity, source.token_string),
         "units": -(-rows.rows // per_unit),
         "d_model": info.d_model,
         "sites": _sites_record(spec, arrays, measured),

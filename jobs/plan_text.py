@@ -3,6 +3,7 @@
 import math
 
 from jobs.progress import counted, duration, left_out, size
+from jobs.token_rows import chat_words, token_words
 from storage.records import Record
 
 DAYS_PER_MONTH = 365.25 / 12
@@ -16,6 +17,8 @@ def plan_text(record: Record) -> str:
         *(f"           {left_out(reason, entry)}" for reason, entry in record["left_out"].items()),
         f"rows       {record['rows']:,} in {record['contexts']:,} contexts, {record['units']:,} units",
         *_appended(record["rows_to_append"]),
+        f"tokens     {token_words(record['token_rows'])}",
+        *([f"chats      {chats}"] if (chats := chat_words(record["token_rows"])) else []),
         *([f"note       {record['notice']}"] if record["notice"] else []),
         *_site_lines(record),
         *_to_harvest_first(record["sites_to_harvest_first"]),

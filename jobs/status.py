@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from jobs.progress import counted, duration, extreme_norms, left_out, loss_recovered, size
 from jobs.tables import storage_costs
+from jobs.token_rows import chat_words, token_rows_of, token_words
 from storage.anchors import anchor_names, read_anchors
 from storage.errors import StorageError
 from storage.harvests import Harvest, row_bytes
@@ -42,6 +43,7 @@ def status_record(store: Store) -> Record:
         "labels": info.labels,
         "columns": info.plan.get("columns", []),
         "row_labels": {label: len(values) for label, values in info.values_of_rows.items()},
+        "token_rows": token_rows_of(store),
         "left_out": info.skipped,
         "units": info.num_units,
         "held_out_rows": info.num_rows - info.held_out_start,
@@ -115,6 +117,8 @@ def status_text(record: Record) -> str:
         f"{record['units']} units; {record['held_out_rows']:,} rows held out",
         f"labels    {', '.join(_label_words(record)) or 'none'}",
         *([f"columns   {', '.join(record['columns'])}"] if record["columns"] else []),
+        f"tokens    {token_words(record['token_rows'])}",
+        *([f"chats     {chats}"] if (chats := chat_words(record["token_rows"])) else []),
     ]
     if len(record["segments"]) > 1:
         lines += [

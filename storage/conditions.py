@@ -23,6 +23,8 @@ from storage.store import Store
 
 _KEYWORDS = {"current_timestamp", "current_time", "localtime", "localtimestamp"}
 """Functions that are written without parentheses: DuckDB's parser takes them for columns."""
+_Columns = tuple[list[str], list[str]]
+"""Names of columns of rows, and of documents."""
 
 
 def check_condition(condition: str) -> None:
@@ -53,20 +55,33 @@ class Conditions:
         self._bounds = Bounds()
         # One for all ranges of rows, as opening one takes longer than asking it. There is a task on every core already.
         self._database = open_sandbox(memory_bytes=self._bounds.memory_bytes, threads=1)
-        self.rows(0, 1)
+        self._named: _Columns | None = None
+        every = self._register(0, 1)
+        self._known = list(dict.fromkeys(name for table in every for name in table))
         for condition in self.conditions:
+            self._asked(condition)
             query = f"SELECT ({condition}\n) FROM {_JOINED}"
             (kind,) = self._bounds.run(partial(self._types, query), self._database.interrupt)
             if str(kind) != "BOOLEAN":
                 raise StorageError(f"{condition!r} is no condition: it gives {kind}, not true or false")
+        self._named = _named_among(self.conditions, every)
 
     def rows(self, start: int, stop: int) -> list[Array]:
         """Of the rows [start, stop), those that fulfil each condition: int64, ascending. NULL is not fulfilled."""
-        rows = rows_table(self.store, start, stop)
-        document = rows.column("document").to_numpy()
-        self._database.register("rows", rows)
-        self._database.register("documents", self.store.documents_between(int(document.min()), int(document.max())))
+        self._register(start, stop)
         return [np.sort(self._asked(condition)) for condition in self.conditions]
+
+    def _register(self, start: int, stop: int) -> _Columns:
+        """Read the columns that the conditions name, or all while that is not known. Return the names of those of rows,
+        and of documents."""
+        of_rows, of_documents = self._named or (None, None)
+        rows = rows_table(self.store, start, stop, of_rows)
+        document = rows.column("document").to_numpy()
+        first, last = int(document.min()), int(document.max())
+        documents = self.store.documents_between(first, last, of_documents)  # beside `document`, which they all have
+        self._database.register("rows", rows)
+        self._database.register("documents", documents)
+        return rows.column_names, documents.column_names
 
     def _types(self, query: str) -> Sequence[Any]:
         return self._database.sql(query).types
@@ -80,14 +95,28 @@ class Conditions:
             raise StorageError(f"{condition!r} cannot be asked of the rows: {what}. Write a simpler one") from None
         except duckdb.Error as error:
             (reason, *_) = re.split(r"\n(?:Candidate|LINE|Did you mean)", str(error))
-            described = self._database.sql(f"DESCRIBE SELECT * FROM {_JOINED}").fetchall()
-            names = ", ".join(name if name.isidentifier() else f'"{name}"' for name, *_ in described)
+            names = ", ".join(name if name.isidentifier() else f'"{name}"' for name in self._known)
             words = " ".join(reason.split())
             raise StorageError(f"{condition!r} cannot be asked of the rows: {words}. Columns: {names}") from None
         return np.asarray(columns["row"], dtype=np.int64)
 
 
 _JOINED = "rows JOIN documents USING (document)"
+
+
+def _named_among(conditions: Sequence[str], every: _Columns) -> _Columns | None:
+    """Return which columns some conditions need of those that there are: those that have the name of anything in a
+    condition, as SQL compares names, and the one that joins the tables. None where it cannot be told: all."""
+    named = {"document"}
+    for condition in conditions:
+        for part in _parts(_parsed(f"SELECT row FROM rows WHERE ({condition}\n)")["where_clause"]):
+            names = [name.casefold() for name in part.get("column_names", [])]
+            is_whole_row = bool(names) and names[-1] in ("rows", "documents")
+            if is_whole_row or part.get("class") in ("STAR", "POSITIONAL_REFERENCE"):
+                return None
+            named.update(names)
+    of_rows, of_documents = ([name for name in table if name.casefold() in named] for table in every)
+    return of_rows, of_documents
 
 
 def _parsed(query: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ changes nothing (storage.sandbox); it ends within bounds of time and memory (sto
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +119,17 @@ def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> A
     return sink.getvalue()
 
 
-def rows_table(store: Store, start: int, stop: int) -> pa.Table:
-    """The table `rows`, of the rows [start, stop)."""
-    columns: dict[str, Any] = dict(store.columns(start, stop))
-    if store.info.roles:
-        columns["role"] = pa.DictionaryArray.from_arrays(columns["role"], store.info.roles)
+def rows_table(store: Store, start: int, stop: int, names: Collection[str] | None = None) -> pa.Table:
+    """The table `rows`, of the rows [start, stop). `names`: the columns that it has besides `row`; all, if not given."""
     values = store.info.values_of_rows
-    for name, label in label_columns(values).items():
+    labels = label_columns(values)
+    read = [name for name in store.info.row_columns if names is None or labels.get(name, name) in names]
+    columns: dict[str, Any] = dict(store.columns(start, stop, read))
+    if "role" in columns:
+        columns["role"] = pa.DictionaryArray.from_arrays(columns["role"], store.info.roles)
+    for name, label in labels.items():
+        if name not in columns:
+            continue
         codes = columns.pop(name)
         numbers = pa.array(codes, mask=codes < 0)  # no value is NULL
         columns[label] = pa.DictionaryArray.from_arrays(numbers, pa.array(values[label], pa.string()))

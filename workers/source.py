@@ -72,7 +72,17 @@ class Source:
 
     @cached_property
     def identity(self) -> Record:
-        """What determines the table of rows: settings and sources, not places."""
+        """What determines the table of rows: settings and sources, not places. Reads files for what tells them."""
+        return {
+            **self.settings_identity,
+            "source": [
+                fingerprint(corpus.files) if isinstance(corpus, Corpus) else corpus.identity for corpus in self.corpora
+            ],
+        }
+
+    @cached_property
+    def settings_identity(self) -> Record:
+        """What determines the table of rows beside its sources: settings as they were resolved, and the tokenizer."""
         return {
             **table_settings(self.settings),
             "bos": self.bos,
@@ -80,9 +90,6 @@ class Source:
             **self._tokens_as(),
             **self._chat_template(),
             **({} if self.day is None else {"chat_date": self.day}),
-            "source": [
-                fingerprint(corpus.files) if isinstance(corpus, Corpus) else corpus.identity for corpus in self.corpora
-            ],
         }
 
     def _tokens_as(self) -> Record:
@@ -115,6 +122,10 @@ class Source:
         known_as = check_tokenizer(store, self.tokenizer, self.tokenizer_place[0])
         keeps_day = self.day is None or self.settings.chat_date is not None
         return replace(self, known_as=known_as, day=self.day if keeps_day else store.info.plan.get("chat_date"))
+
+    def token_string(self, token: int) -> str | None:
+        """The string of a token, as the vocabulary spells it."""
+        return self.tokenizer.backend_tokenizer.id_to_token(token)
 
     @property
     def made_with(self) -> Record:

@@ -9,6 +9,7 @@ from jobs.progress import no_held_out_rows, size
 from jobs.report.html import count, figure, listed, missing, percent, plural, section, table, text
 from jobs.report.plots import heat_legend, heat_map
 from jobs.report.runs import RunView
+from jobs.token_rows import chat_words, token_words
 from storage.anchors import AnchorSet, anchor_names, read_anchors
 from storage.held_out import values_without_held_out_rows
 from storage.records import Record
@@ -33,6 +34,8 @@ def harvested_section(store: Store, status: Record) -> str:
             f"{plural(info.num_documents, 'document')} in {plural(info.num_contexts, 'context')} of at most "
             f"{plural(info.context, 'token')}; {_dropped(info.skip_first)}",
         ),
+        ("Tokens", text(token_words(status["token_rows"]))),
+        *([("Chats", text(chats))] if (chats := chat_words(status["token_rows"])) else []),
         (
             "Units",
             f"{plural(info.num_units, 'unit')} of {count(info.rows_per_unit)} rows, each computed and committed "

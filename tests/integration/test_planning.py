@@ -12,6 +12,7 @@ from corpora import ensure_rows, store_of
 from lab import snapshot
 
 from pipeline.corpora import lines
+from pipeline.models import describe_model
 from storage import create
 from storage import table as tables
 from storage.store import Store
