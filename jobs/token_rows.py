@@ -16,7 +16,8 @@ MOST_SHOWN = 8
 
 
 def token_rows(plan: Record, string_of: Callable[[int], str | None]) -> Record:
-    """Return the settings that decide what a row is, out of what determined a table. `string_of`: the string of a token.
+    """Return the settings that decide what a row is, out of what determined a table. `string_of` gives the string of a
+    token, where there is one.
 
     `specials` is None for token ids, which have no control strings; `chats` is None for a corpus of anything else.
     """
@@ -24,7 +25,7 @@ def token_rows(plan: Record, string_of: Callable[[int], str | None]) -> Record:
     def token(number: int | None) -> Record | None:
         return None if number is None else {"id": number, "string": string_of(number)}
 
-    chats = {
+    chats: Record = {
         "roles": plan.get("roles", []),
         "markers": plan.get("markers", True),
         **{name: plan[name] for name in ("tools", "template_arguments", "chat_date") if name in plan},

@@ -120,7 +120,7 @@ def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> A
 
 
 def rows_table(store: Store, start: int, stop: int, names: Collection[str] | None = None) -> pa.Table:
-    """The table `rows`, of the rows [start, stop). `names`: the columns that it has besides `row`; all, if not given."""
+    """The table `rows`, of the rows [start, stop). `names`: its columns besides `row`; all, if not given."""
     values = store.info.values_of_rows
     labels = label_columns(values)
     read = [name for name in store.info.row_columns if names is None or labels.get(name, name) in names]

@@ -125,7 +125,8 @@ class Source:
 
     def token_string(self, token: int) -> str | None:
         """The string of a token, as the vocabulary spells it."""
-        return self.tokenizer.backend_tokenizer.id_to_token(token)
+        string: str | None = self.tokenizer.backend_tokenizer.id_to_token(token)
+        return string
 
     @property
     def made_with(self) -> Record:

@@ -1,8 +1,9 @@
 """The forms in which chats come, made into one: a list of {role, content} without None, and the tools it may call.
 
-Read are lists of dictionaries, JSON in a string, a list for each key, `{from, value}` conversations, contents that are a
-text, nothing (a message of tool calls), or a list of parts. Arrow gives every dictionary every key that any of them has, with None for
-those it lacks; templates ask whether a key is there, so keys with None are removed at every depth.
+Read are lists of dictionaries, JSON in a string, a dictionary with a list for each key, `{from, value}` conversations,
+contents that are a text, nothing (a message of tool calls), or a list of parts. Arrow gives every dictionary every key
+that any of them has, with None for those it lacks; templates ask whether a key is there, so keys with None are removed
+at every depth.
 """
 
 import json

@@ -234,7 +234,9 @@ def test_more_dropped_positions_change_no_row(
 @pytest.fixture(scope="module")
 def planned(llama: Path, corpus: Path) -> tuple[dict[str, Array], list[Array]]:
     """The columns of 300 rows, and the tokens of their contexts."""
-    source = open_source(CorpusSettings(path=str(corpus), context=32, rows=300), ModelSettings(id=str(llama)), 328, "main")
+    source = open_source(
+        CorpusSettings(path=str(corpus), context=32, rows=300), ModelSettings(id=str(llama)), 328, "main"
+    )
     (bucket,) = plan_rows(source, lambda done, total: None, Here()).buckets
     nothing = Sizes(0, 0, 0, 0)
     columns = {name: row_column(bucket.documents, name, nothing) for name in ("token", "position", "context")}
