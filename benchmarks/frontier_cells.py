@@ -40,7 +40,7 @@ LATENTS, BATCH_ROWS = 1024, 4096
 PREFIXES = (64, 128, 256, 512)
 RATES = (6e-3, 1.2e-2, 2.4e-2)
 """Learning rates that every cell of every library is trained with: a frontier is the best of them. What libraries take
-by themselves is for runs a hundred times as long (3e-4, 8e-4 for so many latents)."""
+by themselves is for runs a hundred times as long (3e-4, 8e-4 for as many latents)."""
 HIGHEST = 4.8e-2
 """One more, for every library, where the best is the highest of those: k = 64, gated with penalties up
 to 1.6, and relu with such up to 1."""

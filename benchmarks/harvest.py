@@ -223,7 +223,7 @@ def start(setup: HarvesterSetup, workers: int) -> list[Any]:
 
 @torch.inference_mode()
 def forward_rate(forward: Callable[[torch.Tensor], Any], vocabulary: int, batch_tokens: int = BATCH_TOKENS) -> Rate:
-    """Of full batches; a context of 256 tokens gives 255 rows, as in the harvest."""
+    """Return the rate of full batches; a context of 256 tokens gives 255 rows, as in the harvest."""
     tokens = torch.randint(0, vocabulary, (batch_tokens // CONTEXT, CONTEXT))
     batches = BATCHES_PER_ROUND * BATCH_TOKENS // batch_tokens
     started, cpu = time.perf_counter(), time.process_time()
@@ -248,7 +248,7 @@ def matrix_products(model: nn.Module) -> Callable[[torch.Tensor], None]:
 
 
 def harvest_rate(actors: Sequence[Any], first: int, units: int = UNITS_PER_ROUND) -> tuple[Rate, list[UnitResult]]:
-    """Of `units` units for each actor, from the first hand-out to the last commit."""
+    """Return the rate of `units` units for each actor, from the first hand-out to the last commit."""
     cpu = sum(ray.get([actor.cpu_seconds.remote() for actor in actors]))
     started = time.perf_counter()
     waiting = [

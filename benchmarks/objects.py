@@ -34,7 +34,7 @@ MIB = 2**20
 ROWS, WIDTH, SHARDS = 32768, 1024, 2
 """A shard is 64 MiB of bfloat16."""
 SMALL_OBJECTS = 64
-"""Of 1 MiB."""
+"""Objects of 1 MiB."""
 
 
 @dataclass(frozen=True)

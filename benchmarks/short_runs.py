@@ -67,7 +67,7 @@ def adam(betas: tuple[float, float]) -> Callable[[Any], torch.optim.Optimizer]:
 class Case:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
-    """Of the TrainingConfig."""
+    """Fields of the TrainingConfig, with other values."""
     optimiser: Callable[[Any], torch.optim.Optimizer] | None = None
     latents: int = 1024
     passes: float = 1.0

@@ -1,4 +1,4 @@
-"""Whether the fast step learns as the plain one does: `python -m benchmarks.step --curve`.
+"""A comparison of what the fast step learns with what the plain one learns: `python -m benchmarks.step --curve`.
 
 The sparse step (encoder's product and selection in bfloat16), the same with the selection in float32, and the dense
 float32 formula (`Products(sparse=False)`) take the same steps on the same rows from the same first weights, for several
@@ -57,7 +57,7 @@ def train(steps: int, seeds: int) -> Curves:
 
 
 def difference(losses: Tensor, reference: Tensor) -> dict[str, float]:
-    """Of [seeds, steps]: mean, largest and signed mean of (loss - reference) / reference."""
+    """Return the mean, largest and signed mean of (loss - reference) / reference; both are [seeds, steps]."""
     relative = (losses - reference) / reference
     return {
         "mean": relative.abs().mean().item(),

@@ -8,7 +8,7 @@ DIRECTIONS_PER_DIMENSION = 8
 ACTIVE = 16
 NOISE = 0.05
 SEED = 2_512_05534
-"""Of the directions: far from those of first weights, which would otherwise be the directions themselves."""
+"""The seed of the directions: far from those of first weights, which would otherwise be the directions themselves."""
 
 
 def sparse_rows(rows: int, d: int, seed: int) -> Tensor:

@@ -58,7 +58,7 @@ def _chosen(given: str | None) -> tuple[str, str]:
 
 
 def _is_cluster(host: str, port: int, url: str) -> bool:
-    """Whether something is there that does not speak HTTP. Where nothing is, the caller's request says so."""
+    """Return whether something is there that does not speak HTTP. Where nothing is, the caller's request says so."""
     try:
         urllib.request.urlopen(f"{url}/api/version", timeout=ANSWER_S).close()
     except urllib.error.HTTPError:

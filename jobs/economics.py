@@ -14,7 +14,7 @@ from storage.stream import block_rows_of
 PUTS_PER_UNIT = 2
 """The unit's moments and its commit."""
 GETS_PER_UNIT = 9
-"""Whether it is committed; five columns of its rows and contexts; its documents' part of a Parquet file, in three."""
+"""The commit; five columns of its rows and contexts; its documents' part of a Parquet file, in three."""
 GIB = 2**30
 HOUR_S = 3600
 
@@ -41,14 +41,14 @@ class Work:
     training_rows: int
     """All rows that are not held out."""
     rows_per_second: float | None
-    """Of one worker; None if nobody knows."""
+    """The rate of one worker; None if nobody knows."""
     workers: int | None
     """None where the cluster decides."""
     gpus_per_worker: int
     threads_per_worker: int
 
     def worker_hours(self, rows: int) -> float | None:
-        """To run so many rows, of all workers together."""
+        """Return the hours of all workers together that `rows` take."""
         return None if self.rows_per_second is None else rows / self.rows_per_second / HOUR_S
 
     def worker_hour_cost(self, prices: Prices) -> float:
@@ -118,7 +118,7 @@ class Bill:
     compute: float | None
     """The forward passes that are still to be run."""
     requests: float
-    """Of the harvest; 0 on a disk."""
+    """What the requests of the harvest cost; 0 on a disk."""
     month: float
     """Keeping the activations for a month."""
     read: float

@@ -152,7 +152,7 @@ class Left:
     units: int
     """Units to run; one that several harvests lack counts for each, as it is run for each."""
     rows: int
-    """Of those units."""
+    """The rows of those units."""
 
 
 def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> Left:

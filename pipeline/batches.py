@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def is_packed(self) -> bool:
-        """Whether a line has several contexts, so that each must be kept from seeing the others."""
+        """Return whether a line has several contexts, so that each must be kept from seeing the others."""
         return any(len(line) > 1 for line in self.contents)
 
     def places(self) -> Iterator[tuple[int, ContextRows]]:
@@ -131,7 +131,7 @@ def _lines(contexts: Sequence[ContextRows], context: int) -> list[tuple[int, lis
 
 
 def _line_length(size: int, context: int) -> int:
-    """Of the line that a context of this size begins."""
+    """Return the length of a line whose first context has `size` tokens."""
     if size > LONGEST_PACKED:
         step = -(-context // STEPS)
         return min(-(-size // step) * step, context)
@@ -144,7 +144,7 @@ def _sizes(lines: int, length: int, full: int) -> list[int]:
 
 
 def _of_rest(lines: int, length: int) -> list[int]:
-    """The cheapest way to run so many lines in powers of two."""
+    """Return the cheapest way to run `lines` lines in powers of two."""
     if lines == 0:
         return []
     below = _power_of_two(lines)

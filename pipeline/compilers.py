@@ -1,4 +1,4 @@
-"""Whether this machine has what compiling a model's layers takes. Looks for files only; compiles nothing."""
+"""What compiling a model's layers takes, and whether this machine has it. Looks for files only; compiles nothing."""
 
 import os
 import shutil

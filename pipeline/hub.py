@@ -15,7 +15,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a whole commit hash, which always means the same files."""
+    """Return whether a revision is a whole commit hash, which always means the same files."""
     return COMMIT.fullmatch(revision) is not None
 
 
@@ -44,8 +44,8 @@ def resolve_commit(name: str, revision: str, files: Sequence[str]) -> str:
 
 
 def may_have(name: str, commit: str, files: Sequence[str], *, is_here: bool) -> bool:
-    """Whether a repository may have one of some files, without downloading them. Offline the cache is all there is
-    where `is_here` says that it is the one that counts; else nobody knows."""
+    """Return whether a repository may have one of some files, without downloading them. Offline the cache is all there
+    is where `is_here` says that it is the one that counts; else nobody knows."""
     if any(isinstance(try_to_load_from_cache(name, file, revision=commit), str) for file in files):
         return True
     if constants.HF_HUB_OFFLINE:

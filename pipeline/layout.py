@@ -58,16 +58,16 @@ class Documents:
     """source, and the labels; a line a document."""
     context_lengths: Int64
     tokens: npt.NDArray[np.int32]
-    """Of all contexts."""
+    """The tokens of all contexts."""
     is_row: Bool
-    """Of each token."""
+    """True for each token that is a row."""
     roles: npt.NDArray[np.int8] | None
-    """Of each token, an index into `role_names`."""
+    """For each token an index into `role_names`."""
     role_names: tuple[str, ...]
     left_out: pa.Table
     """Records that gave no rows, as LEFT_OUT."""
     labels: TokenLabels = field(default_factory=TokenLabels)
-    """Of each token, from spans."""
+    """The labels of each token, from spans."""
 
     @property
     def sizes(self) -> Sizes:

@@ -134,7 +134,7 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
 
 
 def _first_layers(config: Any, layers: int) -> Any:
-    """The config, changed to that of a model of so many layers."""
+    """Return the config of the same model with `layers` layers."""
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]

@@ -42,7 +42,7 @@ AGREEING = 16
 SHIFTS = 64
 """Other beginnings of a window that are tried: more than the characters of most tokens."""
 LOOKBACKS = (1, 4, 16)
-"""And so many overlaps before the end of the window before, at the beginning of a token."""
+"""A window may also begin this many overlaps before the end of the one before, at the beginning of a token."""
 VARIED = 8
 """Different tokens among those that agree, where a tokenizer takes the best of all paths (Unigram): in a run of one
 token paths of the same score differ in where they put what is left over."""
@@ -68,7 +68,7 @@ def encode(tokenizer: Any, texts: Sequence[str], say: Say = announce) -> list[li
 
 
 def encode_with_places(tokenizer: Any, texts: Sequence[str], say: Say = announce) -> list[tuple[list[int], Int64]]:
-    """Of each text the token ids, and where in it each token begins and ends: int64 [tokens, 2]."""
+    """Return the token ids of each text, and where in it each token begins and ends: int64 [tokens, 2]."""
     found: list[tuple[list[int], Int64]] = [([], np.empty((0, 2), np.int64))] * len(texts)
     short = [number for number, text in enumerate(texts) if len(text) <= LONG_CHARS]
     encodings = tokenizer.encode_batch([texts[number] for number in short], add_special_tokens=False)
@@ -128,9 +128,9 @@ class Window:
     stop: int
     ids: list[int]
     offsets: list[tuple[int, int]]
-    """Of each token the characters, counted from the beginning of the window."""
+    """The characters of each token, counted from the beginning of the window."""
     words: list[int | None]
-    """Of each token the number of its piece."""
+    """The number of each token's piece."""
 
     def first_from(self, char: int) -> int:
         """The first token that begins at a character of the text or after it."""
@@ -141,7 +141,8 @@ class Window:
         return np.array(self.offsets[first:last], dtype=np.int64).reshape(-1, 2) + self.start
 
     def tokens(self, first: int, last: int) -> list[tuple[int, int, int, bool]]:
-        """Of tokens: begin and end in the text, id, and whether a piece begins with it."""
+        """Return four numbers for each token: where it begins and ends in the text, its id, and whether a piece begins
+        with it."""
         return [
             (begin + self.start, end + self.start, self.ids[i], i == 0 or self.words[i] != self.words[i - 1])
             for i, (begin, end) in enumerate(self.offsets[first:last], first)

@@ -25,15 +25,15 @@ class ModelInfo:
 
     id: str
     revision: str
-    """Of a model on the hub the commit, so that every worker, now and later, gets the same weights."""
+    """The commit of a model on the hub, so that every worker, now and later, gets the same weights."""
     ref: str
-    """Of a model on the hub what the spec calls that commit: a branch, a tag, or the commit itself."""
+    """What the spec calls that commit: a branch, a tag, or the commit itself."""
     name: str
     """The folder's name, or the repository's with its owner, and the start of the fingerprint: names the model inside a
     store."""
     fingerprint: str
-    """Of a folder a digest of config and weights: equal for a copy in another place, other for a model trained further.
-    Of a model on the hub a digest of repository and commit."""
+    """For a folder a digest of config and weights: equal for a copy in another place, other for a model trained
+    further. For a model on the hub a digest of repository and commit."""
     num_layers: int
     d_model: int
     vocabulary: int
@@ -42,7 +42,7 @@ class ModelInfo:
     max_context_key: str
     """The key of the config that says so."""
     caps_attention: bool
-    """Whether attention logits are capped (Gemma 2), which not every attention implementation does."""
+    """True if attention logits are capped (Gemma 2), which not every attention implementation does."""
 
     def check_context(self, context: int) -> None:
         """Raise InputError for contexts longer than the model's positions: beyond them its activations mean nothing."""
@@ -191,7 +191,7 @@ def adapter_notice(info: ModelInfo) -> str | None:
 
 
 def _is_path(model_id: str) -> bool:
-    """Whether an id means a folder, there or not: a hub id is a name, or an owner and a name."""
+    """Return whether an id means a folder, there or not: a hub id is a name, or an owner and a name."""
     folder = Path(model_id)
     return folder.is_absolute() or model_id.startswith((".", "~")) or len(folder.parts) > 2 or model_id.endswith("/")
 

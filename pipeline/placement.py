@@ -20,7 +20,7 @@ from torch.nn import functional
 from pipeline.errors import InputError
 
 GPU_SHARE = 0.8
-"""Of a GPU's free memory, what offloading fills with weights; the rest is for activations."""
+"""The share of a GPU's free memory that offloading fills with weights; the rest is for activations."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Placement:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all weights stay on one device. Layers whose weights come and go cannot be compiled."""
+        """Return whether all weights stay on one device. Layers whose weights come and go cannot be compiled."""
         return self.device != "auto" and self.offload is None
 
     def max_memory(self) -> dict[int | str, int] | None:

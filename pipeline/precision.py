@@ -46,7 +46,7 @@ def _faster_type(kind: str) -> Literal["float32", "bfloat16"]:
 
 
 def _known_of_processor() -> bool | None:
-    """Whether the processor is faster in bfloat16, from its instructions; None where they do not tell."""
+    """Return whether the processor is faster in bfloat16, from its instructions; None where they do not tell."""
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # the matrix library itself
     if asked is None:
         return None
@@ -63,7 +63,8 @@ def _known_of_processor() -> bool | None:
 
 
 def _has(instructions: str) -> bool:
-    """Whether torch finds these instructions; no where it is too old to look for them (torch 2.11 and before)."""
+    """Return whether torch finds these instructions; no where it is too old to look for them (torch 2.11 and
+    before)."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     asked = getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
     return bool(capabilities.get(instructions, False) or asked())

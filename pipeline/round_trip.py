@@ -1,4 +1,4 @@
-"""Whether a tokenizer gives texts back: some texts are encoded and decoded before a corpus is planned.
+"""The check that a tokenizer gives texts back: some are encoded and decoded before a corpus is planned.
 
 A tokenizer whose vocabulary, merges or decoder belong to another one runs without an error, and the model is then fed
 nonsense. What sound tokenizers do to a text is no fault: what their normalizer does, case, compatible characters
@@ -115,7 +115,7 @@ def _compared(backend: Any, text: str, found: str, unknown: str | None) -> _Trip
 
 
 def _are_in_order(parts: Sequence[str], text: str) -> bool:
-    """Whether a text consists of parts with something between any two of them, or nothing."""
+    """Return whether a text consists of parts with something between any two of them, or nothing."""
     if not text.startswith(parts[0]):
         return False
     place = len(parts[0])

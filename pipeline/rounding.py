@@ -64,7 +64,7 @@ def round_rows(rows: Tensor, stored: str) -> Rounded:
 
 
 def is_exact(computed: torch.dtype, stored: str) -> bool:
-    """Whether every value of the type that is computed in has itself as its stored value."""
+    """Return whether every value of the type that is computed in has itself as its stored value."""
     return TORCH_TYPES[stored] in (computed, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same ids, however they are written down.
+"""A comparison of two tokenizers: do they give the same ids, however they are written down?
 
 A newer library, or saving it again, writes the same tokenizer otherwise. What counts is what it does: the vocabulary,
 the added tokens with their flags, and the ids of texts: of many scripts and blanks, of pieces of the vocabulary put
@@ -28,7 +28,7 @@ PIECES = 12
 
 
 def are_same(one: Any, other: Any, texts: Sequence[str] = ()) -> bool:
-    """Whether two `tokenizers.Tokenizer` do the same, as far as their vocabularies and the ids of texts tell."""
+    """Return whether two `tokenizers.Tokenizer` do the same, as far as their vocabularies and the ids of texts tell."""
     vocabulary = one.get_vocab(with_added_tokens=True)
     if vocabulary != other.get_vocab(with_added_tokens=True) or _added(one) != _added(other):
         return False

@@ -67,7 +67,8 @@ class Conditions:
         self._named = _named_among(self.conditions, every)
 
     def rows(self, start: int, stop: int) -> list[Array]:
-        """Of the rows [start, stop), those that fulfil each condition: int64, ascending. NULL is not fulfilled."""
+        """Return those of the rows [start, stop) that fulfil each condition: int64, ascending. NULL is not
+        fulfilled."""
         self._register(start, stop)
         return [np.sort(self._asked(condition)) for condition in self.conditions]
 

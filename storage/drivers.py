@@ -14,7 +14,8 @@ from storage.records import encode, read_record
 INTERVAL_S = 5.0
 """Seconds between two records of a driver: 0.3 requests a second and driver, listing included."""
 ALIVE_S = 30.0
-"""A driver whose counter moved within so many seconds is alive: six intervals, for stores that answer slowly."""
+"""Seconds within which the counter of a driver that is alive has moved: six intervals, for stores that answer
+slowly."""
 GONE_S = 600.0
 """A record that stood still for so long is removed by whoever watched it."""
 

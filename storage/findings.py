@@ -33,9 +33,9 @@ class Remake:
     harvest: str
     unit: int
     from_rows: bool
-    """Whether the unit's stored activations are enough to make it; else the model runs again."""
+    """True if the unit's stored activations are enough to make it; otherwise the model runs again."""
     instead_of_commit: bool = False
-    """Whether the commit itself says the wrong bytes, and is replaced too."""
+    """True if the commit itself says the wrong bytes, and is replaced too."""
     what = "remake the unit"
 
 

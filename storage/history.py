@@ -29,7 +29,7 @@ class History:
     commits: int
     """How many commits this rests on."""
     rows_per_second: float | None
-    """Of all workers together, when units were last committed; None from fewer than two commits."""
+    """The rate of all workers together, when units were last committed; None from fewer than two commits."""
     rows_per_second_per_worker: float | None
     """The median over workers; None unless one committed two units."""
     padding_share: float | None

@@ -107,7 +107,7 @@ def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, 
 
 
 def same_moments(some: Mapping[MomentKey, Moments], others: Mapping[MomentKey, Moments]) -> bool:
-    """Whether two sets of moments are equal to the last bit."""
+    """Return whether two sets of moments are equal to the last bit."""
     return some.keys() == others.keys() and all(
         m.count == others[key].count
         and np.array_equal(m.sum, others[key].sum)

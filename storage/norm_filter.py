@@ -13,7 +13,7 @@ from storage.errors import StorageError
 from storage.store import Store
 
 MEDIAN_ROWS = 1_000_000
-"""The median is exact over at most so many evenly spaced training rows."""
+"""Evenly spaced training rows, at most, over which the median is exact."""
 
 
 @dataclass(frozen=True)

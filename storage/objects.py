@@ -31,7 +31,7 @@ PART_BYTES = 8 * 2**20
 part is what is sent again when a request fails."""
 PARTS_AT_ONCE = 8
 NAMES_AT_ONCE = 1000
-"""Of one listing: what S3 gives at most."""
+"""Names in one answer to a listing: what S3 gives at most."""
 STALL_S = 30.0
 """Silence after which a request is given up and made again. GRANARY_STALL_S in the environment changes it."""
 RETRIES, FIRST_RETRIES = 6, 1

@@ -90,7 +90,7 @@ class Patience:
 
     @property
     def has_worked(self) -> bool:
-        """Whether waiting makes sense: the store has answered this process, or the one that started it."""
+        """Return whether waiting makes sense: the store has answered this process, or the one that started it."""
         return bool(self._worked) or self._waiting is not None
 
     def call(self, request: Callable[[], T], verb: Verb) -> T:

@@ -35,7 +35,7 @@ class Backend(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether names are files of this machine: then small files cost nothing and folders can be renamed."""
+        """Return whether names are files of this machine: then small files cost nothing and folders can be renamed."""
         ...
 
     @property

@@ -26,7 +26,7 @@ OURS = (TypeError, AttributeError, AssertionError, KeyError)
 _CREATING = threading.Lock()
 """Some file systems (memory://) look and then write."""
 MOST_PAUSE_S = 10.0
-"""Of the wait before `create` looks again; well below the limit at which a worker is taken for hung."""
+"""The longest wait before `create` looks again; well below the limit at which a worker is taken for hung."""
 
 
 @dataclass(frozen=True)

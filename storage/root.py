@@ -15,7 +15,7 @@ ROW_COLUMNS = {"token": "int32", "position": "int32", "document": "int64", "cont
 ROLE_COLUMN = {"role": "int8"}
 """The row column that corpora of chats have besides: a number, named in the root record."""
 LABEL_TYPE = "int16"
-"""Of the row columns that labels of spans or tokens have besides: a number, named in the root record, or -1."""
+"""The type of the row columns of labels of spans or tokens: a number, named in the root record, or -1."""
 CONTEXT_COLUMNS = {"context_token": "int32", "context_start": "int64"}
 """The other arrays under corpus/: the tokens of the contexts, and where each begins."""
 
@@ -160,7 +160,8 @@ def read_root(path: Place) -> CorpusInfo:
 
 
 def _is_foreign(path: Place) -> bool:
-    """Whether the zarr.json that failed as a record is somebody else's group: sound JSON without a word of ours."""
+    """Return whether the zarr.json that failed as a record is somebody else's group: sound JSON without a word of
+    ours."""
     try:
         content = (path / "zarr.json").read()
         return b"checksum" not in content and "granary" not in json.loads(content).get("attributes", {})

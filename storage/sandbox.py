@@ -20,8 +20,8 @@ from storage.errors import StorageError
 READ_ONLY = "a store is read-only: ask it with one SELECT"
 MOST_THREADS = 8
 SHARE_OF_DUCKDB = 0.75
-"""Of a query's memory. The rest is for results in Arrow and Python, and for strings and lists, which DuckDB does not
-count."""
+"""The share of a query's memory that DuckDB may fill. The rest is for results in Arrow and Python, and for strings and
+lists, which DuckDB does not count."""
 
 _SELECT, _EXPLAIN, _MULTI = (
     duckdb.StatementType.SELECT,
@@ -108,7 +108,8 @@ def _is_one_select(connection: duckdb.DuckDBPyConnection, text: str) -> bool:
 
 
 def _is_forbidden(part: dict[str, Any], allow_files: bool) -> bool:
-    """Whether a part of a SELECT's tree writes (a common table may be COPY or INSERT), or may hide such a one."""
+    """Return whether a part of a SELECT's tree writes (a common table may be COPY or INSERT), or may hide such a
+    one."""
     if str(part.get("type", "")).endswith("_QUERY_NODE"):
         return True
     return allow_files and str(part.get("function_name", "")).lower() in _SQL_IN_TEXT

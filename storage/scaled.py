@@ -29,7 +29,7 @@ class SiteRows:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Of what is read."""
+        """The type of what is read."""
         return self.values.numpy_dtype if self.scales is None else DTYPES["float32"]
 
     def read(self, start: int, stop: int) -> Array:

@@ -16,7 +16,7 @@ from storage.token_pieces import token_pieces
 EXTREME = 10.0
 """A norm above this many medians is extreme; in a site without sinks no row has one."""
 SAMPLED_UNITS, SAMPLED_ROWS = 8, 32_768
-"""Rows are looked at in at most this many units, evenly spaced, and at most so many rows of each."""
+"""Units in which rows are looked at, evenly spaced, and rows of each, at most."""
 SHOWN = 3
 
 

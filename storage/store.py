@@ -219,7 +219,7 @@ class Store(StoredTable):
     ) -> Iterator[dict[str, Array]]:
         """Yield shuffled batches {site: [batch_rows, d_model]} of rows that are not held out; see storage.stream.
 
-        `max_norm`: leave out rows whose norm is above so many times the median; 10, say, leaves out attention sinks.
+        `max_norm`: leave out rows whose norm is above this many times the median; 10, say, leaves out attention sinks.
         """
         from storage.stream import stream
 

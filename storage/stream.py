@@ -29,7 +29,7 @@ POOL_ROWS = 2**17
 
 
 def block_rows_of(rows_per_unit: int) -> int:
-    """Rows of a block in a store with units of so many rows."""
+    """Return the rows of a block in a store whose units have `rows_per_unit` rows."""
     return min(rows_per_unit, BLOCK_ROWS)
 
 
@@ -99,7 +99,7 @@ def stream(
 
     All sites of a batch hold the same rows in the same order; key "row" holds the row numbers (int64). Endless unless
     `steps` is given. `max_norm`: rows are left out whose norm at `norm_site` (the first of `sites`, if not given) is
-    above so many times the median; the order depends on both. Raises UncommittedRows before the first batch when a
+    above this many times the median; the order depends on both. Raises UncommittedRows before the first batch when a
     unit that is not held out is missing.
     """
     num_rows = store.info.held_out_start

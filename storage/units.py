@@ -29,7 +29,7 @@ class UnitBlock:
     norms: Mapping[str, Array]
     moments: Mapping[MomentKey, Moments]
     scales: Mapping[str, Array] = field(default_factory=dict)
-    """Of the sites that are stored as int8."""
+    """The scales of the sites that are stored as int8."""
 
     def of(self, kind: str) -> Mapping[str, Array]:
         """The arrays of a kind (see storage.harvests.kinds_of)."""
@@ -62,7 +62,7 @@ def write_unit(
     name = store.info.units.name(unit)
 
     def is_committed() -> bool:
-        """Whether another was faster, with the same bytes."""
+        """Return whether another was faster, with the same bytes."""
         if not commit_path(store.root, harvest.digest, name).exists():
             return False
         mine = _commit(store, harvest, unit, _checksums(store, harvest, block), moments, writer)

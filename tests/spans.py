@@ -19,7 +19,7 @@ Span = tuple[int, int, str]
 
 
 def annotated(rng: random.Random, words: int) -> tuple[str, list[Span]]:
-    """A text of so many words, a third of which are spans of one to three words."""
+    """Return a text of `words` words, a third of which are spans of one to three words."""
     text, spans = "", []
     at = 0
     while at < words:
@@ -62,7 +62,7 @@ SPANS = [(0, 12, "PER"), (17, 23, "PER"), (27, 33, "LOC")]
 
 
 def table_values(store: Store, label: str) -> dict[str, list[str | None]]:
-    """Of each document, by its source, the values of its rows."""
+    """Return the values of each document's rows, by its source."""
     values = np.array(stored_values(store, label), dtype=object)
     document = store.columns(0, store.num_rows, ["document"])["document"]
     sources = store.documents.column("source").to_pylist()

@@ -48,10 +48,10 @@ class AnchorSettings(Settings):
     vectors: str | None = None
     """A file of the anchors themselves: .npy [k, d_model], the same at all sites; or .safetensors, a tensor a site."""
     names: Names = ()
-    """Of vectors: what each is called; numbers, if not given."""
+    """With vectors: what each is called; numbers, if not given."""
     min_rows: Count | None = None
-    """Of by and where: training rows of a subpopulation at least; 1000, if not given. Values of a label with fewer give
-    no anchor; a condition with fewer is refused."""
+    """With by and where: training rows of a subpopulation at least; 1000, if not given. Values of a label with fewer
+    give no anchor; a condition with fewer is refused."""
 
     @property
     def least_rows(self) -> int:

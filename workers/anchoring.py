@@ -38,9 +38,9 @@ class AnchorPlan:
     identity: Record
     """What determines the vectors."""
     given: Mapping[str, Vectors] = field(default_factory=dict)
-    """Of top and vectors: site -> the given directions."""
+    """With top and vectors: site -> the given directions."""
     names: tuple[str, ...] = ()
-    """Of top and vectors: what each direction is called."""
+    """With top and vectors: what each direction is called."""
 
 
 def plan_anchors(store: Store, settings: AnchorSettings, sites: Sequence[str]) -> AnchorPlan:

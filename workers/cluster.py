@@ -69,12 +69,12 @@ def connected(address: str, *, cpus: int = 0, env: Sequence[str] = ()) -> Iterat
 
 
 def is_started_here(address: str) -> bool:
-    """Whether a run with this cluster.address starts Ray itself, so that its workers are on this machine."""
+    """Return whether a run with this cluster.address starts Ray itself, so that its workers are on this machine."""
     return address == "local" and not _joined()
 
 
 def is_in_job() -> bool:
-    """Whether this process is the driver of a submitted job, whose environment its workers are given by Ray."""
+    """Return whether this process is the driver of a submitted job, whose environment its workers are given by Ray."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 

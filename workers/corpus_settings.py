@@ -41,7 +41,7 @@ class CorpusSettings(Settings):
     columns: Names = ()
     """Columns kept beside each document without being subpopulations: ids, urls, dates."""
     bos: Literal["auto"] | bool = "auto"
-    """Whether contexts begin with the tokenizer's BOS; auto does what calling the tokenizer does."""
+    """True if contexts begin with the tokenizer's BOS; auto does what calling the tokenizer does."""
     specials: Literal["text", "tokens"] = "text"
     """What control strings (<s>, <|endoftext|>) in texts and messages are: the characters they are written in, or the
     tokens that they name."""

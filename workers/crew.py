@@ -149,7 +149,7 @@ class Crew:
 
 
 def died_by_itself(error: RayActorError, worker: Worker) -> bool:
-    """Whether nothing outside explains a worker's death, as far as Ray tells.
+    """Return whether nothing outside explains a worker's death, as far as Ray tells.
 
     A worker that is only cut off may have taken its machine down with its unit; while it loads that is nobody's fault.
     """

@@ -46,11 +46,11 @@ QualifiedSites = Annotated[tuple[str, ...], BeforeValidator(_as_qualified_sites)
 class ActivationSettings(Settings):
     kind: Literal["topk", "batch_topk", "relu", "jumprelu", "gated"] = "topk"
     k: Count | None = None
-    """Of topk and batch_topk: latents active on a row, or on average; 32, if not given."""
+    """With topk and batch_topk: latents active on a row, or on average; 32, if not given."""
     threshold: Weight | None = None
-    """Of jumprelu: initial threshold."""
+    """With jumprelu: initial threshold."""
     bandwidth: Positive | None = None
-    """Of jumprelu: width around the threshold in which it learns."""
+    """With jumprelu: width around the threshold in which it learns."""
 
     @model_validator(mode="after")
     def _fitting(self) -> "ActivationSettings":
@@ -164,7 +164,7 @@ class DictionarySettings(Settings):
     skip: bool = False
     """A transcoder with a linear path beside the latents."""
     shared_latents: Annotated[int, Field(ge=0)] = 0
-    """Of a crosscoder: the first so many latents have one decoder for all sites."""
+    """For a crosscoder: how many of the first latents have one decoder for all sites."""
     activation: ActivationSettings = ActivationSettings()
     loss: LossSettings = LossSettings()
     anchors: Annotated[AnchoringSettings | None, BeforeValidator(_as_anchoring)] = None
@@ -180,12 +180,13 @@ class DictionarySettings(Settings):
     clip: Positive | None = 1.0
     """Largest norm of the gradient; null: any."""
     tied: bool = False
-    """Of an SAE or a crosscoder: the encoder is the decoder's transpose throughout."""
+    """For an SAE or a crosscoder: the encoder is the decoder's transpose throughout."""
     resampling: ResamplingSettings | None = None
     """Revive dead latents at inputs with a large loss; never, if not given."""
     initialisation: InitialisationSettings = InitialisationSettings()
     dead_after_rows: Count | None = None
-    """A latent silent for so many rows counts as dead; 10 M, or 2 % of a shorter run, if not given."""
+    """Rows after which a latent that was silent on all of them counts as dead; 10 M, or 2 % of a shorter run, if not
+    given."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What products are computed in: float32; bfloat16, the dense ones too; or auto, which compares preactivations in
     the faster type of the machine and makes dense products in float32. Weights, selected entries and optimiser are
@@ -252,7 +253,7 @@ class DictionarySettings(Settings):
         return Products() if self.precision == "auto" else Products(selection=self.precision, dense=self.precision)
 
     def training(self, steps: int, batch_rows: int, seed: int) -> TrainingConfig:
-        """How it is trained, in so many steps."""
+        """Return how it is trained, in `steps` steps."""
         return TrainingConfig(
             steps=steps,
             batch_rows=batch_rows,

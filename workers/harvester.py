@@ -51,7 +51,7 @@ class HarvesterSetup:
     threads: int
     placement: Placement
     blocks: bool = True
-    """Whether compiled layers may attend in blocks; see `UnitRunner`."""
+    """True if compiled layers may attend in blocks; see `UnitRunner`."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class RowGroups:
     document: Array
     """The document of each row, [rows]."""
     labels: dict[str, Array]
-    """Of each label of rows the number of each row's value, [rows]; -1 where it has none."""
+    """The number of each row's value [rows] for each label of rows; -1 where it has none."""
 
 
 def unit_block(

@@ -211,7 +211,7 @@ def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: Har
 
 
 def blocks_of(harvest: Harvest) -> bool:
-    """Whether the compiled layers of a harvest may attend in blocks."""
+    """Return whether the compiled layers of a harvest may attend in blocks."""
     blocks: bool = harvest.identity["harvest"].get(BLOCKS, True)
     return blocks
 

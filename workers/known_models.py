@@ -25,7 +25,8 @@ def made_from(info: ModelInfo) -> dict[str, str]:
 
 
 def is_of_model(harvest: Harvest, info: ModelInfo) -> bool:
-    """Whether a harvest is of a model. Those made when a fingerprint held the commit alone are, with that commit."""
+    """Return whether a harvest is of a model. Those made when a fingerprint held the commit alone are, with that
+    commit."""
     fingerprint = harvest.identity["model"]["fingerprint"]
     if fingerprint == info.fingerprint:
         return True

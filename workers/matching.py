@@ -1,4 +1,4 @@
-"""Whether the table of a store is the one that a spec describes, or the beginning of it."""
+"""The comparison of a store's table with the one that a spec describes: the same, the beginning of it, or another."""
 
 from typing import Any
 

@@ -30,13 +30,13 @@ class Measured:
     rows: int
     """Rows of the sample."""
     rows_per_second: float
-    """Of one worker on this machine, once its model is loaded."""
+    """The rate of one worker on this machine, once its model is loaded."""
     relative_errors: dict[str, dict[str, float]]
     """Site -> type -> E||x - stored(x)||^2 / E||x||^2."""
 
 
 def sample(documents: Documents, max_rows: int = SAMPLE_ROWS) -> list[ContextRows]:
-    """The first contexts, of at most so many rows together; at least one."""
+    """Return the first contexts, of at most `max_rows` rows together; at least one."""
     contexts: list[ContextRows] = []
     rows = start = 0
     for length in documents.context_lengths.tolist():

@@ -20,7 +20,7 @@ LOOK_S = 1.0
 """Least time between two looks at the store, where there is a reason not to wait for the next interval."""
 COMPACT_S = 60.0
 RATE_S = 120.0
-"""The rate is that of so many seconds."""
+"""Seconds over which the rate is taken."""
 GOODBYE_S = 10.0
 """How long an end that is not a success waits for a store that does not answer."""
 

@@ -12,7 +12,7 @@ from typing import Literal
 Phase = Literal["loading", "first unit", "working"]
 
 TIMES_THE_LONGEST = 10
-"""A counter may stand still so many times as long as any counter of the run has stood still and then moved."""
+"""A counter may stand still this many times as long as any counter of the run has stood still and then moved."""
 LOADING_ANSWER_S = 60.0
 """Least patience for an answer of an actor that imports libraries and loads a model, which can keep the interpreter."""
 LONGEST_TICK_S = 5.0

@@ -35,7 +35,7 @@ from workers.versions import versions
 ModelName = tuple[str, str]
 """A model's id and revision."""
 TOLERANCE_ULPS = 16
-"""Where the bytes cannot be had, rows may differ by so many roundings of the coarser of the two types, relative to
+"""Where the bytes cannot be had, rows may differ by this many roundings of the coarser of the two types, relative to
 their norm: other devices and libraries add in other orders, through all layers."""
 
 

@@ -24,7 +24,7 @@ MOST_CALLS = 256
 SLAB_BYTES = 2**28
 """Bytes of the float64 rows that are worked on at once. Another number would give other last bits."""
 Sums = dict[tuple[str, int], Moments]
-"""Of a site and the number of a subpopulation; those without rows are left out."""
+"""The sums of each site and number of a subpopulation; those without rows are left out."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainingRows:
             yield start, min(start + size, last)
 
     def calls(self, most: int) -> list[range]:
-        """All blocks, in at most so many ranges of about the same length."""
+        """Return all blocks, in at most `most` ranges of about the same length."""
         blocks = -(-self.num_rows // (self.rows_per_unit * BLOCK_UNITS))
         cuts = [blocks * i // most for i in range(most + 1)]
         return [range(a, b) for a, b in pairwise(cuts) if a < b]
@@ -77,7 +77,7 @@ class ByNumber:
     column: str
     """row or context: what is numbered."""
     numbers: tuple[Array, ...]
-    """Of each subpopulation: int64, ascending."""
+    """The rows of each subpopulation: int64, ascending."""
 
     def __len__(self) -> int:
         return len(self.numbers)

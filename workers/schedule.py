@@ -107,7 +107,7 @@ class Schedule:
         return failure
 
     def is_useless(self, worker: int) -> bool:
-        """Whether so many units have raised in it, one after the other, that it should be replaced."""
+        """Return whether enough units have raised in it, one after the other, that it should be replaced."""
         return self._in_a_row.get(worker, 0) >= FAILURES_IN_A_ROW
 
     def has_worked(self, worker: int) -> bool:

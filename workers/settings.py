@@ -142,7 +142,7 @@ class TrainSettings(Settings):
     seed: Seed = 0
     """Seed of the stream's order and of the weights."""
     max_norm: Annotated[float, Field(ge=1)] | None = None
-    """Rows whose norm at the first dictionary's input is above so many times the median are left out; none, if not
+    """Rows whose norm at the first dictionary's input is above this many times the median are left out; none, if not
     given. 10 leaves out attention sinks."""
     checkpoint_every: Count = 1000
     """Steps between checkpoints."""

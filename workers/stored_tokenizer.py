@@ -1,4 +1,4 @@
-"""Whether a spec's tokenizer is the one that a store was planned with: by its digest, else by what it does."""
+"""The check that a spec's tokenizer is the one that a store was planned with: by its digest, else by what it does."""
 
 from typing import Any
 

@@ -30,7 +30,7 @@ class Naming:
     """What the whole plan says of columns."""
 
     schema: pa.Schema
-    """Of what is known of documents."""
+    """The schema of what is known of documents."""
     label_names: LabelValues
     """The values of each label of tokens, in the order of their numbers."""
 

@@ -27,7 +27,7 @@ READ_ROWS = 8192
 def normalisations(
     store: Store, sites: Sequence[str], plan: TrainPlan, kept: NormFilter | None
 ) -> dict[str, Normalisation]:
-    """Of each site: centre on the mean of the training rows and scale to E||x||^2 = d.
+    """Return the normalisation of each site: centre on the mean of the training rows and scale to E||x||^2 = d.
 
     From the harvest's own moments; where a filter leaves rows out, from the first rows of a stream without them."""
     if kept is None or kept.counts.sum() == store.info.held_out_start:

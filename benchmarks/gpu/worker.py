@@ -60,7 +60,7 @@ class Worker:
         return None
 
     def measure(self, case: Case, seconds: float) -> Outcome:
-        """Measure within so many seconds, the start of a process among them, or give up."""
+        """Measure within `seconds`, the start of a process included, or give up."""
         ends = time.monotonic() + seconds
         if self._process is None and (failed := self.start(seconds)) is not None:
             return failed

@@ -27,7 +27,7 @@ DEMO_CHARACTERS = 2_600_000
 HELD_OUT_SHARE = 0.08
 """Share of the text in the second file. Less than the spec's corpus.holdout, so that all of it is held out."""
 LEAST_DOCUMENTS = 4
-"""Documents of a label's value that the demo takes, if there are so many, however rare the value is."""
+"""The demo takes this many documents of a label's value, however rare the value is, or all that there are."""
 LONG_CHARACTERS = 16_000
 """Longer texts are not held out, unless a value has no others: a few of them would be all that is."""
 
@@ -68,7 +68,7 @@ def write_documents(path: Path, documents: Sequence[DemoDocument]) -> None:
 def split_documents(
     documents: Sequence[DemoDocument], characters: int = DEMO_CHARACTERS, share: float = HELD_OUT_SHARE
 ) -> tuple[list[DemoDocument], list[DemoDocument]]:
-    """Choose texts of so many characters, and hold some out: return those to train on, and those that are held out.
+    """Choose texts of `characters` in all, and return those to train on and the `share` that is held out.
 
     Drawn at random, a value of few documents would be on one side only, or in neither. So each value of a label first
     gives some documents, of which one is held out; the others follow in an order that their texts decide.
@@ -99,7 +99,7 @@ def _some_of_each(documents: Sequence[DemoDocument], number: int) -> list[DemoDo
 
 
 def _within(documents: Sequence[DemoDocument], characters: int) -> list[DemoDocument]:
-    """Return documents in order, leaving out those that would go beyond so many characters."""
+    """Return documents in order, leaving out those that would go beyond `characters`."""
     chosen, total = [], 0
     for document in documents:
         if total + len(document.text) <= characters:

@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def winners(self) -> frozenset[str]:
-        """Of 'anchored', 'best' and 'control' those with the highest AUROC; several when they are equal."""
+        """The ones with the highest AUROC among 'anchored', 'best' and 'control'; several when they are equal."""
         scores = {n: s.auroc for n in ("anchored", "best", "control") if (s := getattr(self, n)) is not None}
         return frozenset(n for n, auroc in scores.items() if auroc == max(scores.values()))
 

@@ -23,7 +23,7 @@ class RunView:
     curve: list[Record]
     evaluation: Record | None
     can_evaluate: bool
-    """Whether the store holds rows out to measure on."""
+    """True if the store holds rows out to measure on."""
 
     @property
     def config(self) -> Record:

@@ -91,7 +91,7 @@ def check_name(name: str, kind: str, where: str) -> None:
 
 
 def _form_of_values(values: Sequence[Any]) -> bool | None:
-    """Whether JSON values are tags (True) or spans (False); None if they are neither."""
+    """Return whether JSON values are tags (True) or spans (False); None if they are neither."""
     lists = [value for value in values if isinstance(value, list)]
     firsts = [value[0] for value in lists if value]
     if any(isinstance(first, dict | list) for first in firsts) or any(map(_is_columnar, values)):

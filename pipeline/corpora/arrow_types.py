@@ -16,7 +16,7 @@ WHAT = {"text": "text", "tokens": "lists of token ids", "messages": "lists of me
 
 
 def is_list(found: pa.DataType) -> bool:
-    """Whether values are lists, in any of Arrow's five layouts."""
+    """Return whether values are lists, in any of Arrow's five layouts."""
     kinds: tuple[Callable[[pa.DataType], bool], ...] = (
         pa.types.is_list,
         pa.types.is_large_list,
@@ -32,7 +32,7 @@ def is_text(found: pa.DataType) -> bool:
 
 
 def is_json(found: pa.DataType) -> bool:
-    """Whether values are JSON by their type, as `datasets` writes messages that differ in their keys."""
+    """Return whether values are JSON by their type, as `datasets` writes messages that differ in their keys."""
     if pa.types.is_dictionary(found) or pa.types.is_run_end_encoded(found):
         return is_json(found.value_type)
     return getattr(found, "extension_name", "") == "arrow.json"

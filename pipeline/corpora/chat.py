@@ -35,15 +35,16 @@ class ChatEncoder:
     specials: Literal["text", "tokens"] = "text"
     """What control strings in messages are."""
     markers: bool = True
-    """Whether a template's markers have the role of their message."""
+    """True if a template's markers have the role of their message."""
     day: str | None = None
     """YYYY-MM-DD: the day for templates that ask for it; today, if not given."""
     names_day: bool = False
-    """Whether `date_string` is that day: where a person has given it. Without, some templates name one of their own."""
+    """True if `date_string` is that day, as where a person has given it. Otherwise some templates name one of their
+    own."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Given to the template beside messages and tools."""
     roles_asked: bool = False
-    """Whether chats whose roles cannot be told are left out."""
+    """True if chats whose roles cannot be told are left out."""
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -109,7 +110,7 @@ class ChatEncoder:
         return _Rendered(text, Letters([UNCLEAR_ROLE], np.zeros(len(text), np.int32), None) if told is None else told)
 
     def _encoded(self, chats: "list[_Rendered]") -> list[tuple[Int64, Int64, Int64]]:
-        """Of each chat the tokens, and where in its text each begins and ends."""
+        """Return the tokens of each chat, and where in its text each begins and ends."""
         found = []
         for encoding in self.tokenizer.backend_tokenizer.encode_batch(
             [c.text for c in chats], add_special_tokens=False
@@ -128,7 +129,7 @@ class ChatEncoder:
         return found
 
     def _holds_control(self, chat: "_Rendered", ids: Int64, starts: Int64, stops: Int64) -> bool:
-        """Whether a token that is a control string has some of a message's text."""
+        """Return whether a token that is a control string has some of a message's text."""
         if chat.letters.is_content is None:
             return False
         at = np.flatnonzero(np.isin(ids, self._control.ids))
@@ -136,7 +137,7 @@ class ChatEncoder:
         return bool((before[stops[at]] > before[starts[at]]).any())
 
     def _ranks(self, ranks: Int32, ids: Int64, starts: Int64, stops: Int64) -> Int32:
-        """Of each token the strongest rank of its letters; of a control string, which may have taken space from a
+        """Return the strongest rank of each token's letters; for a control string, which may have taken space from a
         content beside it, the weakest."""
         edges = np.stack([starts, np.maximum(stops, starts + 1)], axis=1).ravel()
         padded = np.append(ranks, ranks.dtype.type(0))
@@ -182,7 +183,7 @@ def template_source(tokenizer: Any, tools: list[Message] | None = None) -> str:
 
 
 def needs_day(tokenizer: Any, arguments: Mapping[str, Any], day_is_given: bool) -> bool:
-    """Whether chats that are rendered with this tokenizer depend on the day."""
+    """Return whether chats that are rendered with this tokenizer depend on the day."""
     of_all = tokenizer.chat_template
     sources = list(of_all.values()) if isinstance(of_all, dict) else [of_all]
     return any(

@@ -24,8 +24,8 @@ Int64 = npt.NDArray[np.int64]
 
 FIRST_COLOUR = 0xF0000
 MOST_MISSES = 64
-"""After so many stretches that are not found in a message's text it is not searched any more, each time from its
-beginning: the template changes the text, its case for example."""
+"""A message's text is not searched any more, each time from its beginning, after this many stretches that are not in
+it: the template changes the text, its case for example."""
 MOST_COLOURS = ord(MARK) - FIRST_COLOUR
 NOBODY = -1
 NAMES = {"role", "type", "id", "tool_call_id"}
@@ -44,9 +44,9 @@ class Coloured:
 
     text: str
     owner: Int32
-    """Of each character the message that it is from, the number of messages for the tools, or NOBODY."""
+    """The message that each character is from, the number of messages for the tools, or NOBODY."""
     is_located: bool
-    """Whether contents were coloured; if not, nobody owns anything."""
+    """True if contents were coloured; otherwise nobody owns anything."""
     events: list[Event]
     places: Int64
     """Where in the text each event was."""

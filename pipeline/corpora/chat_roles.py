@@ -38,9 +38,9 @@ class Letters:
     """What of a chat's text belongs to which message."""
 
     roles: list[str]
-    """Of the messages, and last the template's."""
+    """The roles of the messages, and last the template's."""
     ranks: Int32
-    """Of each letter. The larger, the stronger it belongs (see above), then the earlier its message."""
+    """A rank for each letter. The larger, the stronger it belongs (see above), then the earlier its message."""
     is_content: Bool | None
     """Which letters are the messages' or tools' own text; None where that cannot be told."""
 
@@ -90,7 +90,7 @@ def _texts(content: object) -> list[str]:
 
 
 def _is_written_out(chat: Chat, text: str) -> bool:
-    """Whether a template that knows no parts has written a list of them as Python writes one."""
+    """Return whether a template that knows no parts has written a list of them as Python writes one."""
     lists = [m["content"] for m in chat.messages[:LOOKED_AT] if isinstance(m.get("content"), list)]
     return any(str(part) in text for parts in lists for part in parts)
 
@@ -131,7 +131,7 @@ class _Stretches:
     iteration: Int32
     """The message of the iteration; NOBODY outside of iterations."""
     generated: Bool | None
-    """Whether within `{% generation %}`; None if the template has none."""
+    """True for a letter within `{% generation %}`; None if the template has none."""
     pieces: list[tuple[int, int]]
     """Where pieces of the template outside of iterations begin and end."""
 
@@ -169,7 +169,7 @@ class _Stretches:
 def _belonging(
     template: ChatTemplate, found: Coloured, stretches: _Stretches, roles: Sequence[str]
 ) -> tuple[Int32, Int32]:
-    """Of each letter the message that it belongs to, and how."""
+    """Return for each letter the message that it belongs to, and how."""
     count = len(roles)
     message, kind = stretches.iteration.copy(), np.where(stretches.iteration >= 0, MARKER, NOTHING).astype(np.int32)
     for start, stop in stretches.pieces:

@@ -141,8 +141,8 @@ def check_template(source: str) -> str | None:
 
 
 def asks_for_the_day(source: str, given: Mapping[str, Any], day_is_given: bool) -> bool:
-    """Whether what a template writes depends on the day. `date_string` counts if the day is given in the spec: without
-    one, templates write a day of their own."""
+    """Return whether what a template writes depends on the day. `date_string` counts if the day is given in the spec:
+    without one, templates write a day of their own."""
     names = find_undeclared_variables(environment().parse(source)) - set(given)
     return bool(names & (DATE_CALLS | ({DATE_TEXT} if day_is_given else set())))
 
@@ -208,7 +208,7 @@ class _Watching:
 
 
 def _is_item(statement: nodes.Assign) -> bool:
-    """Whether what is assigned is an item that is taken by a variable: messages[i], not messages[i - 1]."""
+    """Return whether what is assigned is an item that is taken by a variable: messages[i], not messages[i - 1]."""
     value = statement.node
     return isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Name)
 
@@ -222,7 +222,7 @@ def _is_generation(node: nodes.Node) -> bool:
 
 
 def _asks_role(test: nodes.Node) -> bool:
-    """Whether a condition is about a message's role: what stands under it is written for that message."""
+    """Return whether a condition is about a message's role: what stands under it is written for that message."""
     by_name = (node.attr == "role" for node in test.find_all(nodes.Getattr))
     by_item = (isinstance(n.arg, nodes.Const) and n.arg.value == "role" for n in test.find_all(nodes.Getitem))
     return any(by_name) or any(by_item)

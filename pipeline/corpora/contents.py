@@ -34,7 +34,7 @@ class Encoded:
     bad: dict[int, str]
     """Records that give no tokens: index and reason."""
     roles: Int8 | None = None
-    """Of each token, an index into `role_names`; None where contents are no chats."""
+    """For each token an index into `role_names`; None where contents are no chats."""
     role_names: list[str] = field(default_factory=list)
     labels: TokenLabels = field(default_factory=TokenLabels)
     extents: Int64 | None = None

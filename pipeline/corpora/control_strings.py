@@ -27,7 +27,7 @@ class ControlStrings:
 
     @cached_property
     def ids(self) -> Int64:
-        """Of the control strings, the special tokens of the tokenizer, ascending."""
+        """The ids of the control strings, which are the special tokens of the tokenizer, ascending."""
         return np.array(sorted(self._special), np.int64)
 
     @cached_property
@@ -38,8 +38,8 @@ class ControlStrings:
         return any(string in text for text in texts for string in self.texts)
 
     def encode(self, texts: Sequence[str], is_own: Sequence[Bool]) -> list[tuple[Int64, Int64, Int64]]:
-        """Of each text the tokens, and where in it each begins and ends. `is_own`: of each letter, whether it is the
-        messages' own: control strings there are text."""
+        """Return the tokens of each text, and where in it each begins and ends. `is_own` is true for letters that are
+        the messages' own: control strings there are text."""
         used = {character for text in texts for character in set(text) if ord(character) >= FIRST_STAND_IN}
         copy, stand_ins = self._copy(frozenset(used)) if used else self._usual_copy
         token_of = {copy.token_to_id(stand_in): token for token, stand_in in stand_ins.items()}

@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 
 HASHED_WHOLE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS, SAMPLED_BYTES = 64, 2**18
-"""A larger file is told by so many evenly spaced blocks, and its tail."""
+"""The evenly spaced blocks by which, with its tail, a larger file is told, and the bytes of each."""
 READERS = 8
 
 
@@ -31,7 +31,7 @@ class CorpusFile:
     """A local path, or an fsspec URL."""
     num_bytes: int
     version: str = ""
-    """Of a file at a URL: what its server calls the present content, as an ETag; empty where nothing does."""
+    """What the server of a file at a URL calls its present content, as an ETag; empty where nothing does."""
 
     @property
     def name(self) -> str:

@@ -24,9 +24,9 @@ OTHER_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, co
 OTHER_KINDS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"ARROW1": "arrow", b"BZh": "bz2"}
 """How files of other kinds begin, and their endings."""
 UNFINISHED = 12
-"""A value that is cut shows within so many characters of the end (`-Infinit`, `\\u00e`), or in a text without end."""
+"""A value that is cut shows within this many characters of the end (`-Infinit`, `\\u00e`), or in a text without end."""
 MOST_CHARACTERS = 2**28
-"""Of a record over several lines: a larger object holds records, and would fill the memory."""
+"""Characters of a record over several lines at most: a larger object holds records, and would fill the memory."""
 CUT = "it ends in the middle"
 BROKEN = "broken JSON"
 NO_OBJECT = "not a JSON object"
@@ -68,7 +68,7 @@ def _parses(line: str) -> bool:
 
 
 def _goes_on(line: str) -> bool:
-    """Whether a line is the beginning of an object and no more."""
+    """Return whether a line is the beginning of an object and no more."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -218,7 +218,7 @@ class _Text:
         self.at = 0
         self.is_whole = False
         self.is_cut = False
-        """Whether the last value was not whole."""
+        """True if the last value was not whole."""
 
     @property
     def passed(self) -> int:

@@ -70,7 +70,7 @@ class Failure:
 
     sentence: str
     answered: bool
-    """Whether the server was there and said something."""
+    """True if the server was there and said something."""
     retry_after_s: float | None = None
     """The pause that it asked for."""
 

@@ -27,9 +27,9 @@ class Recipe:
     vocabulary: int
     """Tokens that the model has embeddings for."""
     labels: tuple[str, ...] = ()
-    """Of what is kept beside each document, the columns that define subpopulations."""
+    """The columns beside each document that define subpopulations."""
     kept: tuple[str, ...] = ()
-    """The others."""
+    """The other columns beside each document."""
 
     def documents(self, chunk: Chunk, number: int, file: CorpusFile, low: int, high: int) -> Documents:
         """The documents of a chunk of file `number` with keys from `low` up to, not including, `high`."""

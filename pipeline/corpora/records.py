@@ -225,7 +225,7 @@ def check_kept(columns: dict[str, pa.Array], numbers: npt.NDArray[np.int64], fil
 
 
 def _is_stored(values: pa.Array) -> bool:
-    """Whether Parquet takes the values, of which it tries one, or all where it depends on them: times have ranges."""
+    """Return whether Parquet takes the values. One is tried, or all where it depends on them: times have ranges."""
     if "decimal256" in str(values.type) or "union" in str(values.type):
         return False
     tried = values if pa.types.is_temporal(values.type) else values.slice(0, 1)
@@ -237,7 +237,8 @@ def _is_stored(values: pa.Array) -> bool:
 
 
 def _is_told(values: pa.Array) -> bool:
-    """Whether the values of a label have names: times may be in a zone that is unknown, or finer than Python's."""
+    """Return whether the values of a label have names: times may be in a zone that is unknown, or finer than
+    Python's."""
     if not pa.types.is_temporal(values.type):
         return not pa.types.is_decimal256(values.type)
     try:

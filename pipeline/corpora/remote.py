@@ -97,7 +97,8 @@ def version_of(system: Any, about: Mapping[str, Any]) -> str:
 
 
 def is_version(version: str, about: Mapping[str, Any]) -> bool:
-    """Whether a file is of a version, as far as what is known of it now says: a listing may say more than a look."""
+    """Return whether a file is of a version, as far as what is known of it now tells: a listing may tell more than a
+    look."""
     kind, _, text = version.partition(" ")
     return all(_text_of(value) == text for key, value in about.items() if key.lower() == kind and value)
 

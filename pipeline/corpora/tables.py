@@ -137,7 +137,7 @@ def _chunks(
 
 
 def _values(batch: pa.RecordBatch, route: Route | str | None) -> list[Any]:
-    """Of each record what is at a place in it, in Python's types; None where there is nothing."""
+    """Return what is at a place in each record, in Python's types; None where there is nothing."""
     assert isinstance(route, Route)
     values = python_values(_array_at(batch, route))
     found = [find(value, route.inside) for value in values] if route.inside else values

@@ -76,14 +76,14 @@ class _Kind:
 
     kind: ClassVar[str]
     is_sparse: ClassVar[bool] = False
-    """Whether the number of active latents is fixed in advance."""
+    """True if the number of active latents is fixed in advance."""
     begins_dense: ClassVar[bool] = False
-    """Whether half of all latents are active with random weights and no bias."""
+    """True if half of all latents are active with random weights and no bias."""
     trained: ClassVar[tuple[str, ...]] = ()
     """Names of own weights that are trained; other own weights are set by calibration."""
 
     def check(self, latents: int) -> None:
-        """Raise InputError if it cannot be that of so many latents."""
+        """Raise InputError if a dictionary of `latents` latents cannot have it."""
 
     def own_weights(self, latents: int) -> dict[str, Tensor]:
         """Initial own weights, each [latents], float32."""
@@ -103,7 +103,7 @@ class _Kind:
         return values, values
 
     def keep(self, preactivations: Tensor, block: Encoder) -> Tensor:
-        """Of all preactivations [rows, latents] those that compete successfully, else 0."""
+        """Return the preactivations [rows, latents] that compete successfully, and 0 in place of the others."""
         return preactivations
 
     def code(self, block: Encoder, x: Tensor, products: Products) -> Code:

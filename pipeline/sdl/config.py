@@ -38,7 +38,7 @@ class DictionaryConfig:
     input_widths: tuple[int, ...]
     output_widths: tuple[int, ...]
     latents: int
-    """Of each block; only cross-layer transcoders have several."""
+    """The latents of each block; only cross-layer transcoders have several."""
     activation: Activation
     cross_layer: bool = False
     skip: bool = False

@@ -94,7 +94,7 @@ class Block(nn.Module):
             self.own(name).copy_(value)
 
     free_norms: bool = False
-    """Whether decoder rows have any norm while training; else each has norm 1."""
+    """True if decoder rows have any norm while training; otherwise each has norm 1."""
 
 
 class Dictionary(nn.Module):

@@ -26,14 +26,14 @@ class Hierarchy:
     """Parents and sub-concepts: a child is active only where its parent is."""
 
     parents: int = 20
-    """The first so many features; their children follow, parent by parent."""
+    """How many of the first features are parents; their children follow, parent by parent."""
     children: int = 4
-    """Of each parent."""
+    """How many children each parent has."""
     child_share: float = 0.2
     """Probability of each child where its parent is active."""
 
     def problems(self, features: int) -> list[str]:
-        """Why there cannot be such families among so many features."""
+        """Return why there cannot be such families among `features` features."""
         found = [
             f"hierarchy.{problem}"
             for problem in (

@@ -66,7 +66,7 @@ class Cell:
     method: str
     arm: str
     seed: int
-    """Of the data, the first weights and the order of the samples."""
+    """The seed of the data, the first weights and the order of the samples."""
     changes: tuple[tuple[str, Any], ...] = ()
     """Fields of the size, its bench, the method or its parts that are set otherwise, for sweeps: ("k", 10). The first
     of these that has such a field takes it; ("initialisation.decoder_norm", 0.1) names the part too."""

@@ -26,7 +26,8 @@ class Normalisation:
 
     @classmethod
     def of(cls, mean: Tensor, total_variance: float) -> "Normalisation":
-        """Of one site: `mean` [d], `total_variance` = E||x - mean||^2. Raises InputError if there is none."""
+        """Return the normalisation of one site: `mean` [d], `total_variance` = E||x - mean||^2. Raises InputError if
+        there is none."""
         if len(wrong := (~torch.isfinite(mean)).nonzero().flatten()):
             raise InputError(
                 f"these activations cannot be normalised: the mean of column {int(wrong[0])} is not finite "

@@ -60,8 +60,8 @@ class Objective:
     preactivation: float = 0.0
     """Pull of dead latents toward activity; 3e-6 is Anthropic's (January 2025)."""
     prefixes: tuple[int, ...] = ()
-    """Matryoshka (Bussmann et al. 2025, arXiv 2503.17547): the first so many latents reconstruct too; the loss is the
-    mean of all prefixes' losses, the whole dictionary among them."""
+    """Matryoshka (Bussmann et al. 2025, arXiv 2503.17547): the latents before each of these numbers reconstruct too;
+    the loss is the mean of all prefixes' losses, the whole dictionary among them."""
     anchoring: float = 0.1
     """lambda_a (arXiv 2512.05534); without effect where there are no anchors."""
     anchoring_distance: str = "squared"
@@ -125,7 +125,7 @@ class Evaluated:
 
     loss: Tensor
     fvu: Tensor
-    """Of the whole dictionary; a scalar."""
+    """The FVU of the whole dictionary; a scalar."""
     residual: Tensor
     """y - y_hat [rows, d_out], detached."""
     codes: list[Code]

@@ -30,7 +30,7 @@ class TrainingConfig:
     decay_share: float = 0.2
     """Share of the steps, at the end, over which it falls to zero."""
     dead_after_rows: int = 10_000_000
-    """A latent that was silent for so many rows counts as dead."""
+    """Rows after which a latent that was silent on all of them counts as dead."""
     decoder_norm: str = "unit"
     """unit: decoder rows keep norm 1, over all sites together. free: they have any."""
     clip: float | None = 1.0

@@ -43,9 +43,9 @@ class Rules:
     expired: list[str] = field(default_factory=list)
     """Access key ids whose time is over."""
     read_only: bool = False
-    """Whether nobody may write."""
+    """True if nobody may write."""
     deaf: bool = False
-    """Whether If-None-Match is ignored, as old servers do."""
+    """True if If-None-Match is ignored, as old servers do."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def test_the_same_bytes(kind: str, times: int, tmp_path: Path, library: Path, un
 def test_a_case_that_fails_counts_what_was_done(
     tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of four faults a run, the second is the last before the run fails; the campaign goes on until it has four."""
+    """The second of four faults a run is the last before the run fails; the campaign goes on until it has four."""
 
     def fail_after_two(spec: Path, seed: int, times: int) -> Iterator[None]:
         yield

@@ -212,7 +212,7 @@ def test_messages_cannot_write_a_template_s_control_strings() -> None:
 
 
 def letters_of(name: str, tokens: Any, chosen: Any) -> Any:
-    """Of each byte of a text whether it is of a chosen token: tokens of two tokenizers compared."""
+    """Return for each byte of a text whether it is of a chosen token, so that tokens of two tokenizers compare."""
     tokenizer = tokenizer_of(name)
     lengths = [len(tokenizer.decode([token]).encode()) for token in tokens]
     return np.repeat(np.asarray(chosen, bool), lengths)

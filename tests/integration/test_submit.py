@@ -64,7 +64,7 @@ class ClusterOfOne:
     hub: Path
     """HF_HOME where jobs are submitted, and nowhere else."""
     environment: dict[str, str]
-    """Of a process that may use the cluster."""
+    """The environment of a process that may use the cluster."""
     shell: subprocess.Popen[str]
 
     def granary(self, *command: str | Path) -> Result:

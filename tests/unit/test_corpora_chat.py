@@ -72,7 +72,7 @@ def write(path: Path, chats: list[Any]) -> Path:
 
 
 def texts_by_role(documents: Documents, folder: Path, rows_only: bool = False) -> list[list[tuple[str, str]]]:
-    """Of each document the stretches of tokens of one role, as text."""
+    """Return the stretches of tokens of one role in each document, as text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     found = []
     assert documents.roles is not None

@@ -42,7 +42,7 @@ class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, failures: dict[str, int], status: int):
-        """`failures`: of the requests for a path with this in it so many fail first; "" is any other path."""
+        """`failures`: how many of the requests for a path with this in it fail first; "" is any other path."""
         super().__init__(("127.0.0.1", 0), _Handler)
         self.failures, self.status = failures, status
         self.seen: Counter[str] = Counter()

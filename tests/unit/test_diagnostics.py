@@ -175,7 +175,7 @@ def test_the_truth_reads_and_writes_each_feature_alone() -> None:
 
 
 def test_the_truth_loses_nothing_where_features_do_not_interfere() -> None:
-    """Of a transcoder with orthogonal inputs; with others, and with wrong ones, it loses."""
+    """A transcoder with orthogonal inputs loses nothing; with others, and with wrong ones, it does."""
     read = torch.linalg.qr(randn(12, 12, seed=0))[0][:8]
     written = functional.normalize(randn(8, 7, seed=1), dim=1)
     z = torch.rand(500, 8, generator=torch.Generator().manual_seed(0))

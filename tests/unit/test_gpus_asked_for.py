@@ -98,8 +98,8 @@ def test_evaluating_without_the_command_line(made_on_gpus: Lab, llama: Path) -> 
 def test_what_needs_no_gpu_is_not_refused(
     made_on_gpus: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Anchors are made on any machine, also where there are so many rows that they take Ray; and a dictionary that is
-    trained needs no GPU again."""
+    """Anchors are made on any machine, also where their rows are enough to take Ray; and a dictionary that is trained
+    needs no GPU again."""
     spec = spec_of(made_on_gpus, {"harvest.gpus_per_worker": 1, "train.gpus": 1})
     assert "anchors: 1 means of conditions made" in made_on_gpus.run("anchors", spec)
     assert "train: sae is trained" in made_on_gpus.run("train", spec)

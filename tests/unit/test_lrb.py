@@ -81,7 +81,7 @@ def test_features_that_are_apart_already_are_the_gaussian_ones() -> None:
 
 
 def test_too_many_features_are_refused() -> None:
-    """Of more than 2 d unit vectors in d dimensions two have an inner product well above zero."""
+    """Among more than 2 d unit vectors in d dimensions two have an inner product well above zero."""
     with pytest.raises(InputError, match=r"^100 features in 3 dimensions did not come to inner products of"):
         make_features(Bench(100, 3, 10, interference=0.01, feature_steps=50))
 

@@ -261,7 +261,7 @@ LOST = {"rate": 1.0, "kinds": ["swallow"]}
 def test_a_create_whose_answer_is_lost_was_made(
     kind: str, faulty_s3: Callable[..., FaultyS3], s3: S3Server, bucket: str
 ) -> None:
-    """Whether the client below us repeats the request, and finds its own object, or we do."""
+    """The client below us repeats the request, and finds its own object, or we do."""
     proxy = faulty_s3()
     place = s3_place(kind, bucket)
     place.backend.check_writable()

@@ -124,7 +124,7 @@ def test_all_that_are_above_and_no_others(rows: int, latents: int, seed: int, fl
 
 @pytest.mark.parametrize(("active", "sparse"), [(29, True), (30, True), (31, False), (500, False)])
 def test_not_once_too_many_are_active(active: int, sparse: bool) -> None:
-    """Of 1,000 latents the share that is still worth it."""
+    """The share of 1,000 latents that is still worth it."""
     b_enc = torch.full((1000,), -1.0)
     b_enc[:active] = 1
     places = select_above(torch.zeros(300, 4), torch.zeros(1000, 4), b_enc, 0.0, torch.float32)

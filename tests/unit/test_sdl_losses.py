@@ -30,7 +30,7 @@ CASES = [(activation, objective) for activation, objectives in TERMS.items() for
 
 
 def anchors_for(config: DictionaryConfig, sides: str = "both") -> Anchors:
-    """Of any length: the loss looks at directions."""
+    """Anchors of any length: the loss looks at directions."""
     encoder, decoder = 3 * randn(2, config.d_in, seed=8).double(), randn(2, config.d_out, seed=9).double()
     return Anchors(None if sides == "decoder" else encoder, None if sides == "encoder" else decoder)
 

@@ -56,7 +56,7 @@ def test_code_metrics_are_the_formulas(variant: str, split: int) -> None:
 
 
 def columns_of(config: DictionaryConfig) -> list[slice]:
-    """Of each output site."""
+    """The columns of each output site."""
     ends = np.cumsum(config.output_widths).tolist()
     return [slice(end - width, end) for end, width in zip(ends, config.output_widths, strict=True)]
 

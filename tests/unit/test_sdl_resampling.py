@@ -16,7 +16,7 @@ from pipeline.sdl.training import DictionaryTrainer
 
 PLAN = Resampling(encoder_scale=0.2)
 DEAD = [4, 7, 8, 11]
-"""Of the first block; of a second one 1 more."""
+"""Dead latents of the first block; a second one has 1 more."""
 
 
 def trainer_with_dead_latents(config: DictionaryConfig, **options: object) -> DictionaryTrainer:

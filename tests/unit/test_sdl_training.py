@@ -115,7 +115,7 @@ def test_a_latent_is_dead_from_the_row_on_that_is_asked_for() -> None:
 
 
 def test_adams_eps_is_as_small_as_the_gradients_are() -> None:
-    """Of a loss that is divided by d: eps is 1e-8 of one that is not."""
+    """The loss is divided by d, and so is the eps of 1e-8 that a loss without the division would have."""
     for variant in ("sae", "crosscoder"):
         config = VARIANTS[variant]
         assert make_trainer(config=config).optimizer.defaults["eps"] == pytest.approx(1e-8 / config.d_out)

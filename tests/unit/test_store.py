@@ -204,7 +204,7 @@ def assert_moments(found: Moments, rows: np.ndarray) -> None:
 
 
 def label_rows(store: Store, label: str, value: str) -> np.ndarray:
-    """Whether each row is of a document with this value."""
+    """Return whether each row is of a document with this value."""
     values = np.asarray([str(v) for v in store.documents.column(label).to_pylist()])
     return values[store.columns(0, store.num_rows)["document"]] == value
 
