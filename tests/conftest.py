@@ -33,7 +33,7 @@ from workers.harvesting import HarvestJob, declare, prepare_harvests
 from workers.planning import ensure_store
 from workers.settings import HarvestSettings, ModelSettings
 
-pytest_plugins = ("harvests", "hub", "lab", "whole", "s3", "web")
+pytest_plugins = ("harvests", "hub", "lab", "whole", "s3", "tokens", "web")
 
 torch.set_num_threads(1)
 settings.register_profile("granary", deadline=None, max_examples=60, derandomize=True)

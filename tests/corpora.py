@@ -87,6 +87,10 @@ def write(path: Path, records: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
+def write_chats(path: Path, chats: Sequence[Any]) -> Path:
+    return write(path, [{"messages": chat} for chat in chats])
+
+
 def with_tokenizer(folder: Path, llama: Path, change: Callable[[Any], None]) -> Path:
     """A folder with the test model's tokenizer, changed."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)

@@ -44,20 +44,26 @@ def row_array(path: Path, dtype: str = "float32", shape: tuple[int, ...] = (ROWS
     )
 
 
-def written(path: Path, dtype: str = "float32", shape: tuple[int, ...] = (ROWS, WIDTH)) -> tuple[RowArray, np.ndarray]:
-    array, values = row_array(path, dtype, shape), random_values(dtype, shape)
+def filled(array: RowArray) -> tuple[RowArray, np.ndarray]:
+    """Create an array and fill it with random values."""
+    values = random_values(array.dtype, array.shape)
     array.create()
     array.write(0, values)
     return array, values
 
 
-def zarr_array(array: RowArray, pipeline: str) -> Any:
-    """The array as zarr opens it; bfloat16, which zarr 3.1 has no type for, as the uint16 of its bits."""
+def written(path: Path, dtype: str = "float32", shape: tuple[int, ...] = (ROWS, WIDTH)) -> tuple[RowArray, np.ndarray]:
+    return filled(row_array(path, dtype, shape))
+
+
+def zarr_array(array: RowArray, pipeline: str, place: Any = None) -> Any:
+    """The array as zarr opens it; bfloat16, which zarr 3.1 has no type for, as the uint16 of its bits.
+    `place`: a store of zarr's; the folder of the array, if not given."""
     metadata = json.loads((array.path / "zarr.json").read())
     if metadata["data_type"] == "bfloat16":
         metadata |= {"data_type": "uint16", "fill_value": 0}
     with zarr.config.set({"codec_pipeline.path": pipeline}):
-        place = StorePath(LocalStore(array.path.path, read_only=True))
+        place = StorePath(place or LocalStore(array.path.path, read_only=True))
         opened = zarr.Array(zarr.AsyncArray(ArrayV3Metadata.from_dict(metadata), place))
     assert type(opened.async_array.codec_pipeline).__name__ == pipeline.rpartition(".")[2]
     return opened

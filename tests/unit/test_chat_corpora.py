@@ -1,8 +1,6 @@
 """Chats from the spec to the store: the day, tools, template arguments and markers, and what a store keeps of them."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from corpora import ensure_rows, plan, read_corpus
+from corpora import ensure_rows, plan, read_corpus, write_chats
 from pydantic import ValidationError
 
 from pipeline.corpora.open import open_corpus
@@ -40,25 +38,8 @@ CHATS = [
 
 
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Callable[[str], Path]:
-    """A copy of the model whose tokenizer has a chat template."""
-
-    def make(template: str) -> Path:
-        folder = tmp_path_factory.mktemp("chat") / "llama"
-        shutil.copytree(llama, folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
-    return path
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", CHATS)
 
 
 def made(place: Path, corpus: Path, model: Path, grow: bool = False, **settings: Any) -> tuple[Store, bool]:
@@ -221,7 +202,6 @@ def test_more_roles_than_a_store_can_number_are_refused(tmp_path: Path, chat_mod
     """Also where each call that reads has few."""
     for file in range(files):
         chats = [[{"role": f"speaker {n}", "content": "grain"}] for n in range(130) if n % files == file]
-        lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
-        (tmp_path / f"{file}.jsonl").write_text(lines)
+        write_chats(tmp_path / f"{file}.jsonl", chats)
     with pytest.raises(InputError, match="more than 127 roles, as speaker 0, "):
         plan(tmp_path, chat_model(LOOP), Cuts(task_pieces=1), messages="messages")

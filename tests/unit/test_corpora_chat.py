@@ -1,8 +1,8 @@
 """Chats: the tokens of the template's rendering, each with the role of its message; what cannot be told is counted."""
 
 import json
-import shutil
-from collections.abc import Callable
+import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
-from corpora import plan, store_of
+from corpora import plan, store_of, write, write_chats
 
 from pipeline.columns import row_column
 from pipeline.errors import InputError
@@ -49,26 +49,6 @@ CHATS: list[Any] = [
         {"role": "assistant", "content": "in summer café"},
     ],
 ]
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Callable[[str | None], Path]:
-    """A copy of the model whose tokenizer has a chat template."""
-
-    def make(template: str | None) -> Path:
-        folder = tmp_path_factory.mktemp("chat") / "llama"
-        shutil.copytree(llama, folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-def write(path: Path, chats: list[Any]) -> Path:
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    return path
 
 
 def texts_by_role(documents: Documents, folder: Path, rows_only: bool = False) -> list[list[tuple[str, str]]]:
@@ -112,7 +92,7 @@ MARKED_PARTS = [
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_roles_are_those_of_the_messages(tmp_path: Path, chat_model: Any, template: str) -> None:
     folder = chat_model(template)
-    table = plan(write(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200)
+    table = plan(write_chats(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200)
     (bucket,) = table.buckets
     parts = PLAIN_PARTS if template == PLAIN else MARKED_PARTS
     assert table.role_names == sorted({role for chat in parts for role, _ in chat})
@@ -120,18 +100,40 @@ def test_roles_are_those_of_the_messages(tmp_path: Path, chat_model: Any, templa
     assert bucket.documents.sizes.rows == bucket.documents.sizes.context_tokens - 2
 
 
+def test_the_table_of_roles_in_the_documentation(tmp_path: Path, chat_model: Any) -> None:
+    """docs/spec.md shows what is written for a chat and whose each part is; Qwen2.5's template is written alike."""
+    text = (Path(__file__).parents[2] / "docs" / "spec.md").read_text()
+    table = text.partition("with `markers: false` |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+    shown = [(c[0].strip("`").replace("\\|", "|").replace("⏎", "\n"), c[1], c[2]) for c in lines]
+    assert len(shown) == 7
+    start, end = "<|im_start|>", "<|im_end|>\n"
+    loop = "{% for m in messages %}{{ '" + start + "' + m.role + '\n' + m.content + '" + end + "' }}{% endfor %}"
+    folder = chat_model(shown[0][0] + loop)
+    (record,) = re.findall(r'^{"messages": .*$', text, re.MULTILINE)
+    for markers, column in ((True, 1), (False, 2)):
+        (bucket,) = plan(
+            write(tmp_path / "c.jsonl", [json.loads(record)]), folder, messages="messages", context=200, markers=markers
+        ).buckets
+        expected = [
+            (role, "".join(parts[0] for parts in group)) for role, group in groupby(shown, key=lambda s: s[column])
+        ]
+        ((first, *rest),) = texts_by_role(bucket.documents, folder)
+        assert [(first[0], first[1].removeprefix("<s>")), *rest] == expected
+
+
 def test_chats_in_parquet_are_those_in_json_lines(tmp_path: Path, chat_model: Any) -> None:
     folder = chat_model(PLAIN)
     chats = [[*CHATS[0], {"role": "tool", "content": "5", "name": "scales"}], CHATS[1]]
     pq.write_table(pa.table({"messages": chats}), tmp_path / "c.parquet")
-    write(tmp_path / "c.jsonl", chats)
+    write_chats(tmp_path / "c.jsonl", chats)
     (one,), (two,) = (plan(tmp_path / f"c.{e}", folder, messages="messages").buckets for e in ("parquet", "jsonl"))
     assert texts_by_role(one.documents, folder) == texts_by_role(two.documents, folder)
 
 
 def test_only_rows_of_the_roles_asked_for_and_all_positions_run(tmp_path: Path, chat_model: Any) -> None:
     folder = chat_model(PLAIN)
-    path = write(tmp_path / "c.jsonl", CHATS)
+    path = write_chats(tmp_path / "c.jsonl", CHATS)
     every, some = (
         store_of(tmp_path / name, path, folder, messages="messages", context=200, roles=roles)
         for name, roles in (("every", ()), ("some", ("assistant",)))
@@ -150,7 +152,7 @@ def test_only_rows_of_the_roles_asked_for_and_all_positions_run(tmp_path: Path, 
 
 
 def test_chats_without_rows_of_those_roles_are_counted(tmp_path: Path, chat_model: Any) -> None:
-    path = write(tmp_path / "c.jsonl", CHATS)
+    path = write_chats(tmp_path / "c.jsonl", CHATS)
     table = plan(path, chat_model(PLAIN), messages="messages", roles="system")
     assert table.skipped.to_record() == {"no row of the roles asked for": {"count": 1, "first": ["c.jsonl:1"]}}
     with pytest.raises(
@@ -163,7 +165,7 @@ def test_chats_without_rows_of_those_roles_are_counted(tmp_path: Path, chat_mode
 
 def test_a_message_that_the_template_puts_into_another_keeps_its_role(tmp_path: Path, chat_model: Any) -> None:
     folder = chat_model(SYSTEM_INSIDE)
-    (bucket,) = plan(write(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200).buckets
+    (bucket,) = plan(write_chats(tmp_path / "c.jsonl", CHATS), folder, messages="messages", context=200).buckets
     assert texts_by_role(bucket.documents, folder)[0][:4] == [
         ("user", "<s><user>"),
         ("system", "weigh"),
@@ -173,7 +175,7 @@ def test_a_message_that_the_template_puts_into_another_keeps_its_role(tmp_path: 
 
 
 def test_a_template_may_write_a_message_otherwise_when_another_follows(tmp_path: Path, chat_model: Any) -> None:
-    path = write(tmp_path / "c.jsonl", CHATS)
+    path = write_chats(tmp_path / "c.jsonl", CHATS)
     folder = chat_model(LAST_MARKED)
     (bucket,) = plan(path, folder, messages="messages", roles="assistant", context=200).buckets
     assert texts_by_role(bucket.documents, folder, rows_only=True) == [
@@ -191,7 +193,7 @@ def test_chats_that_cannot_be_used_are_counted(tmp_path: Path, chat_model: Any) 
     refusing = PLAIN + "{% if messages[0].content == 'x' %}{{ raise_exception('no') }}{% endif %}"
     chats = [CHATS[0], [], None, "hello", [{"content": "no role"}], [{"role": None, "content": "x"}]]
     chats += [[*CHATS[0], "not a message"], [{"role": "user", "content": "x"}]]
-    table = plan(write(tmp_path / "c.jsonl", chats), chat_model(refusing), messages="messages")
+    table = plan(write_chats(tmp_path / "c.jsonl", chats), chat_model(refusing), messages="messages")
     assert table.skipped.to_record() == {
         "a message without a role": {"count": 3, "first": ["c.jsonl:5", "c.jsonl:6", "c.jsonl:7"]},
         "empty": {"count": 2, "first": ["c.jsonl:2", "c.jsonl:3"]},
@@ -204,19 +206,19 @@ def test_chats_that_cannot_be_used_are_counted(tmp_path: Path, chat_model: Any) 
 def test_chats_with_half_a_surrogate_pair_are_counted(tmp_path: Path, chat_model: Any, template: str) -> None:
     user, assistant = CHATS[0]
     chats = [CHATS[0], [{**user, "content": "hi \ud800 there"}, assistant], [user, {**assistant, "role": "\ud800"}]]
-    table = plan(write(tmp_path / "c.jsonl", chats), chat_model(template), messages="messages")
+    table = plan(write_chats(tmp_path / "c.jsonl", chats), chat_model(template), messages="messages")
     assert table.skipped.to_record() == {"undecodable": {"count": 2, "first": ["c.jsonl:2", "c.jsonl:3"]}}
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(InputError, match=r"corpus\.messages: the tokenizer has no chat template"):
-        plan(write(tmp_path / "c.jsonl", CHATS), llama, messages="messages")
+        plan(write_chats(tmp_path / "c.jsonl", CHATS), llama, messages="messages")
 
 
 def test_roles_are_cut_with_their_contexts(tmp_path: Path, chat_model: Any) -> None:
     """Chats longer than a context: every token keeps the role it has in the whole chat."""
     folder = chat_model(PLAIN)
-    path = write(tmp_path / "c.jsonl", CHATS)
+    path = write_chats(tmp_path / "c.jsonl", CHATS)
     (whole,), (cut,) = (plan(path, folder, messages="messages", context=n).buckets for n in (300, 9))
     before = whole.sizes.__class__(0, 0, 0, 0)
     for name in ("token", "role", "document"):

@@ -101,6 +101,12 @@ def rewrite(model: Path, change: Change) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.fixture
+def model(lab: Lab, llama: Path) -> Path:
+    """A copy of the model in the lab's folder, which may be changed."""
+    return shutil.copytree(llama, lab.folder / "model")
+
+
 def changed(llama: Path, folder: Path, change: Change) -> Path:
     model = folder / "model"
     shutil.copytree(llama, model)
@@ -126,10 +132,8 @@ def test_the_callers_texts_are_tried_too(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", SAME)
 def test_a_store_goes_on_with_a_tokenizer_that_is_written_otherwise(
-    lab: Lab, llama: Path, corpus: Path, no_ray: None, change: Change
+    lab: Lab, model: Path, corpus: Path, no_ray: None, change: Change
 ) -> None:
-    model = lab.folder / "model"
-    shutil.copytree(llama, model)
     harvest(lab.store, model, corpus, SITES)
     before = tokenizer_digest(load_tokenizer(str(model)))
     rewrite(model, change)
@@ -145,10 +149,8 @@ def test_a_store_goes_on_with_a_tokenizer_that_is_written_otherwise(
 
 @pytest.mark.parametrize("change", OTHER)
 def test_a_store_refuses_a_tokenizer_that_does_something_else(
-    lab: Lab, llama: Path, corpus: Path, no_ray: None, change: Change
+    lab: Lab, model: Path, corpus: Path, no_ray: None, change: Change
 ) -> None:
-    model = lab.folder / "model"
-    shutil.copytree(llama, model)
     harvest(lab.store, model, corpus, [SITE])
     rewrite(model, change)
     spec = lab.spec({"model.id": "model", "harvest.sites": [SITE]})
@@ -159,10 +161,8 @@ def test_a_store_refuses_a_tokenizer_that_does_something_else(
 
 
 def test_a_store_grows_with_a_tokenizer_that_is_written_otherwise(
-    lab: Lab, llama: Path, corpus: Path, texts: list[str]
+    lab: Lab, model: Path, corpus: Path, texts: list[str]
 ) -> None:
-    model = lab.folder / "model"
-    shutil.copytree(llama, model)
     store = harvest(lab.store, model, corpus, [SITE])
     rewrite(model, in_a_sequence)
     more = write_corpus(lab.folder / "more.parquet", texts[:20])
@@ -172,15 +172,13 @@ def test_a_store_grows_with_a_tokenizer_that_is_written_otherwise(
     assert start_harvest(lab.store, model, [corpus, more], [SITE]).store.num_rows == grown.num_rows
 
 
-def test_a_stored_tokenizer_that_cannot_be_read(lab: Lab, llama: Path, corpus: Path, no_ray: None) -> None:
+def test_a_stored_tokenizer_that_cannot_be_read(lab: Lab, model: Path, corpus: Path, no_ray: None) -> None:
     """Its digest still tells the same tokenizer; another one cannot be compared, and is refused."""
     import hashlib
 
     from storage.places import open_place
     from storage.records import encode_zarr, read_record
 
-    model = lab.folder / "model"
-    shutil.copytree(llama, model)
     harvest(lab.store, model, corpus, SITES)
     content = b'{"version": "9.0", "model": {"type": "Unheard"}}'
     (lab.store / "corpus" / "tokenizer" / "tokenizer.json").write_bytes(content)

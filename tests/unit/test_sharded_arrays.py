@@ -9,12 +9,12 @@ import google_crc32c
 import numpy as np
 import pytest
 import tensorstore
+import test_arrays
 import zarr
 from obstore.store import from_url
 from s3 import S3Server
-from test_arrays import DEFAULT_PIPELINE, ZARRS_PIPELINE, bits, random_values
-from zarr.core.metadata.v3 import ArrayV3Metadata
-from zarr.storage import ObjectStore, StorePath
+from test_arrays import DEFAULT_PIPELINE, ZARRS_PIPELINE, bits, filled, random_values
+from zarr.storage import ObjectStore
 
 from storage.arrays import DTYPES, REQUEST_BYTES, RowArray
 from storage.errors import CorruptChunk
@@ -34,22 +34,11 @@ def row_array(url: str, dtype: str = "float32", shape: tuple[int, ...] = (ROWS, 
 
 
 def written(url: str, dtype: str = "float32", shape: tuple[int, ...] = (ROWS, WIDTH)) -> tuple[RowArray, np.ndarray]:
-    array, values = row_array(url, dtype, shape), random_values(dtype, shape)
-    array.create()
-    array.write(0, values)
-    return array, values
+    return filled(row_array(url, dtype, shape))
 
 
 def zarr_array(array: RowArray, pipeline: str) -> Any:
-    """The array as zarr opens it; bfloat16, which zarr 3.1 has no type for, as the uint16 of its bits."""
-    metadata = json.loads((array.path / "zarr.json").read())
-    if metadata["data_type"] == "bfloat16":
-        metadata |= {"data_type": "uint16", "fill_value": 0}
-    with zarr.config.set({"codec_pipeline.path": pipeline}):
-        place = StorePath(ObjectStore(from_url(str(array.path)), read_only=True))
-        opened = zarr.Array(zarr.AsyncArray(ArrayV3Metadata.from_dict(metadata), place))
-    assert type(opened.async_array.codec_pipeline).__name__ == pipeline.rpartition(".")[2]
-    return opened
+    return test_arrays.zarr_array(array, pipeline, ObjectStore(from_url(str(array.path)), read_only=True))
 
 
 @pytest.mark.parametrize("shape", [(ROWS, WIDTH), (ROWS,)])

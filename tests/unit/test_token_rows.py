@@ -23,16 +23,6 @@ BOS, EOS = 0, 1
 Tokenizing = Callable[[Path], Any]
 
 
-@pytest.fixture(scope="module")
-def without_added_bos(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
-    """A tokenizer that defines a BOS and does not add it, as SmolLM2's, OLMo's, Granite's and Phi-3's."""
-
-    def change(tokenizer: Any) -> None:
-        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-
-    return with_tokenizer(tmp_path_factory.mktemp("no-bos"), llama, change)
-
-
 # ---- BOS
 
 

@@ -2,12 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from conftest import write_store
 from corpora import ensure_rows
 from lab import Lab
@@ -19,14 +19,16 @@ from jobs.token_rows import token_rows, token_words
 from storage.store import Store, open_store
 
 BOS, EOS, PAD = ({"id": i, "string": string} for i, string in enumerate(["<s>", "</s>", "<pad>"]))
-LOOP = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+TEMPLATE = (
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+)
 TEXTS = {"corpus.path": "texts.jsonl", "corpus.labels": []}
 IDS = {"corpus.path": "ids.jsonl", "corpus.labels": [], "corpus.tokens": "ids"}
 CHATS = {"corpus.path": "chats.jsonl", "corpus.labels": [], "corpus.messages": "messages", "model.id": "chat"}
 
 
 @pytest.fixture
-def told(lab: Lab, llama: Path) -> Lab:
+def told(lab: Lab, chat_model: Callable[[str], Path]) -> Lab:
     """The lab with corpora of every kind, and a model whose tokenizer has a chat template."""
     records: dict[str, Any] = {
         "texts": {"text": "count every town"},
@@ -35,10 +37,7 @@ def told(lab: Lab, llama: Path) -> Lab:
     }
     for name, record in records.items():
         (lab.folder / f"{name}.jsonl").write_text(3 * (json.dumps(record) + "\n"))
-    shutil.copytree(llama, lab.folder / "chat")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    tokenizer.chat_template = "{% if strftime_now %}{{ strftime_now('%d %b %Y') }}{% endif %}" + LOOP
-    tokenizer.save_pretrained(lab.folder / "chat")
+    chat_model(TEMPLATE).rename(lab.folder / "chat")
     return lab
 
 

@@ -11,7 +11,6 @@ import pytest
 from corpora import VOCABULARY, contexts_of, ensure_rows, ids, plan, store_of, values_of, with_tokenizer, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
 
 from pipeline.corpora.contents import NOT_EMBEDDED, TokensEncoder
 from pipeline.errors import InputError
@@ -25,16 +24,6 @@ from workers.settings import ModelSettings
 
 BOS, EOS = 0, 1
 Tokenizing = Callable[[Path], Any]
-
-
-@pytest.fixture(scope="module")
-def without_added_bos(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
-    """A tokenizer that defines a BOS and does not add it, as SmolLM2's, OLMo's, Granite's and Phi-3's."""
-
-    def change(tokenizer: Any) -> None:
-        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-
-    return with_tokenizer(tmp_path_factory.mktemp("no-bos"), llama, change)
 
 
 # ---- excluded tokens
