@@ -191,7 +191,7 @@ def adapter_notice(info: ModelInfo) -> str | None:
 
 
 def _is_path(model_id: str) -> bool:
-    """Return whether an id means a folder, there or not: a hub id is a name, or an owner and a name."""
+    """Whether an id means a folder, there or not: a hub id is a name, or an owner and a name."""
     folder = Path(model_id)
     return folder.is_absolute() or model_id.startswith((".", "~")) or len(folder.parts) > 2 or model_id.endswith("/")
 

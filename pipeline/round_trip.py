@@ -95,7 +95,9 @@ def _texts_of(content: Any, kind: str) -> list[str]:
     if kind == "text":
         return [_as_text(content)]
     chat = read_chat(content)
-    return [] if isinstance(chat, str) else [_as_text(message.get("content")) for message in chat.messages]
+    said = [] if isinstance(chat, str) else [message.get("content") for message in chat.messages]
+    parts = [part for one in said for part in (one if isinstance(one, list) else [one])]
+    return [_as_text(part.get("text") if isinstance(part, dict) else part) for part in parts]
 
 
 def _as_text(content: Any) -> str:

@@ -35,7 +35,7 @@ class Backend(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Return whether names are files of this machine: then small files cost nothing and folders can be renamed."""
+        """Whether names are files of this machine: then small files cost nothing and folders can be renamed."""
         ...
 
     @property

@@ -183,7 +183,7 @@ def template_source(tokenizer: Any, tools: list[Message] | None = None) -> str:
 
 
 def needs_day(tokenizer: Any, arguments: Mapping[str, Any], day_is_given: bool) -> bool:
-    """Return whether chats that are rendered with this tokenizer depend on the day."""
+    """Whether chats that are rendered with this tokenizer depend on the day."""
     of_all = tokenizer.chat_template
     sources = list(of_all.values()) if isinstance(of_all, dict) else [of_all]
     return any(

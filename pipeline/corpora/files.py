@@ -31,7 +31,7 @@ class CorpusFile:
     """A local path, or an fsspec URL."""
     num_bytes: int
     version: str = ""
-    """What the server of a file at a URL calls its present content, as an ETag; empty where nothing does."""
+    """Of a file at a URL: what its server calls the present content, as an ETag; empty where nothing does."""
 
     @property
     def name(self) -> str:

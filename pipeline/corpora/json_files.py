@@ -24,7 +24,7 @@ OTHER_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, co
 OTHER_KINDS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"ARROW1": "arrow", b"BZh": "bz2"}
 """How files of other kinds begin, and their endings."""
 UNFINISHED = 12
-"""A value that is cut shows within this many characters of the end (`-Infinit`, `\\u00e`), or in a text without end."""
+"""A value that is cut shows within so many characters of the end (`-Infinit`, `\\u00e`), or in a text without end."""
 MOST_CHARACTERS = 2**28
 """Characters of a record over several lines at most: a larger object holds records, and would fill the memory."""
 CUT = "it ends in the middle"
