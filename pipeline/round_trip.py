@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers.models import Unigram
 
-from pipeline.corpora.messages import read_chat
+from pipeline.corpora.messages import WithTools, messages_of
 from pipeline.errors import InputError
 
 TEXTS = 100
@@ -92,10 +92,16 @@ def sample_texts(contents: Iterable[Sequence[Any]], kind: str) -> list[str]:
 
 
 def _texts_of(content: Any, kind: str) -> list[str]:
-    if kind == "text":
+    if isinstance(content, WithTools):
+        content = content.messages
+    try:
+        content = messages_of(content) if kind == "messages" else content
+    except RecursionError:  # counted where records are read
+        return []
+    if not isinstance(content, list):
         return [_as_text(content)]
-    chat = read_chat(content)
-    said = [] if isinstance(chat, str) else [message.get("content") for message in chat.messages]
+    messages = [message for message in content if isinstance(message, dict)]
+    said = [message.get(key) for message in messages for key in ("content", "value")]
     parts = [part for one in said for part in (one if isinstance(one, list) else [one])]
     return [_as_text(part.get("text") if isinstance(part, dict) else part) for part in parts]
 

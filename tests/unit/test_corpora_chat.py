@@ -131,6 +131,22 @@ def test_chats_in_parquet_are_those_in_json_lines(tmp_path: Path, chat_model: An
     assert texts_by_role(one.documents, folder) == texts_by_role(two.documents, folder)
 
 
+def test_every_form_that_holds_a_chat_gives_the_same_rows(tmp_path: Path, chat_model: Any) -> None:
+    """JSON of the whole, of each message, and a list for each key; also JSON that is no chat, nested too deeply."""
+    folder, chat = chat_model(PLAIN), CHATS[1]
+    by_key = {key: [message[key] for message in chat] for key in ("role", "content")}
+    held = [chat, json.dumps(chat), [json.dumps(message) for message in chat], by_key, json.dumps(by_key)]
+    broken = ["5", "null", json.dumps({"role": ["user"], "content": []}), "[" * 100_000]
+    table = plan(write_chats(tmp_path / "c.jsonl", [*held, *broken]), folder, messages="messages", context=200)
+    (bucket,) = table.buckets
+    assert texts_by_role(bucket.documents, folder) == PLAIN_PARTS[:1] * len(held)
+    assert {reason: entry["count"] for reason, entry in table.skipped.to_record().items()} == {
+        "empty": 1,
+        "messages nested too deeply": 1,
+        "not a list of messages": 2,
+    }
+
+
 def test_only_rows_of_the_roles_asked_for_and_all_positions_run(tmp_path: Path, chat_model: Any) -> None:
     folder = chat_model(PLAIN)
     path = write_chats(tmp_path / "c.jsonl", CHATS)

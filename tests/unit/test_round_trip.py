@@ -265,7 +265,8 @@ def test_the_texts_that_are_tried() -> None:
     assert sample_texts([["a", b"b", None, 5, " ", "half \ud800 a pair"]], "text") == ["a", "b", "half  a pair"]
     assert sample_texts((["x"] for _ in range(10**9)), "text") == ["x"] * TEXTS
     chat = [{"role": "user", "content": "a"}, {"from": "human", "value": "b"}, {"content": [{"text": "c"}]}, 5]
-    assert sample_texts([[chat, None, '[{"role": "user"}]']], "messages") == ["a", "b", '[{"role": "user"}]']
+    held = [json.dumps(chat[:1]), {"role": ["user"], "content": ["d"]}, "no JSON", "[" * 100_000]
+    assert sample_texts([[chat, None, *held]], "messages") == ["a", "b", "c", "a", "d", "no JSON"]
     assert sample_texts(([None] for _ in range(10**9)), "messages") == []
     assert sample_texts([[" "] * RECORDS, ["late"]], "text") == []
 
