@@ -29,11 +29,17 @@ ENTRIES = (
 """What transformers looks for in a folder, in its order: the weights, or an index of the files that they are in."""
 
 
+OTHER_FORMATS = ("*.gguf", "*.pth", "*.pt", "*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.npz")
+"""Patterns of other libraries' weights, and of the originals that repositories have beside those of transformers."""
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, sorted. Raises InputError if there are none, or not all that loading takes."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     if not files:
-        raise InputError(f"model.id: no weights (*.safetensors) in {folder}")
+        other = next((file.name for kind in OTHER_FORMATS for file in sorted(folder.glob(kind))), None)
+        also = "" if other is None else f"; {other} is of a format that is not read: download the safetensors instead"
+        raise InputError(f"model.id: no weights (*.safetensors) in {folder}{also}")
     loaded_files(folder)
     return files
 
