@@ -51,7 +51,7 @@ def why_absent(name: str, revision: str, files: Sequence[str], error: Exception)
             "yours, here and on the workers (cluster.env)"
         )
     if "RepositoryNotFoundError" in kinds or status == 401:
-        return f"{hub} has no {name}, or one that {has_token}; mend the name, or set HF_TOKEN"
+        return f"no folder is here, and {hub} has no {name}, or one that {has_token}; mend the name, or set HF_TOKEN"
     if "RevisionNotFoundError" in kinds:
         return f"{hub}/{name} has no branch, tag or commit {revision}; mend the revision"
     if constants.HF_HUB_OFFLINE:
@@ -81,7 +81,7 @@ def _not_in_cache(name: str, revision: str, files: Sequence[str], why: str) -> s
     if not here:
         near = get_close_matches(name, _repositories(cache), n=1)
         like = f", though of {near[0]}" if near else ""
-        return f"the cache of this machine ({cache}) has nothing of {name}{like}, and {why}; {ways}"
+        return f"no folder is here, the cache of this machine ({cache}) has nothing of {name}{like}, and {why}; {ways}"
     if commit in here:
         return (
             f"the cache of this machine ({cache}) has the revision {revision} of {name} without {' or '.join(files)}, "

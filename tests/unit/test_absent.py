@@ -56,8 +56,8 @@ def test_a_repository_that_the_cache_lacks(hub: FakeHub, cached: dict[str, str])
     with pytest.raises(InputError) as refused:
         describe_model("a/tinny")
     assert str(refused.value) == (
-        f"model.id: a/tinny cannot be loaded: the cache of this machine ({hub.cache}) has nothing of a/tinny, though "
-        f"of a/tiny, {OFFLINE}download it (hf download a/tinny), or unset it"
+        f"model.id: a/tinny cannot be loaded: no folder is here, the cache of this machine ({hub.cache}) has nothing "
+        f"of a/tinny, though of a/tiny, {OFFLINE}download it (hf download a/tinny), or unset it"
     )
     with pytest.raises(InputError, match=r"has nothing of nobody/nothing, and HF_HUB_OFFLINE is set"):
         load_tokenizer("nobody/nothing")
