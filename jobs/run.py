@@ -104,7 +104,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
 
     info = describe_model(spec.model.id, spec.model.revision)
     # Before the plan, so that a refused spec leaves nothing.
-    check_harvest(info, spec.model, spec.harvest, spec.cluster)
+    check_harvest(info, spec.model, spec.harvest, spec.cluster, with_loss=_measures_loss(spec, cluster.stages))
     is_new = not (open_place(spec.store) / "zarr.json").exists()  # in another, all may be harvested already
     if not is_new:
         check_not_replaced(open_store(spec.store), info)  # before rows are appended
@@ -178,6 +178,12 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
     for found in found_extreme(of_model, spec.harvest.sites):
         say(f"  norms: {extreme_norms(found)}")
     return store, info, True
+
+
+def _measures_loss(spec: Spec, stages: tuple[str, ...]) -> bool:
+    """Whether an evaluation among the stages runs the whole model; those of dictionaries over several models do not."""
+    dictionaries = spec.train.dictionaries if "evaluate" in stages and spec.train is not None else ()
+    return any("/" not in site for d in dictionaries for site in (*d.input, *d.output))
 
 
 def _check_anchor_files(spec: Spec) -> None:

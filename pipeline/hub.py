@@ -65,6 +65,17 @@ def offline_folder(name: str, commit: str, file: str) -> str | None:
     return None if path is None else str(path.parent)
 
 
+def file_here(name: str, revision: str, file: str) -> Path | None:
+    """Where a file of a folder or repository is on this machine; None where it is not, as nothing is downloaded."""
+    if (folder := local_folder(name)) is not None:
+        return folder / file if (folder / file).is_file() else None
+    try:
+        path = try_to_load_from_cache(name, file, revision=revision)
+    except ValueError:  # no name of a repository
+        return None
+    return Path(path) if isinstance(path, str) else None
+
+
 def find_file(name: str, revision: str, file: str) -> Path | None:
     """Where a small file of a folder or repository is, after it was downloaded; None where it has none."""
     if (folder := local_folder(name)) is not None:

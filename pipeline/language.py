@@ -3,6 +3,7 @@
 loss recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean): 1 for the identity, 0 for the ablation itself.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.batches import batches_of
 from pipeline.capture import Replace, capture, model_inputs, overwritten_sites, splice
 from pipeline.errors import InputError
+from pipeline.finite import tensors_not_finite
 from pipeline.rows import ContextRows
 from pipeline.sites import Site
 
@@ -82,6 +84,13 @@ def loss_recovered(
     if predictions == 0:
         raise InputError("no held-out context is long enough to predict a token from a row")
     clean, with_reconstruction, zero, at_mean = (totals / predictions).tolist()
+    if not math.isfinite(clean):
+        found = tensors_not_finite(model)
+        why = f"its weights are nan or infinite in {', '.join(found[:3])}" if found else "it overflows in its dtype"
+        raise InputError(
+            f"model.id: the model's own loss on held-out contexts is {clean}, so nothing can be compared with it: "
+            f"{why}; give it a whole checkpoint, and model.dtype: bfloat16 or float32"
+        )
     return LossRecovered(predictions, clean, with_reconstruction, zero, at_mean)
 
 

@@ -1,7 +1,6 @@
 """Loading a model that was described: its base or the whole, placed on devices, in silence, and nothing made up."""
 
 import platform
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,15 @@ from torch import nn
 from pipeline.capture import decoder_layers
 from pipeline.errors import InputError
 from pipeline.families import TEXT_PART_WEIGHTS, TEXT_PARTS
+from pipeline.finite import check_layers
+from pipeline.fitting import check_fit, unlike_its_kind
 from pipeline.hub import find_file, local_folder, may_have
 from pipeline.models import ModelInfo, describe_model, first_line, read_config, refuse_adapter
 from pipeline.placement import Placement, check_dtype
 from pipeline.quantised import check_not_disguised
 from pipeline.silence import silence
-from pipeline.weights import ENTRIES, loaded_files, tensor_entries
+from pipeline.tensors_in_files import TensorEntry, tensor_entries
+from pipeline.weights import ENTRIES, loaded_files
 
 ON_CPU = Placement()
 
@@ -35,12 +37,15 @@ def load_base_model(
 ) -> nn.Module:
     """Load the first `layers` decoder layers of the base model (no lm_head), ready to run."""
     config = _first_layers(read_config(info.id, info.revision), layers)
-    return _load(transformers.AutoModel, info, config, dtype, attention, placement)
+    model = _load(transformers.AutoModel, info, config, dtype, attention, placement)
+    check_layers(info.id, model, decoder_layers(model))
+    return model
 
 
-def check_weights(info: ModelInfo, layers: int, *, loaded_here: bool = False) -> None:
-    """Raise InputError if a checkpoint that is here lacks tensors of the first `layers` layers, as loading them would.
-    `loaded_here`: on this machine and no other, so that one on the hub must be here or be downloaded.
+def check_weights(info: ModelInfo, layers: int, *, loaded_here: bool = False, with_head: bool = False) -> None:
+    """Raise InputError if a checkpoint that is here lacks tensors of the first `layers` layers or has them in other
+    shapes, as loading them would. `loaded_here`: on this machine and no other, so that one on the hub must be here or
+    be downloaded. `with_head`: the language model is loaded too, for its loss.
 
     transformers itself loads tensors without content, of the names and shapes that the files' headers give: it alone
     knows how names of checkpoints become those of a model. Takes up to some seconds, and no memory to speak of.
@@ -53,21 +58,25 @@ def check_weights(info: ModelInfo, layers: int, *, loaded_here: bool = False) ->
     check_not_disguised(info, config, tensors)
     if getattr(config, "quantization_config", None):  # whose tensors are of other shapes
         return
-    with silence():
-        _, loaded = transformers.MODEL_MAPPING[type(config)].from_pretrained(
-            None,
-            config=config,
-            state_dict={
-                name: torch.empty(entry["shape"], dtype=torch.bfloat16, device="meta")
-                for name, entry in tensors.items()
-            },
-            device_map={"": "meta"},
-            dtype=torch.bfloat16,
-            ignore_mismatched_sizes=True,  # which loading refuses with words of its own
-            output_loading_info=True,
-            **_renamed(config),
-        )
-    _check_none_missing(info, loaded["missing_keys"])
+    kinds = transformers.MODEL_FOR_CAUSAL_LM_MAPPING if with_head else transformers.MODEL_MAPPING
+    try:
+        with silence():
+            _, loaded = kinds[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict={
+                    name: torch.empty(entry.shape, dtype=torch.bfloat16, device="meta")
+                    for name, entry in tensors.items()
+                },
+                device_map={"": "meta"},
+                dtype=torch.bfloat16,
+                ignore_mismatched_sizes=True,  # which transformers refuses without saying what it is
+                output_loading_info=True,
+                **_renamed(config),
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_load(info, tensors, error) from None
+    check_fit(info.id, loaded["missing_keys"], loaded["mismatched_keys"], tensors)
 
 
 def _snapshot(info: ModelInfo, loaded_here: bool) -> Path | None:
@@ -104,7 +113,9 @@ def load_causal_model(
 ) -> nn.Module:
     """Load the whole language model, for measuring its loss."""
     config = read_config(info.id, info.revision)
-    return _load(transformers.AutoModelForCausalLM, info, config, dtype, attention, placement)
+    model = _load(transformers.AutoModelForCausalLM, info, config, dtype, attention, placement)
+    check_layers(info.id, model, decoder_layers(model))
+    return model
 
 
 def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str, placement: Placement) -> nn.Module:
@@ -119,11 +130,13 @@ def _load(loader: Any, info: ModelInfo, config: Any, dtype: str, attention: str,
                 dtype=DTYPES[dtype],
                 attn_implementation=attention,
                 adapter_kwargs=NO_ADAPTER,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                 **_renamed(config),
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model.id: the weights of {info.id} cannot be loaded: {first_line(error)}") from None
-    _check_none_missing(info, loaded["missing_keys"])
+        raise _cannot_load(info, _entries_here(info), error) from None
+    if loaded["missing_keys"] or loaded["mismatched_keys"]:
+        check_fit(info.id, loaded["missing_keys"], loaded["mismatched_keys"], _entries_here(info))
     if (now := describe_model(info.id, info.revision).fingerprint) != info.fingerprint:  # changed since, or elsewhere
         raise InputError(
             f"model.id: {info.id} on {platform.node()} has the fingerprint {now}, and this run began with "
@@ -146,17 +159,13 @@ def _renamed(config: Any) -> dict[str, Any]:
     return {"key_mapping": TEXT_PART_WEIGHTS} if config.model_type in TEXT_PARTS.values() else {}
 
 
-def _check_none_missing(info: ModelInfo, names: Collection[str]) -> None:
-    """transformers makes up what a checkpoint lacks, with a warning that no one sees."""
-    if not names:
-        return
-    first = min(names)
-    which = (
-        f"a tensor that its config.json asks for is not there ({first})"
-        if len(names) == 1
-        else f"{len(names)} tensors that its config.json asks for are not there, the first is {first}"
-    )
-    raise InputError(
-        f"model.id: the weights of {info.id} cannot be loaded: {which}; download the checkpoint again, or give it the "
-        "config.json that it was saved with"
-    )
+def _entries_here(info: ModelInfo) -> dict[str, TensorEntry] | None:
+    """What the files say that a model was loaded from. Raises InputError for files that cannot have been."""
+    config = find_file(info.id, info.revision, "config.json")
+    return None if config is None else tensor_entries(config.parent)
+
+
+def _cannot_load(info: ModelInfo, tensors: dict[str, TensorEntry] | None, error: Exception) -> InputError:
+    """What transformers raised, in words that name the tensor where that is the reason."""
+    odd = unlike_its_kind(info.id, tensors) if tensors and "conversion" in str(error) else None
+    return odd or InputError(f"model.id: the weights of {info.id} cannot be loaded: {first_line(error)}")

@@ -12,9 +12,12 @@ from typing import Any
 
 import transformers
 
+from pipeline.absent import is_unreachable, why_absent
+from pipeline.downloads import stand_in
 from pipeline.errors import InputError
 from pipeline.families import FAMILIES, TEXT_PARTS
-from pipeline.hub import find_file, local_folder, resolve_commit
+from pipeline.hub import file_here, find_file, local_folder, resolve_commit
+from pipeline.repository_names import check_name
 from pipeline.sites import Site
 from pipeline.weights import ENTRIES, hash_weights
 
@@ -110,14 +113,27 @@ def describe_model(model_id: str, revision: str = "main") -> ModelInfo:
 def _resolve(model_id: str, revision: str) -> str:
     """The commit of a model on the hub; a folder's revision as it is. Raises InputError for what is neither."""
     folder = Path(model_id).expanduser()
-    if not folder.is_dir() and _is_path(model_id):
+    if not folder.is_dir():
         near = get_close_matches(folder.name, _folders_in(folder.parent), n=1)
-        raise InputError(f"model.id: there is no folder {folder}" + (f"; did you mean {near[0]}?" if near else ""))
+        if not _is_surely_path(model_id) and not near:
+            check_name(model_id, "model.id", "model.revision")
+        if _is_path(model_id):
+            raise InputError(f"model.id: there is no folder {folder}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         return resolve_commit(model_id, revision, ["config.json"])
     except (OSError, ValueError) as error:
+        raise _unusable(model_id, revision, error) from None
+
+
+def _unusable(model_id: str, revision: str, error: Exception) -> InputError:
+    """The error for a model whose config cannot be had or read. Raises InputError for an adapter without its model."""
+    path = file_here(model_id, revision, "config.json")
+    if path is not None and (why := stand_in(path)) is not None:
+        return InputError(f"model.id: {model_id} cannot be loaded: its config.json {why}")
+    if path is None and not is_unreachable(error):
         refuse_adapter(model_id, revision)
-        raise InputError(f"model.id: {model_id} cannot be loaded: {first_line(error)}") from None
+    why = why_absent(model_id, revision, ["config.json"], error) if path is None else None
+    return InputError(f"model.id: {model_id} cannot be loaded: {why or first_line(error)}")
 
 
 def _max_context(config: Any) -> tuple[int | None, str]:
@@ -144,7 +160,7 @@ def read_config(model_id: str, revision: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(model_id, revision=revision)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"model.id: {model_id} cannot be loaded: {first_line(error)}") from None
+        raise _unusable(model_id, revision, error) from None
     kind = getattr(config, "model_type", "?")
     if kind in TEXT_PARTS:
         quantised = getattr(config, "quantization_config", None)
@@ -190,10 +206,13 @@ def adapter_notice(info: ModelInfo) -> str | None:
     )
 
 
+def _is_surely_path(model_id: str) -> bool:
+    return Path(model_id).is_absolute() or model_id.startswith((".", "~"))
+
+
 def _is_path(model_id: str) -> bool:
     """Whether an id means a folder, there or not: a hub id is a name, or an owner and a name."""
-    folder = Path(model_id)
-    return folder.is_absolute() or model_id.startswith((".", "~")) or len(folder.parts) > 2 or model_id.endswith("/")
+    return _is_surely_path(model_id) or len(Path(model_id).parts) > 2 or model_id.endswith("/")
 
 
 def _folders_in(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from transformers.quantizers import AutoHfQuantizer
 from pipeline.errors import InputError
 from pipeline.models import ModelInfo, first_line, read_config
 from pipeline.silence import silence
+from pipeline.tensors_in_files import TensorEntry
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types, as safetensors names them, of weights that are numbers as they are."""
@@ -48,15 +49,15 @@ def check_quantised(info: ModelInfo, device: str) -> None:
         )
 
 
-def check_not_disguised(info: ModelInfo, config: Any, tensors: Mapping[str, Any]) -> None:
+def check_not_disguised(info: ModelInfo, config: Any, tensors: Mapping[str, TensorEntry]) -> None:
     """Raise InputError for quantised weights whose config does not say so: transformers would take their numbers for
     weights, without their scales. `tensors`: name -> what the files' headers say."""
     if getattr(config, "quantization_config", None) is not None:
         return
     for name, entry in tensors.items():
-        if entry["dtype"] not in FLOATS and name.endswith("weight"):
+        if entry.dtype not in FLOATS and name.endswith("weight"):
             raise InputError(
-                f"model.id: the weights of {info.id} are quantised ({name} is {entry['dtype']}) and its config.json "
+                f"model.id: the weights of {info.id} are quantised ({name} is {entry.dtype}) and its config.json "
                 f"does not say how (quantization_config); download the config that belongs to them, or {ADVICE}"
             )
 

@@ -1,20 +1,29 @@
 """Tokenizers: finding and loading one, which tokens it puts around a text, and its token ids of texts."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import transformers
 
 from pipeline import long_texts
+from pipeline.absent import why_absent
+from pipeline.downloads import page_or_pointer, stand_in
 from pipeline.errors import InputError
-from pipeline.hub import offline_folder, resolve_commit
+from pipeline.hub import file_here, local_folder, offline_folder, resolve_commit
 from pipeline.models import first_line
+from pipeline.repository_names import check_name
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 """One of them is in every repository that a tokenizer can be loaded from."""
+READ_FILES = (
+    *TOKENIZER_FILES,
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
+"""What a tokenizer may be read from."""
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+ADVICE = "give model.tokenizer a folder that has one"
 
 
 def pin_tokenizer(model_id: str, revision: str = "main") -> str:
@@ -26,19 +35,16 @@ def pin_tokenizer(model_id: str, revision: str = "main") -> str:
 
 def load_tokenizer(model_id: str, revision: str = "main") -> Any:
     """Load a fast tokenizer, local folder or hub id. Raises InputError when there is none."""
+    if local_folder(model_id) is None and not model_id.startswith((".", "~", "/")):
+        check_name(model_id, "model.tokenizer", "model.tokenizer_revision")
     commit = pin_tokenizer(model_id, revision)
     source = offline_folder(model_id, commit, "tokenizer.json") or model_id
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=commit, use_fast=True)
     except Exception as error:  # noqa: BLE001 the tokenizers library raises nothing more precise
-        folder = Path(model_id).expanduser()
-        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
-            reason = "the folder has no tokenizer.json"
-        elif model_id.startswith((".", "~", "/")) and not folder.is_dir():
-            reason = "there is no such folder"
-        else:
-            reason = f"it cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise InputError(f"no tokenizer at {model_id}: {reason}; give model.tokenizer a folder that has one") from None
+        raise InputError(f"no tokenizer at {model_id}: {_why_none(model_id, commit, error)}") from None
+    if (why := _junk(model_id, commit, SETTINGS_FILES)) is not None:  # a server's JSON is read as settings
+        raise InputError(f"no tokenizer at {model_id}: {why}")
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"the tokenizer of {model_id} has no fast version (tokenizer.json); convert it first")
     # Saved with some tokenizers, and applied in silence: texts would be cut, and padding would become rows.
@@ -47,6 +53,36 @@ def load_tokenizer(model_id: str, revision: str = "main") -> Any:
     if getattr(tokenizer.backend_tokenizer.model, "dropout", None):  # of training: other ids at each call
         tokenizer.backend_tokenizer.model.dropout = None
     return tokenizer
+
+
+def _why_none(model_id: str, commit: str, error: Exception) -> str:
+    """Why no tokenizer could be loaded, and what to do."""
+    folder = local_folder(model_id)
+    if (why := _junk(model_id, commit, READ_FILES)) is not None:
+        return why
+    if folder is not None and not (folder / "tokenizer.json").is_file():
+        return f"the folder has no tokenizer.json; {ADVICE}"
+    if folder is None and model_id.startswith((".", "~", "/")):
+        return f"there is no such folder; {ADVICE}"
+    if folder is None and (why := why_absent(model_id, commit, ["tokenizer.json"], error)) is not None:
+        return why
+    return f"it cannot be loaded ({type(error).__name__}: {first_line(error)}); {ADVICE}"
+
+
+def _junk(model_id: str, commit: str, names: Sequence[str]) -> str | None:
+    """What is in the place of the first of some files that is none of a tokenizer; None if all may be."""
+    for name in names:
+        if (file := file_here(model_id, commit, name)) is not None and (why := stand_in(file)) is not None:
+            return f"its {name} {why}"
+    return None
+
+
+def check_chat_template(tokenizer: Any, where: str) -> None:
+    """Raise InputError for a chat template that was not downloaded: what stands in its file is read as a template."""
+    found = tokenizer.chat_template or {}
+    for template in found.values() if isinstance(found, dict) else [found]:
+        if (why := page_or_pointer(template, where)) is not None:
+            raise InputError(f"corpus.messages: the chat template of {where} {why}")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

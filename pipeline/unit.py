@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.attention import attend_in_blocks
 from pipeline.batches import Batch, batches_of, full_shapes
 from pipeline.capture import capture, decoder_layers, model_inputs, overwritten_sites, run_base
-from pipeline.errors import InputError
+from pipeline.finite import NotFinite
 from pipeline.overlap import ForwardClock, RowCopies, upload
 from pipeline.precision import faster_type
 from pipeline.rounding import TORCH_TYPES, Rounded, is_exact, round_rows, square_error
@@ -174,7 +174,7 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
     """Return the L2 norm of each row, float32 [rows], and the moments of each segment [start, stop).
 
     `acts` is [rows, d_model], taken as a reader gets it; segments follow one another and cover all rows (one per
-    document).
+    document). Raises NotFinite for rows that are not.
     """
     norms = torch.empty(len(acts))
     moments = []
@@ -189,7 +189,7 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
         moments.append(RawMoments(stop - start, total[0], total[1]))
     if not bool(norms.isfinite().all()):
         row = int(norms.isfinite().logical_not().nonzero()[0])
-        raise InputError(
+        raise NotFinite(
             f"row {row} of the unit has an activation that is not a finite {acts.type}: the model overflows, or the "
             "stored type is too narrow; compute and store in bfloat16 or float32"
         )

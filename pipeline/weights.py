@@ -1,6 +1,7 @@
 """The weight files of a model's folder: which there are, whether they are whole, and a fingerprint of what they hold.
 
 Reads headers and samples, never the whole: 16 GB are fingerprinted in about a second once they are in memory.
+What the headers say of the tensors: `pipeline.tensors_in_files`.
 """
 
 import json
@@ -8,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.downloads import stand_in
 from pipeline.errors import InputError
 
 SAMPLED_BLOCKS = 256
@@ -27,11 +29,17 @@ ENTRIES = (
 """What transformers looks for in a folder, in its order: the weights, or an index of the files that they are in."""
 
 
+OTHER_FORMATS = ("*.gguf", "*.pth", "*.pt", "*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.npz")
+"""Patterns of other libraries' weights, and of the originals that repositories have beside those of transformers."""
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, sorted. Raises InputError if there are none, or not all that loading takes."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     if not files:
-        raise InputError(f"model.id: no weights (*.safetensors) in {folder}")
+        other = next((file.name for kind in OTHER_FORMATS for file in sorted(folder.glob(kind))), None)
+        also = "" if other is None else f"; {other} is of a format that is not read: download the safetensors instead"
+        raise InputError(f"model.id: no weights (*.safetensors) in {folder}{also}")
     loaded_files(folder)
     return files
 
@@ -48,14 +56,21 @@ def loaded_files(folder: Path) -> list[Path]:
     if entry.suffix != ".json":
         return [entry]
     try:
-        named = sorted(set(json.loads(entry.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"model.id: {entry} is not an index of weight files: {error}") from None
+        index = json.loads(entry.read_text())
+        named = sorted(set(index["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        why = stand_in(entry) or f"is not an index of weight files: {error}"
+        raise InputError(f"model.id: {entry} {why}") from None
     missing = [name for name in named if not (folder / name).is_file()]
     if missing:
         raise InputError(
             f"model.id: the weights of {folder} cannot be loaded: {len(missing)} of the {len(named)} files that "
             f"{entry.name} names are missing, the first is {missing[0]}; download the rest of the checkpoint"
+        )
+    if "metadata" not in index:
+        raise InputError(
+            f"model.id: {entry} has no `metadata`, without which transformers does not read it; add an empty one "
+            '("metadata": {}), or download it again'
         )
     return [folder / name for name in named]
 
@@ -69,19 +84,6 @@ def _parts_missing(folder: Path) -> str:
     names = [f"{stem}{number:0{len(total)}}-of-{total}{ending}" for number in range(1, int(total) + 1)]
     missing = [name for name in names if not (folder / name).is_file()]
     return f", and {len(missing)} of {len(names)} files are missing, the first is {missing[0]}" if missing else ""
-
-
-def tensor_entries(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Name -> `shape` and `dtype` of every tensor that a model is loaded from; None where that is not safetensors,
-    whose headers say so. Raises InputError as `hash_weights` does."""
-    entries: dict[str, dict[str, Any]] = {}
-    for file in loaded_files(folder):
-        if file.suffix != ".safetensors":
-            return None
-        with file.open("rb") as handle:
-            _, tensors = _header(file, file.stat().st_size, handle)
-        entries |= tensors
-    return entries
 
 
 def hash_weights(folder: Path, sha: Any) -> None:
@@ -105,7 +107,7 @@ def hash_weights(folder: Path, sha: Any) -> None:
 
 
 def _hash_tensors(file: Path, size: int, handle: BinaryIO, sha: Any) -> None:
-    header, tensors = _header(file, size, handle)
+    header, tensors = read_header(file, size, handle)
     first = 8 + len(header)
     sha.update(header)
     for start, stop in sorted(entry["data_offsets"] for entry in tensors.values()):
@@ -116,7 +118,7 @@ def _hash_tensors(file: Path, size: int, handle: BinaryIO, sha: Any) -> None:
             _hash_range(handle, first + stop - END_BYTES, END_BYTES, sha)
 
 
-def _header(file: Path, size: int, handle: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+def read_header(file: Path, size: int, handle: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     """The header of a safetensors file, and what it says of each tensor. Raises InputError for a file that is cut."""
     length = int.from_bytes(handle.read(8), "little")
     header = handle.read(length) if length < size else b""
@@ -124,10 +126,8 @@ def _header(file: Path, size: int, handle: BinaryIO) -> tuple[bytes, dict[str, A
         tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise InputError(
-            f"model.id: the weights of {file.parent} cannot be loaded: {file.name} has no safetensors header; "
-            "download it again"
-        ) from None
+        why = stand_in(file) or "has no safetensors header; download it again"
+        raise InputError(f"model.id: the weights of {file.parent} cannot be loaded: {file.name} {why}") from None
     if end != size:
         raise InputError(
             f"model.id: the weights of {file.parent} cannot be loaded: {file.name} is damaged: its header describes "

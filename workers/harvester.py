@@ -15,6 +15,7 @@ import torch
 
 from pipeline.compilers import check_compiler
 from pipeline.computing import UnitComputer
+from pipeline.finite import NotFinite, tensors_not_finite, words_of
 from pipeline.loading import load_base_model
 from pipeline.models import ModelInfo
 from pipeline.placement import Placement
@@ -177,7 +178,14 @@ class Harvester:
 
     def _summarise(self, groups: "RowGroups", computed: Activations) -> UnitBlock:
         sites = {str(site): acts for site, acts in computed.sites.items()}
-        return unit_block(self.store, groups, sites, self.on_step)
+        try:
+            return unit_block(self.store, groups, sites, self.on_step)
+        except NotFinite as error:
+            names = tensors_not_finite(self._runner.model)
+            if not names:
+                raise
+            where = str(error).partition(" has an activation")[0]
+            raise NotFinite(f"{where} is not finite: {words_of(self.setup.model.id, names)}") from None
 
 
 def rounding_of(run: Activations, block: UnitBlock) -> Record:
@@ -218,7 +226,10 @@ def unit_block(
     norms: dict[str, Array] = {}
     moments: dict[MomentKey, Moments] = {}
     for site, acts in sites.items():
-        row_norms, per_document = summarise(acts, segments)
+        try:
+            row_norms, per_document = summarise(acts, segments)
+        except NotFinite as error:
+            raise NotFinite(f"{site}: {error}") from None
         activations[site] = to_numpy(acts.values)
         if acts.scales is not None:
             scales[site] = acts.scales.numpy()

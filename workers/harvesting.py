@@ -76,15 +76,21 @@ def prepare_harvests(
 
 
 def check_harvest(
-    info: ModelInfo, model: ModelSettings, settings: HarvestSettings, cluster: ClusterSettings | None = None
+    info: ModelInfo,
+    model: ModelSettings,
+    settings: HarvestSettings,
+    cluster: ClusterSettings | None = None,
+    *,
+    with_loss: bool = False,
 ) -> None:
     """Raise InputError for what a model, or this machine where it is to run on CPU, cannot do, and for weights that are
-    missing. Touches no store."""
+    missing or do not fit; with those that an evaluation needs for the model's loss, `with_loss`. Touches no store."""
     _check_settings(info, model, settings)
     if settings.gpus_per_worker == 0:
         check_quantised(info, "cpu")
     loaded_here = cluster is not None and is_started_here(cluster.address)
-    check_weights(info, layers_up_to(settings.parsed_sites()), loaded_here=loaded_here)
+    layers = info.num_layers if with_loss else layers_up_to(settings.parsed_sites())
+    check_weights(info, layers, loaded_here=loaded_here, with_head=with_loss)
 
 
 def _check_settings(info: ModelInfo, model: ModelSettings, settings: HarvestSettings) -> None:

@@ -17,10 +17,11 @@ from pipeline.corpora.open import Corpus, check_label_names, open_corpora
 from pipeline.corpora.recipe import Recipe
 from pipeline.corpora.records import Columns, Piece
 from pipeline.errors import InputError
-from pipeline.hub import is_commit
+from pipeline.hub import is_commit, local_folder
 from pipeline.round_trip import check_round_trip, sample_texts
 from pipeline.rows import ContextPolicy
 from pipeline.tokenizer import (
+    check_chat_template,
     context_token,
     load_tokenizer,
     pin_tokenizer,
@@ -214,9 +215,12 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int,
         corpora = [NamedDataset(settings.path[0], settings.subset, settings.split, columns)]
     else:
         corpora = open_corpora(settings.path, columns, settings.format)
+    check_revisions(model)
     name, revision = model.tokenizer_place(commit)
     revision = pin_tokenizer(name, revision)
     tokenizer = load_tokenizer(name, revision)
+    if settings.messages is not None:
+        check_chat_template(tokenizer, name)
     excluded = {vocabulary_token(tokenizer, token, "corpus.exclude_tokens") for token in settings.exclude_tokens}
     separator = settings.separator
     return Source(
@@ -230,6 +234,21 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int,
         day=_day(settings, tokenizer),
         tokenizer_place=(name, revision),
     )
+
+
+def check_revisions(model: ModelSettings) -> None:
+    """Raise InputError for a revision of a folder, of which there is what is in it and nothing else."""
+    named = [
+        ("model.revision", model.revision, model.id, "main"),
+        ("model.tokenizer_revision", model.tokenizer_revision, model.tokenizer, None),
+    ]
+    for key, revision, name, default in named:
+        if revision == default or name is None or (folder := local_folder(name)) is None:
+            continue
+        raise InputError(
+            f"{key}: {revision} has no effect, as {folder} is a folder, which is taken as it is; leave the key out, "
+            "and give the folder that has what is wanted, or a name on the hub"
+        )
 
 
 def _day(settings: CorpusSettings, tokenizer: Any) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.corpora.patience import Unread
+from pipeline.corpora.patience import Unread, why_unread
 from pipeline.corpora.remote import find_remote, open_remote
 from pipeline.errors import InputError
 
@@ -69,8 +69,7 @@ def reading(what: str) -> Iterator[None]:
     except Exception as error:  # every file system raises kinds of its own (botocore's are no OSErrors)
         if not isinstance(error, OSError | EOFError | ImportError) and "://" not in what:
             raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unread(f"corpus.path: {what} cannot be read: {reason[0]}") from error
+        raise Unread(f"corpus.path: {what} cannot be read: {why_unread(error)}") from error
 
 
 def find_files(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:

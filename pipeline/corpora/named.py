@@ -8,6 +8,7 @@ Where that is, the library knows (`state_dict`), exactly in some versions and ki
 it is set to a place a little before, and what comes must be what came before.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,11 +19,15 @@ import numpy as np
 from pipeline.corpora.files import CorpusFile, reading
 from pipeline.corpora.objects import chunk_of_objects
 from pipeline.corpora.paths import find
-from pipeline.corpora.patience import Patience, Unread, chain_of, failure_of, words_of
+from pipeline.corpora.patience import Patience, Unread, chain_of, failure_of, is_answer, why_unread, words_of
 from pipeline.corpora.records import Chunk, Columns
+from pipeline.corpora.remote import failure_at
 from pipeline.errors import InputError
 
 RECORDS_AT_ONCE = 256
+NOT_FOUND = re.compile(r"Unable to find '(https?://[^']+)'")
+"""What `datasets` says of a file that a server does not give, whatever the server said."""
+NO_URL = "NonHttpUrlClientError"
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,11 @@ class NamedDataset:
                 Exception
             ) as error:  # datasets, hub and fsspec raise kinds of their own; all are raised again or named
                 so_far = f"it gave {0 if stream is None else stream.taken:,} records"
-                if not patience.waits_for(error if stream is None else _as_interruption(error), so_far):
-                    raise Unread(f"corpus.path: {self._name} cannot be read: {words_of(error)}; {so_far}") from error
+                failure = _as_answered(error) if stream is None else _as_interruption(error)
+                if not patience.waits_for(failure, so_far):
+                    raise Unread(
+                        f"corpus.path: {self._name} cannot be read: {why_unread(failure)}; {so_far}"
+                    ) from error
 
     def _open(self) -> Any:
         try:
@@ -96,8 +104,7 @@ class NamedDataset:
         except (ValueError, RuntimeError) as error:
             if failure_of(error) is not None:
                 raise
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"corpus.path: the dataset {self.path} cannot be streamed: {reason}") from None
+            raise InputError(f"corpus.path: the dataset {self.path} cannot be streamed: {why_unread(error)}") from None
 
 
 class _Stream:
@@ -148,9 +155,21 @@ class _Stream:
         return [find(record, name) for name in self._columns]
 
 
-def _as_interruption(error: Exception) -> Exception:
-    """What fails after a dataset was opened, as what it may be: for a file at an HTTP server that is busy, fsspec says
-    that there is none, and then asks for a folder of that name without http://."""
+def _as_answered(error: Exception) -> BaseException:
+    """What fails as a dataset is opened. Of a file at an HTTP server `datasets` says only that there is none, whatever
+    the server said: it is asked once more."""
+    url = NOT_FOUND.search(str(error))
+    return error if url is None else failure_at(url[1]) or error
+
+
+def _as_interruption(error: Exception) -> BaseException:
+    """What fails after a dataset was opened, as what it may be: for a file that an HTTP server does not give, fsspec
+    says that there is none, and then asks for a folder of that name without http://. The server is asked once more."""
     chain = list(chain_of(error))
-    is_missing = all(type(each).__name__ in ("FileNotFoundError", "NonHttpUrlClientError") for each in chain)
-    return ConnectionError(f"a file is not found now: {words_of(error)}") if is_missing else error
+    if not all(type(each).__name__ in ("FileNotFoundError", NO_URL) for each in chain):
+        return error
+    for place in (str(each) for each in chain if type(each).__name__ == NO_URL):
+        for failure in (failure_at(f"{scheme}://{place}") for scheme in ("https", "http")):
+            if failure is not None and is_answer(failure):
+                return failure
+    return ConnectionError(f"a file is not found now: {words_of(error)}")

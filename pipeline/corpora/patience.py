@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
+from pipeline.corpora.refusals import lasting_tls, redirects_without_end, refusal_of
 from pipeline.errors import InputError
 from pipeline.saying import Say, announce
 
@@ -56,10 +57,6 @@ LASTING_CLASSES = {
 """Subclasses of those that do not pass."""
 
 
-OFFLINE = "OfflineModeIsEnabled"
-"""What `datasets` writes into the message of a plain ConnectionError."""
-
-
 class Unread(InputError):
     """A place that could not be read, or not to its end."""
 
@@ -78,7 +75,7 @@ class Failure:
 def failure_of(error: BaseException) -> Failure | None:
     """What failed, if it may pass: told by the outermost HTTP status of a chain of errors, else by their kinds."""
     chain = list(chain_of(error))
-    if any(_names(each) & LASTING_CLASSES or OFFLINE in str(each) for each in chain):
+    if any(_names(each) & LASTING_CLASSES or OFFLINE in str(each) for each in chain) or lasting_tls(chain):
         return None
     for each in chain:
         status = status_of(each)
@@ -178,8 +175,11 @@ def status_of(error: BaseException) -> int | None:
     if isinstance(response, dict):
         return _as_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
     found = _as_status(getattr(response, "status_code", None))
-    for name in ("status_code", "status", "code"):  # aiohttp warns who asks for a code where there is a status
-        found = _as_status(getattr(error, name, None)) if found is None else found
+    for name in ("status_code", "status", "code"):
+        if found is None and (given := getattr(error, name, None)) is not None:
+            found = _as_status(given)
+            if name == "status":  # aiohttp warns who asks for a code where there is a status, be it 0
+                break
     return found
 
 
@@ -211,6 +211,26 @@ def _retry_after(error: BaseException) -> float | None:
         return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):  # none, or a date without a zone
         return None
+
+
+def why_unread(error: BaseException) -> str:
+    """Why something could not be read where trying again does not help: a sentence of ours where the errors are those
+    of a server, else the error's own words."""
+    chain = list(chain_of(error))
+    status = next((found for each in chain if (found := status_of(each)) is not None), None)
+    own = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    refusal = refusal_of(chain, status)
+    if refusal is None:
+        return own
+    is_of_store = any(isinstance(getattr(each, "response", None), dict) for each in chain)  # botocore's says which key
+    return f"{refusal} ({own})" if is_of_store else refusal
+
+
+def is_answer(error: BaseException) -> bool:
+    """Whether a server said why it does not give what it has: not that there is nothing, nor nothing at all."""
+    chain = list(chain_of(error))
+    status = next((found for each in chain if (found := status_of(each)) is not None), None)
+    return redirects_without_end(chain) or status not in (None, 404)
 
 
 def words_of(error: BaseException) -> str:

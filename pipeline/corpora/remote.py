@@ -28,7 +28,7 @@ VERSION_KEYS = (
 HDFS, GitHub. (Google's etag changes with what is noted beside the content.)"""
 LOCAL_PROTOCOLS = {"file", "local", "memory"}
 """Their content is at hand, and says more than a time."""
-NOT_THERE = (404, 410)
+NOT_THERE = 404
 BUFFER_BYTES = 2**16
 READ_AT_ONCE = 2**22
 
@@ -71,6 +71,18 @@ def _find(pattern: str, endings: Sequence[str]) -> list[Found]:
     return files
 
 
+def failure_at(url: str) -> BaseException | None:
+    """What a server says to a request for a file; None where it has it."""
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        system.info(path)
+    except FileNotFoundError as error:  # fsspec's word for every answer that is no success
+        return error.__cause__ or error
+    except Exception as error:  # noqa: BLE001 every file system has kinds of its own
+        return error
+    return None
+
+
 def _named(system: Any, path: str, endings: tuple[str, ...]) -> dict[str, Any]:
     """A file, or those of a folder with one of `endings`; nothing where neither is."""
     try:
@@ -78,8 +90,8 @@ def _named(system: Any, path: str, endings: tuple[str, ...]) -> dict[str, Any]:
     except FileNotFoundError as error:
         # fsspec says "not found" for every answer of an HTTP server that is no success, and gives that as the cause.
         cause = error.__cause__
-        if cause is not None and (status_of(cause) or 0) not in NOT_THERE:
-            raise cause from None
+        if cause is not None and status_of(cause) != NOT_THERE:
+            raise cause from cause.__cause__  # what TLS says is there
         return {}
     is_page = about.get("mimetype") == "text/html" and not path.endswith(endings)
     if about["type"] == "file" and not is_page:

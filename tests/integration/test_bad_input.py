@@ -213,11 +213,20 @@ def test_a_corpus_that_cannot_be_used(
         ("unheard-of", {}, ["model.id: ", "unheard-of cannot be loaded: ", "quokka"]),
         ("no-weights", {}, ["model.id: no weights (*.safetensors) in ", "no-weights"]),
         ("gpt2", {}, ["gpt2 is a 'gpt2' model; supported are the Llama-shaped families llama, mistral, "]),
-        (None, {"model.id": "no/such-model"}, ["model.id: no/such-model cannot be loaded: ", "couldn't find"]),
+        (
+            None,
+            {"model.id": "no/such-model"},
+            ["model.id: no/such-model cannot be loaded: ", "has nothing of no/such"],
+        ),
         (
             "weights-of-two-layers",
             {},
             ["9 tensors that its config.json asks for are not there, the first is layers.1."],
+        ),
+        (
+            "weights-of-another-shape",
+            {},
+            [" in model.safetensors has the shape [", "], and config.json asks for [", " tensors do not fit, this is"],
         ),
         ("cut-weights", {}, ["model.safetensors is damaged: its header describes ", "download it again"]),
         (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import start_harvest, write_corpus
 from lab import SITES, TRAIN, Lab, check_message, snapshot
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,12 +109,17 @@ def test_documents_that_are_left_out_are_counted(lab: Lab, texts: list[str], gra
     assert "complete" in out
 
 
-def test_weights_that_a_worker_cannot_load(lab: Lab, inputs: Path, granary: Callable[..., Any]) -> None:
-    status, _, err = granary("harvest", lab.spec({"model.id": str(inputs / "weights-of-another-shape")}))
+def test_weights_that_a_worker_cannot_use(lab: Lab, llama: Path, granary: Callable[..., Any]) -> None:
+    """Planning reads no weights; the worker says which are nan, in one sentence."""
+    folder = Path(shutil.copytree(llama, lab.folder / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = granary("harvest", lab.spec({"model.id": "model"}))
     assert status == 1
     check_message(err)
     assert err.startswith("granary: a harvester could not begin: model.id: the weights of ")
-    assert "cannot be loaded: " in err
+    assert "are nan or infinite in layers.1.mlp.up_proj.weight, and so would the activations be; download the" in err
 
 
 def test_training_on_a_store_that_is_not_finished_begins_no_run(

@@ -133,6 +133,29 @@ def test_a_hub_that_stays_busy_ends_in_a_sentence(hub: Hub, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hub", "expected"),
+    [
+        (
+            ({"": 10**6}, 401),
+            "the hub has none of this name, or one that is not for you; mend the name, or set HF_TOKEN",
+        ),
+        (
+            ({"": 10**6}, 404),
+            "the hub has none of this name, or one that is not for you; mend the name, or set HF_TOKEN",
+        ),
+        (({"": 10**6}, 403), "HTTP 403 (Forbidden): who asks may not read it, or a signed URL has run out"),
+        (({"part-1": 10**6}, 410), "HTTP 410 (Gone): it was there and has been removed; give another place"),
+    ],
+    indirect=["hub"],
+)
+def test_what_a_hub_refuses(hub: Hub, tmp_path: Path, expected: str) -> None:
+    said = read(hub, tmp_path, GRANARY_PATIENCE_S="5")
+    assert said.startswith(f"corpus.path: the dataset one/tiny cannot be read: {expected}"), said
+    assert "records" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", [({"": 10**6}, 503)], indirect=True)
 def test_a_hub_that_never_opens_ends_in_a_sentence(hub: Hub, tmp_path: Path) -> None:
     said = read(hub, tmp_path, GRANARY_PATIENCE_S="5")

@@ -100,7 +100,7 @@ def test_a_busy_server_is_not_an_empty_place(web: Web, monkeypatch: pytest.Monke
     with pytest.raises(Unread, match=r"c\.jsonl cannot be read: HTTP 503"):
         find_files(f"{web.url}/c.jsonl", ANY)
     web.down = Spoil(status=403)
-    with pytest.raises(InputError, match=r"c\.jsonl cannot be read: 403"):
+    with pytest.raises(InputError, match=r"c\.jsonl cannot be read: HTTP 403 \(Forbidden\)"):
         find_files(f"{web.url}/c.jsonl", ANY)
     with pytest.raises(InputError, match="no file matches"):
         find_files(f"{web.url}/other.jsonl", ANY)
