@@ -81,7 +81,7 @@ def unknown_token(tokenizer: Any) -> str | None:
     return token or getattr(tokenizer, "unk_token", None)
 
 
-def sample_texts(contents: Iterable[Sequence[Any]], kind: str) -> list[str]:
+def sample_texts(contents: Iterable[Iterable[Any]], kind: str) -> list[str]:
     """The first texts of a corpus, those of chats among them. `contents`: those of its records, some at a time."""
     texts: list[str] = []
     for content in islice(chain.from_iterable(contents), RECORDS):
@@ -97,7 +97,9 @@ def _texts_of(content: Any, kind: str) -> list[str]:
     if kind == "text" or not isinstance(content, list):
         return [_as_text(content)]
     messages = [message for message in content if isinstance(message, dict)]
-    return [_as_text(message.get(key)) for message in messages for key in ("content", "value")]
+    said = [message.get(key) for message in messages for key in ("content", "value")]
+    parts = [part for one in said for part in (one if isinstance(one, list) else [one])]
+    return [_as_text(part.get("text") if isinstance(part, dict) else part) for part in parts]
 
 
 def _as_text(content: Any) -> str:
