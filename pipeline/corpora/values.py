@@ -49,9 +49,11 @@ def content_list(column: pa.Array, kind: str) -> list[Any]:
 
 
 def content_value(value: Any, kind: str) -> Any:
-    """The content of a record out of a value as JSON has it. What does not fit is left to the encoder to judge."""
-    if kind == "tokens" and isinstance(value, list) and None in value:
-        return Unreadable(NO_ID)
+    """The content of a record out of a value as JSON has it; token ids and messages may be JSON in a text. What does
+    not fit is left to the encoder to judge."""
+    if kind == "tokens":
+        value = found if isinstance(found := _unless_plain_text(value), list) else value
+        return Unreadable(NO_ID) if isinstance(value, list) and None in value else value
     return messages_of(value) if kind == "messages" else value
 
 
