@@ -95,7 +95,10 @@ def _meant(plain: pa.DataType) -> str | None:
     inner = plain_type(plain.value_type) if is_list(plain) else plain
     if inner is plain:
         return None
-    return "tokens" if pa.types.is_integer(inner) else "messages" if pa.types.is_struct(inner) else None
+    if pa.types.is_struct(inner):
+        names = {inner.field(i).name for i in range(inner.num_fields)}
+        return "messages" if names & {"role", "from"} else None
+    return "tokens" if pa.types.is_integer(inner) else None
 
 
 def check_kind(kind: str, found: pa.DataType, column: str, where: str) -> None:

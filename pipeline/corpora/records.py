@@ -217,7 +217,7 @@ def _no_value(value: Any, is_label: bool) -> str | None:
     except OverflowError:
         return "a whole number of more than 64 bits"
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return "a list whose values are of different types"
+        return "a value whose parts are of different types"
     return None
 
 
