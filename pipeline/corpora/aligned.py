@@ -47,10 +47,10 @@ def aligned_label(column: pa.Array | list[Any], kind: str) -> AlignedLabel | Non
         return AlignedLabel([None] * len(column), are_tags=False, is_told=False)
     if isinstance(column, list):
         values = _from_json(column, kind)
-        are_tags = _form_of_values(values)
+        are_tags = _form_of_values(values, kind)
     elif (texts := _texts(column)) is not None:
         values = _from_json(texts, kind)
-        are_tags = _form_of_values(values)
+        are_tags = _form_of_values(values, kind)
     else:
         are_tags = _form_of_type(column.type, kind)
         values = column.to_pylist() if are_tags is not None else []
@@ -103,19 +103,22 @@ def check_name(name: str, kind: str, where: str) -> None:
         )
 
 
-def _form_of_values(values: Sequence[Any]) -> bool | None:
+def _form_of_values(values: Sequence[Any], kind: str) -> bool | None:
     """Whether JSON values are tags (True) or spans (False); None if they are neither."""
     lists = [value for value in values if isinstance(value, list)]
-    firsts = [value[0] for value in lists if value]
+    firsts = [next((one for one in value if one is not None), None) for value in lists]
     if any(isinstance(first, dict | list) for first in firsts) or any(map(_is_columnar, values)):
         return False
-    if firsts:
+    if any(first is not None for first in firsts):
         return True
-    return False if lists else None
+    return kind == "tokens" and any(lists) if lists else None  # of tokens a list of null says something, of spans not
 
 
 def _is_columnar(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(value.get(key), list) for key in START_KEYS)
+    """Whether spans are one {start: [...], end: [...]}, or would be if they were not null."""
+    return isinstance(value, dict) and any(
+        key in value and (value[key] is None or isinstance(value[key], list)) for key in START_KEYS
+    )
 
 
 def _form_of_type(found: pa.DataType, kind: str) -> bool | None:

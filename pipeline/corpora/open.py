@@ -113,8 +113,9 @@ def check_new_names(columns: Columns) -> None:
     apart. Stores that were made with such labels are read as they are."""
     for name in columns.beside:
         if name.casefold() in OWN_COLUMNS:
+            what = "the label" if name in columns.labels else "it"
             raise InputError(
-                f"{columns.key(name)}: {name} is a column of Granary's own rows; rename it, so that queries and "
+                f"{columns.key(name)}: {name} is a column of Granary's own rows; rename {what}, so that queries and "
                 "conditions can tell the two apart"
             )
 

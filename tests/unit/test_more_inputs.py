@@ -152,7 +152,7 @@ def test_columns_of_mixed_types_get_advice_for_columns(tmp_path: Path, llama: Pa
 def test_files_that_do_not_agree_on_a_type(tmp_path: Path, llama: Path) -> None:
     write(tmp_path / "0.jsonl", [{"text": "a b", "n": 1}])
     write(tmp_path / "1.jsonl", [{"text": "a b", "n": "x"}])
-    with pytest.raises(InputError, match=r"do not agree on a column's type: .*; give it one type in all of them, as by"):
+    with pytest.raises(InputError, match=r"do not agree on a column's type: .*; give it one type in all of them,"):
         plan(tmp_path, llama, columns=("n",))
 
 

@@ -23,7 +23,9 @@ RECORDS = [{"text": TEXT, "position": 70 + n, "k": "x"} for n in range(8)]
 @pytest.mark.parametrize("name", ["position", "token", "row", "context", "role", "Position", "ROLE"])
 def test_names_that_rows_have(tmp_path: Path, llama: Path, name: str, key: str) -> None:
     corpus = write(tmp_path / "a.jsonl", [{"text": TEXT, name: "x"}])
-    with pytest.raises(InputError, match=rf"corpus\.{key}: {name} is a column of Granary's own rows; rename it"):
+    with pytest.raises(
+        InputError, match=rf"corpus\.{key}: {name} is a column of Granary's own rows; rename (it|the label), so"
+    ):
         plan(corpus, llama, **{key: (name,)})
 
 
@@ -38,7 +40,7 @@ def test_keys_of_folders_and_paths(tmp_path: Path, llama: Path) -> None:
     """The key of a folder is refused too; a path has another name than its last part."""
     (tmp_path / "corpus" / "role=user").mkdir(parents=True)
     pq.write_table(pa.table({"text": [TEXT]}), tmp_path / "corpus" / "role=user" / "0.parquet")
-    with pytest.raises(InputError, match=r"corpus\.labels: role is a column of Granary's own rows; rename it"):
+    with pytest.raises(InputError, match=r"corpus\.labels: role is a column of Granary's own rows; rename the label"):
         plan(tmp_path / "corpus", llama, labels=("role",))
     nested = write(tmp_path / "a.jsonl", [{"text": TEXT, "meta": {"role": "x"}}])
     assert plan(nested, llama, labels=("meta.role",)).sizes.documents == 1

@@ -77,6 +77,13 @@ def test_files_of_parquet_with_nothing_but_null(tmp_path: Path, llama: Path, kin
     assert table.skipped.to_record() == {f"ner: {spans.NULL}": entry}
 
 
+@pytest.mark.parametrize("odd", [[None], [None, GOOD[0]], {"start": None, "end": None, "label": None}])
+def test_null_within_spans_does_not_depend_on_chunks(tmp_path: Path, llama: Path, chunk_bytes: int, odd: Any) -> None:
+    corpus = write(tmp_path / "c.jsonl", [{"text": TEXT, "ner": odd}, {"text": TEXT, "ner": GOOD}])
+    table = plan(corpus, llama, labels=("ner",))
+    assert table.skipped.to_record() == {f"ner: {spans.NO_LIST}": {"count": 1, "first": ["c.jsonl:1"]}}
+
+
 def test_values_of_token_ids_that_are_all_empty(tmp_path: Path, llama: Path, chunk_bytes: int) -> None:
     """An empty list says of no token what it is, among others and by itself; null leaves the record out."""
     tagged = [{"ids": [5, 6], "tag": ["B", None]}] * 2
