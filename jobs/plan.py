@@ -81,7 +81,7 @@ def plan_record(spec: Spec, options: PlanOptions | None = None) -> Record:
     else:
         with ProgressLine("planning", "rows") as line, cluster_for(spec) as cluster:
             tasks = source.tasks(cluster.connect)
-            table = plan_rows(source, line.update, tasks)
+            table = plan_rows(source, line.update, tasks, is_new=store is None)
             if options.measure_s is not None:
                 (documents,) = tasks.get([table.buckets[0].documents])
                 measured = _measured(spec, info, documents, table.sizes.rows, options.measure_s)

@@ -66,8 +66,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def left_out(reason: str, entry: Mapping[str, Any]) -> str:
-    """'2 documents left out: empty (first: a.jsonl:3, a.jsonl:9)'."""
-    return f"{counted(entry['count'], 'document')} left out: {reason} (first: {', '.join(entry['first'])})"
+    """'2 documents left out: empty (first: a.jsonl:3, a.jsonl:9)'. Words about the first stand behind the reason."""
+    said = f": {entry['said']}" if "said" in entry else ""
+    return f"{counted(entry['count'], 'document')} left out: {reason}{said} (first: {', '.join(entry['first'])})"
 
 
 def loss_recovered(loss: Mapping[str, Any] | None) -> str:

@@ -81,7 +81,7 @@ def unknown_token(tokenizer: Any) -> str | None:
     return token or getattr(tokenizer, "unk_token", None)
 
 
-def sample_texts(contents: Iterable[Sequence[Any]], kind: str) -> list[str]:
+def sample_texts(contents: Iterable[Iterable[Any]], kind: str) -> list[str]:
     """The first texts of a corpus, those of chats among them. `contents`: those of its records, some at a time."""
     texts: list[str] = []
     for content in islice(chain.from_iterable(contents), RECORDS):

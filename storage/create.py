@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from storage.arrays import Array, RowArray, write_group
 from storage.errors import StorageError
+from storage.findings import below
 from storage.harvests import writer_id
 from storage.places import PROBE, Place, open_place
 from storage.records import Record, digest, encode, read_record
@@ -89,8 +90,9 @@ class TableFiles:
     def write_tokenizer(self, save_tokenizer: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as saved:
             save_tokenizer(Path(saved))
-            for file in sorted(Path(saved).iterdir()):
-                (self.folder / "tokenizer" / file.name).write(file.read_bytes())
+            for file in sorted(path for path in Path(saved).rglob("*") if path.is_file()):
+                name = file.relative_to(saved).as_posix()  # several chat templates are in a folder of their own
+                (self.folder / "tokenizer" / name).write(file.read_bytes())
 
     def array(self, name: str) -> RowArray:
         length, dtype = self.sizes.arrays()[name]
@@ -267,8 +269,9 @@ def sha256_of(place: Place) -> str:
 
 def file_digests(corpus: Place) -> dict[str, str]:
     """The sha256 of each file of a table whose format is not ours, as it was written."""
-    names = [f"{kind}/{name}" for kind in ("documents", "tokenizer") for name in (corpus / kind).names()]
-    return {name: sha256_of(corpus / name) for name in names}
+    keys = [key for kind in ("documents", "tokenizer") for key in corpus.backend.walk((corpus / kind).key)]
+    places = [Place(corpus.backend, key) for key in sorted(keys) if not key.rpartition("/")[2].startswith(".")]
+    return {below(place, corpus): sha256_of(place) for place in places}
 
 
 def refuse_if_taken(place: Place) -> None:

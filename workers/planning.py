@@ -7,6 +7,7 @@ same result.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pipeline.corpora.open import check_new_names
 from pipeline.corpora.patience import Unread
 from pipeline.models import ModelInfo
 from pipeline.token_labels import LabelValues
@@ -18,7 +19,7 @@ from storage.store import Store, open_store
 from workers.corpus_settings import CorpusSettings
 from workers.matching import growth_of, refuse_growth, source_words
 from workers.settings import ModelSettings
-from workers.source import Source, open_source
+from workers.source import Source, columns_of, open_source
 from workers.table_calls import Cuts
 from workers.table_writing import write_table
 from workers.tabling import Progress, TablePlan, plan_table, planning_ended
@@ -33,11 +34,15 @@ def plan_rows(
     cuts: Cuts | None = None,
     roles: Sequence[str] = (),
     labels: LabelValues | None = None,
+    is_new: bool = True,
 ) -> TablePlan:
-    """Read, tokenise and lay out the corpus; write nothing. `roles`, `labels`: see `plan_table`. Raises InputError."""
+    """Read, tokenise and lay out the corpus; write nothing. `roles`, `labels`: see `plan_table`. `is_new`: not for a
+    store that there is, whose columns may have names that are refused now. Raises InputError."""
+    if is_new:
+        check_new_names(columns_of(source.settings))
     recipe, rows = source.recipe(), source.settings.rows
     try:
-        source.check_round_trip()
+        source.check_first_records()
     except Unread as error:
         raise planning_ended(error, 0, rows) from error
     return plan_table(source.corpora, recipe, rows, tasks, progress, cuts or Cuts(), roles, labels)
@@ -91,7 +96,7 @@ def write_plan(place: Place, source: Source, plan: TablePlan, tasks: Tasks) -> S
 
 def _grow(store: Store, source: Source, progress: Progress, check: Callable[[int], None], tasks: Tasks) -> Store:
     """Plan the whole table again, and put it in place of the store's, of which it must be a continuation."""
-    plan = plan_rows(source, progress, tasks, roles=store.info.roles, labels=store.info.values_of_rows)
+    plan = plan_rows(source, progress, tasks, roles=store.info.roles, labels=store.info.values_of_rows, is_new=False)
     check(plan.sizes.rows - store.num_rows)
     with grown_table(store) as draft:
         files = draft.begin_table(plan.table_sizes)

@@ -1,6 +1,6 @@
 """Where the rows of a table come from: the corpus and the tokenizer that a spec names, and what they determine."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from pipeline.corpora.chat import ChatEncoder, needs_day
-from pipeline.corpora.contents import Encoder, TextEncoder, TokensEncoder
+from pipeline.corpora.contents import Encoder, TextEncoder, TokensEncoder, check_token_lists
 from pipeline.corpora.files import fingerprint
 from pipeline.corpora.lines import PIECE_BYTES, JsonLines
 from pipeline.corpora.messages import WithTools
@@ -36,8 +36,8 @@ from workers.settings import ModelSettings
 from workers.stored_tokenizer import check_tokenizer
 from workers.tasks import Here, OnRay, Tasks
 
-FIRST_CHATS = 1000
-"""Chats of which one at least must have tools, where corpus.tools names a column of them."""
+FIRST_RECORDS = 1000
+"""Records that are looked at before all are read. Where corpus.tools names a column, one of them must have tools."""
 SMALL_BYTES = 64 * 2**20
 """Corpora below this are planned in the process itself, with the tokenizer's own threads: no Ray has to be started."""
 SMALL_ROWS = 2**24
@@ -135,18 +135,27 @@ class Source:
         name, revision = self.tokenizer_place
         return {"tokenizer": name, "tokenizer_revision": revision} if is_commit(revision) else {}
 
-    def check_round_trip(self) -> None:
-        """Raise InputError for a tokenizer that does not give the corpus' own texts back. Reads the first of them."""
-        kind, _ = self.settings.content
-        if kind != "tokens":
-            check_round_trip(self.tokenizer, sample_texts(self._contents(), kind), self.tokenizer_place[0])
-        if self.settings.tools is not None:
-            first = list(islice(chain.from_iterable(self._contents()), FIRST_CHATS))
-            if first and all(isinstance(chat, WithTools) and chat.tools is None for chat in first):
-                raise InputError(
-                    f"corpus.tools: none of the first {len(first):,} chats has {self.settings.tools!r}; mend the "
-                    "name, or leave the key out"
-                )
+    def check_first_records(self) -> None:
+        """Raise InputError for what the first records show: a column of tokens that holds none, a tokenizer that does
+        not give their texts back, tools that no chat has."""
+        kind, column = self.settings.content
+        first = islice(chain.from_iterable(self._contents()), FIRST_RECORDS)
+        if kind == "tokens":
+            check_token_lists(first, column)
+            return
+        tools_seen: list[bool] = []  # of each record that was read
+        records = _noting_tools(first, tools_seen)
+        check_round_trip(self.tokenizer, sample_texts([records], kind), self.tokenizer_place[0])
+        if self.settings.tools is None or any(tools_seen):
+            return
+        for _ in records:
+            if tools_seen[-1]:
+                return
+        if tools_seen:
+            raise InputError(
+                f"corpus.tools: none of the first {len(tools_seen):,} chats has {self.settings.tools!r}; mend the "
+                "name, or leave the key out"
+            )
 
     def _contents(self) -> Iterator[Sequence[Any]]:
         """The contents of records, from the first on. Of a large file only the beginning is looked for."""
@@ -204,11 +213,22 @@ class Source:
         return OnRay("planning")
 
 
+def _noting_tools(records: Iterable[Any], found: list[bool]) -> Iterator[Any]:
+    """The records; of each that was taken `found` has whether there are tools beside it."""
+    for record in records:
+        found.append(isinstance(record, WithTools) and record.tools is not None)
+        yield record
+
+
+def columns_of(settings: CorpusSettings) -> Columns:
+    kind, column = settings.content
+    return Columns(column, kind, settings.labels, settings.columns, settings.tools)
+
+
 def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int, commit: str) -> Source:
     """Find the corpus and load the tokenizer. `vocabulary`: tokens of the model's embedding. `commit`: the model's, as
     `describe_model` resolved it for this run. Raises InputError."""
-    kind, column = settings.content
-    columns = Columns(column, kind, settings.labels, settings.columns, settings.tools)
+    columns = columns_of(settings)
     corpora: Sequence[Corpus | NamedDataset]
     if settings.format == "datasets":
         check_label_names(columns)

@@ -21,7 +21,7 @@ from pipeline.corpora.named import NamedDataset
 from pipeline.corpora.open import Corpus
 from pipeline.corpora.patience import Unread
 from pipeline.corpora.recipe import Recipe
-from pipeline.corpora.records import Piece
+from pipeline.corpora.records import Piece, no_value
 from pipeline.errors import InputError
 from pipeline.layout import (
     NO_ROWS,
@@ -30,7 +30,7 @@ from pipeline.layout import (
 from pipeline.skipped import Skipped
 from pipeline.token_labels import LabelValues, all_names, disagreement
 from storage.create import TableSizes
-from workers.table_calls import LABEL_VALUES, Cuts, cut_bucket, order_bucket, read_pieces, read_stream, unified
+from workers.table_calls import LABEL_VALUES, Cuts, Forms, cut_bucket, order_bucket, read_pieces, read_stream, unified
 from workers.tasks import Handle, Tasks
 
 ALL_KEYS = 2**64
@@ -128,7 +128,8 @@ def planning_ended(error: Unread, found: int, rows: int | None) -> Unread:
 
 def _why_none(plan: TablePlan, recipe: Recipe) -> str:
     counts = plan.skipped.counts
-    left_out = [f"{count:,} for {reason!r}" for reason, count in counts.items()]
+    said = {reason: f" (the first: {words})" for reason, (_, words) in plan.skipped.said.items()}
+    left_out = [f"{count:,} for {reason!r}{said.get(reason, '')}" for reason, count in counts.items()]
     why = f"its records are left out, {', '.join(left_out)}" if left_out else "it has no records"
     if NO_ROWS not in counts:
         return why
@@ -148,6 +149,7 @@ class _Reading:
         self.label_names: LabelValues = {}
         self.schemas: list[pa.Schema] = []
         self.label_values: dict[str, set[Any]] = {}
+        self.forms = Forms()
 
     def read(self, corpus: Corpus | NamedDataset, segment: int, cuts: Cuts) -> None:
         """Read as much of a corpus as is needed."""
@@ -187,6 +189,7 @@ class _Reading:
                 self.role_names.update(found.role_names)
                 self._count_labels(found.label_values)
                 self.label_names = all_names([self.label_names, found.label_names])
+                self.forms.add(found.forms)
                 self.schemas = [unified([*self.schemas, found.schema])]
                 _check_forms(self.label_names, self.schemas[0])
                 self.progress(min(self.rows, self.max_rows or self.rows), self.max_rows or 0)
@@ -204,7 +207,11 @@ class _Reading:
                 )
 
     def ordered(self, roles: Sequence[str], labels: LabelValues) -> TablePlan:
-        """Put the documents of each bucket in order, as many buckets as are needed."""
+        """Put the documents of each bucket in order, as many buckets as are needed. Raises InputError for a label of
+        documents that has no value in a part of the corpus."""
+        for label, where in self.forms.untold.items():
+            if label not in self.forms.told:
+                raise no_value(label, where)
         role_names = [*roles, *sorted(self.role_names.difference(roles))]
         plan = TablePlan(role_names=role_names, schema=(self.schemas or [pa.schema([])])[0])
         segments = [segment for segment, _ in self.parts]

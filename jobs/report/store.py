@@ -85,7 +85,7 @@ def _left_out(reasons: Record) -> str:
     if not reasons:
         return "no document"
     parts = [
-        f"{plural(entry['count'], 'document')}: {text(reason)} "
+        f"{plural(entry['count'], 'document')}: {text(reason)}{text(': ' + entry['said']) if 'said' in entry else ''} "
         f'<span class="muted">({"first " if entry["count"] > len(entry["first"]) else ""}'
         f"{text(', '.join(entry['first']))})</span>"
         for reason, entry in reasons.items()

@@ -74,8 +74,8 @@ def _fits(kind: str, found: pa.DataType) -> bool:
         return True
     if kind == "text":
         return is_text(plain) and not is_json(found)
-    if kind == "tokens":
-        return is_json(found) or (is_list(plain) and _is_id(plain_type(plain.value_type)))
+    if kind == "tokens":  # texts may hold lists in JSON, which their first values show
+        return is_text(plain) or (is_list(plain) and _is_id(plain_type(plain.value_type)))
     if is_list(plain):
         message = plain_type(plain.value_type)
         return pa.types.is_struct(message) or pa.types.is_map(message) or pa.types.is_null(message) or is_text(message)
@@ -95,7 +95,10 @@ def _meant(plain: pa.DataType) -> str | None:
     inner = plain_type(plain.value_type) if is_list(plain) else plain
     if inner is plain:
         return None
-    return "tokens" if pa.types.is_integer(inner) else "messages" if pa.types.is_struct(inner) else None
+    if pa.types.is_struct(inner):
+        names = {inner.field(i).name for i in range(inner.num_fields)}
+        return "messages" if names & {"role", "from"} else None
+    return "tokens" if pa.types.is_integer(inner) else None
 
 
 def check_kind(kind: str, found: pa.DataType, column: str, where: str) -> None:
@@ -103,7 +106,12 @@ def check_kind(kind: str, found: pa.DataType, column: str, where: str) -> None:
     if _fits(kind, found):
         return
     plain = plain_type(found)
-    if other := _meant(plain):
+    if is_json(found):
+        advice = (
+            f"; name what of it is text, as {column}.{kind}, or name it as corpus.messages (chats) or corpus.tokens "
+            "(lists of token ids)"
+        )
+    elif other := _meant(plain):
         advice = f"; name it as corpus.{other}"
     elif pa.types.is_struct(plain) and plain.num_fields:
         advice = f"; name one of its fields, as {column}.{plain.field(0).name}"

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.corpora.chat_roles import UNCLEAR_ROLE, Int32, Letters, letters, rendered
-from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template
+from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template, variables_of
 from pipeline.corpora.contents import NOT_AS_TEXT, UNDECODABLE, Encoded, is_unicode
 from pipeline.corpora.control_strings import ControlStrings, Int64
 from pipeline.corpora.messages import Chat, Message, check_role_names, read_chat, texts_in
 from pipeline.errors import InputError
+from pipeline.skipped import saying
 
 UNCLEAR = "the chat template does not show where each message ends"
 CONTROL_ROLE = "a role that holds a control string"
@@ -54,6 +55,12 @@ class ChatEncoder:
             )
         if problem := check_template(template_source(self.tokenizer)):
             raise InputError(f"corpus.messages: the tokenizer's chat template is no template: {problem}")
+        read = {name for source in template_sources(self.tokenizer) for name in variables_of(source)}
+        if unread := sorted(set(self.arguments) - read):
+            raise InputError(
+                f"corpus.template_arguments: the tokenizer's chat template does not read {unread[0]!r}, so that it "
+                f"would change nothing: leave it out, or mend the name; it reads {', '.join(sorted(read))}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # not what it has compiled
@@ -94,8 +101,8 @@ class ChatEncoder:
             return chat
         template = self._template(chat.tools)
         taken = rendered(template, chat)
-        if taken is None:
-            return REFUSED
+        if isinstance(taken, str):
+            return saying(REFUSED, taken)
         chat, text = taken
         if not all(map(is_unicode, [text, *(message["role"] for message in chat.messages)])):
             return UNDECODABLE
@@ -184,8 +191,11 @@ def template_source(tokenizer: Any, tools: list[Message] | None = None) -> str:
 
 def needs_day(tokenizer: Any, arguments: Mapping[str, Any], day_is_given: bool) -> bool:
     """Whether chats that are rendered with this tokenizer depend on the day."""
+    return any(asks_for_the_day(source, arguments, day_is_given) for source in template_sources(tokenizer))
+
+
+def template_sources(tokenizer: Any) -> list[str]:
+    """All templates of a tokenizer, but those that are none."""
     of_all = tokenizer.chat_template
     sources = list(of_all.values()) if isinstance(of_all, dict) else [of_all]
-    return any(
-        asks_for_the_day(source, arguments, day_is_given) for source in sources if check_template(source) is None
-    )
+    return [source for source in sources if check_template(source) is None]

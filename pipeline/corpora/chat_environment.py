@@ -47,8 +47,12 @@ def _namespace(*args: Any, **kwargs: Any) -> PlainNamespace:
     return made
 
 
+class Refusal(jinja2.TemplateError):
+    """A template says that it does not take a chat, in its own words."""
+
+
 def _raise(message: Any) -> NoReturn:
-    raise jinja2.TemplateError(str(message))
+    raise Refusal(str(message))
 
 
 def _to_json(

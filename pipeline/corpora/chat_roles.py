@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.corpora.chat_colours import NOBODY, Coloured, coloured
+from pipeline.corpora.chat_environment import Refusal
 from pipeline.corpora.chat_templates import REFUSALS, ChatTemplate
 from pipeline.corpora.messages import Chat, joined_parts, split_parts, variants
 
@@ -51,22 +52,31 @@ class Letters:
         return numbers
 
 
-def rendered(template: ChatTemplate, chat: Chat) -> tuple[Chat, str] | None:
-    """A chat in the first form that its template takes, and its text; None if the template refuses it in any.
+def rendered(template: ChatTemplate, chat: Chat) -> tuple[Chat, str] | str:
+    """A chat in the first form that its template takes, and its text; if the template refuses it in any, why.
 
     Some templates take contents as texts, some as lists of parts, and some that know one form only write nothing of the
     other: a chat is given in the other form if more of its texts are written then.
     """
-    taken = _first(template, chat)
+    refusals: list[Exception] = []
+    taken = _first(template, chat, refusals)
     texts = [text.strip() for message in chat.messages[:LOOKED_AT] for text in _texts(message.get("content"))]
     best = _written(taken, texts)
     for form in (joined_parts(chat), split_parts(chat)):
         if best == len(texts) or form.messages == chat.messages:
             continue
-        other = _first(template, form)
+        other = _first(template, form, refusals)
         if (written := _written(other, texts)) > best:
             taken, best = other, written
-    return taken if best >= 0 else None
+    return taken if taken is not None and best >= 0 else _why_refused(refusals)
+
+
+def _why_refused(refusals: Sequence[Exception]) -> str:
+    """The words of a template that refuses a chat in each of its forms; without any, what fails in it."""
+    for error in refusals:
+        if isinstance(error, Refusal):
+            return str(error)
+    return f"{type(refusals[0]).__name__}: {refusals[0]}" if refusals else "it writes a list of parts as Python does"
 
 
 def _written(taken: tuple[Chat, str] | None, texts: Sequence[str]) -> int:
@@ -74,12 +84,13 @@ def _written(taken: tuple[Chat, str] | None, texts: Sequence[str]) -> int:
     return -1 if taken is None or _is_written_out(*taken) else sum(text in taken[1] for text in texts)
 
 
-def _first(template: ChatTemplate, chat: Chat) -> tuple[Chat, str] | None:
+def _first(template: ChatTemplate, chat: Chat, refusals: list[Exception]) -> tuple[Chat, str] | None:
+    """The first way to write a chat that the template takes; what it raises for others is put to `refusals`."""
     for form in variants(chat):
         try:
             return form, template.render(form)
-        except REFUSALS:
-            continue
+        except REFUSALS as error:
+            refusals.append(error)
     return None
 
 

@@ -140,10 +140,15 @@ def check_template(source: str) -> str | None:
     return None
 
 
+def variables_of(source: str) -> set[str]:
+    """The names that a template reads of what it is given."""
+    return set(find_undeclared_variables(environment().parse(source)))
+
+
 def asks_for_the_day(source: str, given: Mapping[str, Any], day_is_given: bool) -> bool:
     """Whether what a template writes depends on the day. `date_string` counts if the day is given in the spec: without
     one, templates write a day of their own."""
-    names = find_undeclared_variables(environment().parse(source)) - set(given)
+    names = variables_of(source) - set(given)
     return bool(names & (DATE_CALLS | ({DATE_TEXT} if day_is_given else set())))
 
 

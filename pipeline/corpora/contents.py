@@ -1,6 +1,6 @@
 """From the contents of records to tokens: texts through the tokenizer, and token ids as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -21,6 +21,8 @@ UNDECODABLE = "undecodable"
 NOT_TEXT = "not text"
 NO_TOKEN_IDS = "not a list of token ids"
 NOT_AS_TEXT = "a control string that the tokenizer has in its vocabulary and cannot read as text"
+SHOWN = 60
+"""Letters of a text that a refusal shows."""
 NOT_EMBEDDED = "has a token that the model has no embedding for"
 
 
@@ -156,6 +158,21 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def check_token_lists(contents: Iterable[Any], column: str) -> None:
+    """Raise InputError for contents of which none is a list, neither by itself nor in JSON."""
+    first = None
+    for content in contents:
+        if isinstance(content, list | np.ndarray):
+            return
+        first = content if first is None else first
+    if first is not None:
+        kind = "text" if isinstance(first, str) else "bytes" if isinstance(first, bytes) else "values"
+        advice = "; if that is what is to be run, name it as corpus.text" if isinstance(first, str | bytes) else ""
+        raise InputError(
+            f"corpus.tokens: column {column!r} holds {kind}, not lists of token ids, as {str(first)[:SHOWN]!r}{advice}"
+        )
+
+
 @dataclass(frozen=True)
 class TokensEncoder:
     vocabulary: int
@@ -203,12 +220,18 @@ class TokensEncoder:
             [int(i) for i in content if not 0 <= i < self.vocabulary and i != self.separator] if is_outside else []
         )
         if outside:
-            raise BadContent(
-                number,
-                f"token id {outside[0]} is outside the model's vocabulary of {self.vocabulary}: the corpus was "
-                "made with another tokenizer",
-            )
+            raise BadContent(number, self._why_outside(outside[0]))
         return None, ids.astype(np.int32)
+
+    def _why_outside(self, token: int) -> str:
+        why = "the corpus was made with another tokenizer"
+        if token < 0:
+            why = (
+                "ids below 0 are padding, or masks in the labels of training (-100, -1); name the column of the ids "
+                "that a model is given (input_ids, not labels), and write its lists without them, as "
+                "[i for i in ids if i >= 0] does"
+            )
+        return f"token id {token} is outside the model's vocabulary of {self.vocabulary}: {why}"
 
     def _documents(self, ids: Int32) -> list[tuple[int, Int32]]:
         """The documents of a record, and where in it each ends."""

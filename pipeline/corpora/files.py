@@ -9,7 +9,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,10 +33,17 @@ class CorpusFile:
     num_bytes: int
     version: str = ""
     """Of a file at a URL: what its server calls the present content, as an ETag; empty where nothing does."""
+    path: str = ""
+    """Its path below the folder that all files of the corpus are in, where several have the same name."""
 
     @property
     def name(self) -> str:
         return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def source(self) -> str:
+        """What the documents of a store call it."""
+        return self.path or self.name
 
     @property
     def folder(self) -> str:
@@ -84,6 +92,17 @@ def find_files(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
             f"({', '.join(endings)}), or a pattern"
         )
     return sorted(found, key=lambda file: file.url)
+
+
+def told_apart(files: Sequence[CorpusFile]) -> list[CorpusFile]:
+    """The files of a corpus, so that no two have the same `source`: if any have the same name, all are called by their
+    paths (`lang=en/0.parquet`)."""
+    if len({file.name for file in files}) == len(files):
+        return list(files)
+    parts = [file.url.split("/") for file in files]
+    levels = zip(*(of[:-1] for of in parts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len({*level}) == 1, levels))
+    return [replace(file, path="/".join(of[shared:])) for file, of in zip(files, parts, strict=True)]
 
 
 def _find_local(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:

@@ -20,11 +20,16 @@ HEAD_BYTES = 2**16
 """The layout is told from so much of a file."""
 BLOCK_BYTES = 2**20
 UTF8_MARK = codecs.BOM_UTF8
+MARKS = UTF8_MARK + b"\x1e"
+"""What may stand before a record: byte-order marks, of each of several files that were put together, and the record
+separator of JSON text sequences. No JSON begins with one of these bytes."""
 OTHER_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 OTHER_KINDS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"ARROW1": "arrow", b"BZh": "bz2"}
 """How files of other kinds begin, and their endings."""
 UNFINISHED = 12
 """A value that is cut shows within so many characters of the end (`-Infinit`, `\\u00e`), or in a text without end."""
+NOTHING = " \t\r\n\ufeff\x1e"
+"""Characters that may stand between values: white space and MARKS."""
 MOST_CHARACTERS = 2**28
 """Characters of a record over several lines at most: a larger object holds records, and would fill the memory."""
 CUT = "it ends in the middle"
@@ -52,10 +57,12 @@ def layout_of(head: bytes, file: CorpusFile) -> str:
             f"corpus.path: {file.url} is in UTF-16 or UTF-32 and JSON is read as UTF-8: write it anew, as with "
             "`iconv -f UTF-16 -t UTF-8`"
         )
-    text = head.removeprefix(UTF8_MARK).decode("utf-8", "replace").lstrip()
+    text = head.lstrip(MARKS).decode("utf-8", "replace").lstrip()
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     if text.startswith("["):
         return "lines" if len(lines) > 1 and _parses(lines[0]) else "list"
+    if lines and _are_several(lines[0]):
+        return "objects"
     return "objects" if len(lines) > 1 and _goes_on(lines[0]) and not _parses(lines[1]) else "lines"
 
 
@@ -65,6 +72,15 @@ def _parses(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _are_several(line: str) -> bool:
+    """Whether a line has an object behind another, as streams of records are written to files by some services."""
+    try:
+        record, stop = json.JSONDecoder().raw_decode(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and line[stop:].lstrip().startswith("{")
 
 
 def _goes_on(line: str) -> bool:
@@ -128,7 +144,7 @@ def count_lines(block: bytes) -> int:
 def record_of(line: bytes) -> dict[str, Any] | Unreadable:
     """The record that a line holds."""
     try:
-        record = json.loads(line.removeprefix(UTF8_MARK).decode("utf-8", "surrogatepass"))
+        record = json.loads(line.lstrip(MARKS).decode("utf-8", "surrogatepass"))
     except UnicodeDecodeError:
         return Unreadable(UNDECODABLE)
     except (ValueError, RecursionError) as error:
@@ -228,7 +244,7 @@ class _Text:
     def next(self) -> str:
         """Go to the next character that is no white space, and return it; "" at the end."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+            while self.at < len(self.text) and self.text[self.at] in NOTHING:
                 self.at += 1
             if self.at < len(self.text) or self.is_whole:
                 return self.text[self.at : self.at + 1]

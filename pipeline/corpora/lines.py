@@ -18,6 +18,7 @@ from pipeline.corpora.files import CorpusFile, reading
 from pipeline.corpora.json_files import (
     BLOCK_BYTES,
     HEAD_BYTES,
+    MARKS,
     OTHER_MARKS,
     UTF8_MARK,
     count_lines,
@@ -38,7 +39,7 @@ PIECE_BYTES = 64 * 2**20
 """A local file that is not compressed is cut into pieces of about this size, at the ends of lines."""
 DECOMPRESSED_BYTES = 4
 """Bytes of text in a compressed one, about."""
-_NOTHING = UTF8_MARK + b" \t\r\n"
+_NOTHING = MARKS + b" \t\r\n"
 """Bytes of lines in which there is nothing."""
 Group = tuple[list[int], list[dict[str, Any] | Unreadable]]
 """Numbers of records, and the records."""

@@ -162,14 +162,30 @@ def _message(given: Message) -> Message | str:
     if isinstance(content, dict):
         content = [content]
     if isinstance(content, list):
-        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        if not all(isinstance(part, dict) for part in content):
+        parts = [_part(part) for part in content if part is not None]
+        if None in parts:
             return NO_TEXT
-        message["content"] = content
+        message["content"] = parts or ""  # templates that know no parts would write []
     elif content is not None and not isinstance(content, str):
         return NO_TEXT
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _part(given: Any) -> Message | None:
+    """A part of a content; None for what is none, and for a text whose words are not where templates look for them."""
+    if isinstance(given, str):
+        return {"type": "text", "text": given}
+    if not isinstance(given, dict):
+        return None
+    text = given.get("text")
+    if isinstance(text, dict) and isinstance(text.get("value"), str):  # with its annotations beside it
+        return {**given, "text": text["value"]}
+    if given == {"type": "text"}:
+        return {**given, "text": ""}  # it was null
+    is_elsewhere = any(isinstance(given.get(key), str) for key in ("content", "value"))
+    is_lacking = not isinstance(text, str) and given.get("type", "text") == "text"
+    return None if is_lacking and ("type" in given or is_elsewhere) else given
 
 
 def _tools(given: Any) -> list[Message] | str | None:

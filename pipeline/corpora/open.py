@@ -1,11 +1,12 @@
 """From what a spec says of a corpus to its files and their format."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from pipeline.corpora.aligned import OWN_COLUMNS
-from pipeline.corpora.files import CorpusFile, find_files
+from pipeline.corpora.files import CorpusFile, find_files, told_apart
 from pipeline.corpora.lines import JsonLines, TextFiles
 from pipeline.corpora.records import Chunk, Columns, Format, Piece
 from pipeline.corpora.tables import Parquet, SavedDataset, saved_files
@@ -76,7 +77,8 @@ def open_corpora(paths: Sequence[str], columns: Columns, format: str = "auto") -
                     f"corpus.path: {file.url} is named by {paths[first]!r} and by {paths[number]!r}: its rows would be "
                     "there twice; give patterns that do not overlap"
                 )
-    return corpora
+    files = iter(told_apart([file for corpus in corpora for file in corpus.files]))
+    return [replace(corpus, files=tuple(islice(files, len(corpus.files)))) for corpus in corpora]
 
 
 def open_corpus(path: str, columns: Columns, format: str = "auto") -> Corpus:
@@ -94,17 +96,28 @@ def open_corpus(path: str, columns: Columns, format: str = "auto") -> Corpus:
 
 
 def check_label_names(columns: Columns) -> None:
-    """Raise InputError for labels with names that the documents' own columns have, or two that SQL takes for one."""
+    """Raise InputError for labels with names that the documents' own columns have, or two that SQL takes for one. Those
+    of the rows' columns: `check_new_names`."""
     if "" in columns.beside:
         raise InputError(f"{columns.key('')}: a column without a name; give each its name")
     known = {name: f"{name} is a column of Granary's own" for name in RESERVED_COLUMNS}
-    if own := sorted({*columns.kept} & {*OWN_COLUMNS}):
-        raise InputError(f"corpus.columns: {own[0]} is a column of Granary's own rows; rename it")
     for label in dict.fromkeys(columns.beside):
         if (same := label.casefold()) in known:
             rest = "" if label == same else f", and SQL does not tell {label} from it"
             raise InputError(f"{columns.key(label)}: {known[same]}{rest}; rename it")
         known[same] = f"{label} is kept already"
+
+
+def check_new_names(columns: Columns) -> None:
+    """Raise InputError for names that columns of the rows have, in the letters of either case: SQL would not tell them
+    apart. Stores that were made with such labels are read as they are."""
+    for name in columns.beside:
+        if name.casefold() in OWN_COLUMNS:
+            what = "the label" if name in columns.labels else "it"
+            raise InputError(
+                f"{columns.key(name)}: {name} is a column of Granary's own rows; rename {what}, so that queries and "
+                "conditions can tell the two apart"
+            )
 
 
 def _is_saved(path: str) -> bool:

@@ -35,7 +35,7 @@ class Recipe:
         """The documents of a chunk of file `number` with keys from `low` up to, not including, `high`."""
         records, keys = self._keys(chunk.numbers, number)
         kept = np.flatnonzero(_between(keys, low, high))
-        sources = pa.array([f"{file.name}:{chunk.numbers[i]}" for i in kept.tolist()], pa.string())
+        sources = pa.array([f"{file.source}:{chunk.numbers[i]}" for i in kept.tolist()], pa.string())
         labels = {name: values.take(pa.array(kept)) for name, values in chunk.labels.items()}
         try:
             encoded = self._encoded(chunk, kept.tolist())
@@ -83,6 +83,6 @@ def _with_broken(
     documents: Documents, broken: list[tuple[int, str]], file: CorpusFile, records: Any, keys: Any, low: int, high: int
 ) -> Documents:
     inside = np.flatnonzero(_between(keys, low, high))
-    sources = [f"{file.name}:{broken[i][0]}" for i in inside.tolist()]
+    sources = [f"{file.source}:{broken[i][0]}" for i in inside.tolist()]
     lines = left_out(keys[inside], records[inside], sources, [broken[i][1] for i in inside.tolist()])
     return replace(documents, left_out=pa.concat_tables([documents.left_out, lines]))

@@ -1,5 +1,6 @@
 """What every format gives: pieces that can be read apart from one another, and records in chunks of bounded size."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.corpora.aligned import AlignedLabel, aligned_label, check_name
 from pipeline.corpora.files import CorpusFile
 from pipeline.corpora.messages import WithTools
+from pipeline.corpora.paths import partitions
 from pipeline.errors import InputError
 
 CHUNK_BYTES = 8 * 2**20
@@ -19,6 +21,9 @@ CHUNK_BYTES = 8 * 2**20
 FILE_SHIFT = 40
 """A record's number in the corpus is its file's number times 2^40, plus its number in the file: known without counting
 the records of other files."""
+SHOWN = 60
+"""Letters of a value that a refusal shows."""
+KEPT = "columns keep what has a type in Parquet: write its values as texts, or leave the column out"
 TAKEN = (
     "labels are texts, numbers or truth values (or spans, {start, stop, value}): turn such values into those, or leave "
     "the label out"
@@ -109,6 +114,11 @@ class Chunk:
     aligned: dict[str, AlignedLabel] = field(default_factory=dict)
     """Labels of spans or tokens."""
 
+    @property
+    def untold(self) -> list[str]:
+        """Labels of which none of these records has a value: those are errors unless other records have spans."""
+        return [name for name, label in self.aligned.items() if not label.is_told]
+
 
 class Format(Protocol):
     """How the records of one kind of file are found and read."""
@@ -145,7 +155,8 @@ def chunk_of(
     labels: dict[str, pa.Array] = {}
     aligned: dict[str, AlignedLabel] = {}
     for name, values in beside.items() if len(numbers) else ():
-        if name in columns.labels and (label := aligned_label(values, columns.kind)) is not None:
+        label = aligned_label(values, columns.kind) if name in columns.labels else None
+        if label is not None and (label.is_told or name not in partitions(file.url)):  # folders hold no spans
             check_name(name, columns.kind, file.url)
             aligned[name] = label
         elif isinstance(values, list):
@@ -164,22 +175,40 @@ def _taken(values: pa.Array | list[Any], kept: npt.NDArray[np.int64]) -> pa.Arra
 def label_array(
     name: str, values: list[Any], numbers: npt.NDArray[np.int64], file: CorpusFile, key: str = "corpus.labels"
 ) -> pa.Array:
-    """The values of a label in the records `numbers`, as JSON has them. Raises InputError for what is no label."""
+    """The values of a label, or of a column that is kept, in the records `numbers`, as JSON has them. Raises InputError
+    for what cannot be one."""
     kinds = {type(value) for value in values if value is not None}
     if bool in kinds and kinds & {int, float}:  # Arrow would take true for 1
         raise InputError(f"{key}: {name!r} has truth values and numbers in {file.url}: give it one type")
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
+        is_label = key == "corpus.labels"
         for number, value in zip(numbers.tolist(), values, strict=True):
-            if problem := _no_label(value):
-                raise InputError(f"{key}: {name!r} is {problem} in {file.url}:{number}; {TAKEN}") from None
-        raise InputError(f"{key}: {name!r} has values of different types in {file.url}: {error}") from None
+            if problem := _no_value(value, is_label):
+                advice = TAKEN if is_label else KEPT
+                raise InputError(f"{key}: {name!r} is {problem} in {file.url}:{number}; {advice}") from None
+        raise InputError(
+            f"{key}: {name!r} has values of different types in {file.url}: {_mixed(values, numbers) or error}; write "
+            f"all of them as texts, or leave the {'label' if is_label else 'column'} out"
+        ) from None
 
 
-def _no_label(value: Any) -> str | None:
-    """Why a JSON value cannot be a label."""
-    if isinstance(value, list | dict):
+def _mixed(values: Sequence[Any], numbers: npt.NDArray[np.int64]) -> str | None:
+    """Two values that are of no common type, and their records."""
+    given = [(n, value) for n, value in zip(numbers.tolist(), values, strict=True) if value is not None]
+    for number, value in given:
+        try:
+            pa.array([given[0][1], value])
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            first, other = json.dumps(given[0][1])[:SHOWN], json.dumps(value)[:SHOWN]
+            return f"{first} in record {given[0][0]} and {other} in record {number}"
+    return None
+
+
+def _no_value(value: Any, is_label: bool) -> str | None:
+    """Why a JSON value cannot be a label, or kept."""
+    if is_label and isinstance(value, list | dict):
         return f"a {'list' if isinstance(value, list) else 'dictionary'}"
     try:
         pa.array([value])
@@ -187,6 +216,8 @@ def _no_label(value: Any) -> str | None:
         return "a text with half of a surrogate pair (no Unicode)"
     except OverflowError:
         return "a whole number of more than 64 bits"
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return "a value whose parts are of different types"
     return None
 
 
@@ -196,9 +227,7 @@ def check_labels(labels: dict[str, pa.Array], numbers: npt.NDArray[np.int64], fi
     for name, values in labels.items():
         missing = values.is_null(nan_is_null=True)
         if (first := missing.index(True).as_py()) >= 0:
-            raise InputError(
-                f"corpus.labels: {name!r} has no value in {file.url}:{numbers[first]}; fill or drop such records"
-            )
+            raise no_value(name, f"{file.url}:{numbers[first]}")
         if not len(values):
             continue
         where = f"{file.url}:{numbers[0]}"
@@ -212,6 +241,10 @@ def check_labels(labels: dict[str, pa.Array], numbers: npt.NDArray[np.int64], fi
             advice = f"name one of its fields, as {name}.{fields[0]}" if fields and fields[0] else TAKEN
             advice = advice if pa.types.is_struct(values.type) else TAKEN
             raise InputError(f"corpus.labels: {name!r} is no single value but {values.type} in {where}; {advice}")
+
+
+def no_value(label: str, where: str) -> InputError:
+    return InputError(f"corpus.labels: {label!r} has no value in {where}; fill or drop such records")
 
 
 def check_kept(columns: dict[str, pa.Array], numbers: npt.NDArray[np.int64], file: CorpusFile) -> None:

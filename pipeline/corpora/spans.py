@@ -21,6 +21,7 @@ from pipeline.token_labels import NONE, TokenLabels, all_names
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
+NULL = "null (a record that has none of them has an empty list)"
 NO_LIST = "no list of spans"
 NO_ENDS = "a span without start and stop (whole numbers)"
 NO_VALUE = "a span without a value"
@@ -111,6 +112,10 @@ Value = tuple[int, int, str | None]
 def _values_of(label: AlignedLabel, record: int, content: Any, size: int) -> list[Value]:
     """A record's spans, or the values of its tokens. Raises BadSpans."""
     given = label.values[record]
+    if given is None:
+        raise BadSpans(NULL)
+    if label.are_tags and given == []:  # as spans: lists of which all are empty do not show what they are of
+        return [(place, place + 1, None) for place in range(size)]
     if label.are_tags:
         if not isinstance(given, list) or len(given) != size:
             raise BadSpans(UNEVEN)

@@ -183,7 +183,11 @@ def _content_bytes(group: Any, column: str, kind: str) -> int:
     """Bytes of the content in a row group, out of Parquet's encodings: of texts, or of 32-bit token ids."""
     leaves = [group.column(i) for i in range(group.num_columns)]
     leaves = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{column}.")]
-    return sum(leaf.num_values * 4 if kind == "tokens" else leaf.total_uncompressed_size for leaf in leaves)
+    are_ids = [kind == "tokens" and leaf.physical_type.startswith("INT") for leaf in leaves]
+    return sum(
+        leaf.num_values * 4 if are_numbers else leaf.total_uncompressed_size
+        for leaf, are_numbers in zip(leaves, are_ids, strict=True)
+    )
 
 
 @contextmanager

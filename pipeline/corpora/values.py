@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpora.arrow_types import BYTES_TYPES, is_json, is_list, plain_type
-from pipeline.corpora.paths import MISSING, parsed
+from pipeline.corpora.paths import MISSING, fields_of, parsed
 from pipeline.corpora.records import Unreadable
 
 NO_ID = "a token id is missing"
@@ -49,8 +49,20 @@ def content_list(column: pa.Array, kind: str) -> list[Any]:
 
 
 def content_value(value: Any, kind: str) -> Any:
-    """The content of a record out of a value as JSON has it. What does not fit is left to the encoder to judge."""
-    return Unreadable(NO_ID) if kind == "tokens" and isinstance(value, list) and None in value else value
+    """The content of a record out of a value as JSON has it; token ids may be JSON in a text. What does not fit is left
+    to the encoder to judge."""
+    if kind == "tokens":
+        value = found if isinstance(found := _unless_plain_text(value), list) else value
+        return Unreadable(NO_ID) if isinstance(value, list) and None in value else value
+    return value
+
+
+def _unless_plain_text(value: Any) -> Any:
+    """The list or dictionary that a text is in JSON, or the text itself."""
+    if not isinstance(value, str | bytes):
+        return value
+    found = parsed(value)
+    return found if isinstance(found, list | dict) else value
 
 
 def _token_lists(column: pa.Array) -> list[Any]:
@@ -100,7 +112,31 @@ def label_values(column: pa.Array) -> pa.Array | list[Any]:
     values = plain(column)
     if getattr(column.type, "extension_name", "") == "arrow.bool8":
         return values.cast(pa.bool_())
-    return values.cast(READABLE[values.type]) if values.type in READABLE else values
+    if values.type in READABLE:
+        return values.cast(READABLE[values.type])
+    if (whole := _without_views(values.type)) != values.type:
+        return pa.array(values.to_pylist(), whole)
+    return values
+
+
+def _without_views(found: pa.DataType) -> pa.DataType:
+    """A type of the same values whose parts are no views and runs, which Arrow cannot pick values of."""
+    if pa.types.is_run_end_encoded(found):
+        return _without_views(found.value_type)
+    if pa.types.is_list(found) or pa.types.is_list_view(found):
+        inner = _without_views(found.value_type)
+        return found if inner == found.value_type else pa.list_(inner)
+    if pa.types.is_large_list(found) or pa.types.is_large_list_view(found):
+        inner = _without_views(found.value_type)
+        return found if inner == found.value_type else pa.large_list(inner)
+    if pa.types.is_fixed_size_list(found):
+        inner = _without_views(found.value_type)
+        return found if inner == found.value_type else pa.list_(inner, found.list_size)
+    if pa.types.is_struct(found):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in fields_of(found)])
+    if pa.types.is_map(found):
+        return pa.map_(_without_views(found.key_type), _without_views(found.item_type))
+    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(found, found)
 
 
 def python_values(array: pa.Array) -> list[Any]:

@@ -99,7 +99,7 @@ def encoded(name: str, chat: str, **settings: Any) -> tuple[Any, list[str]] | No
     messages, tools = CHATS[chat]
     found = ChatEncoder(tokenizer_of(name), None, **settings).encode([WithTools(messages, tools)])
     if found.bad:
-        assert found.bad == {0: "the chat template refuses the chat"}
+        assert [reason.partition("\n")[0] for reason in found.bad.values()] == ["the chat template refuses the chat"]
         return None
     assert found.roles is not None
     return found.tokens, [found.role_names[role] for role in found.roles]

@@ -1,6 +1,7 @@
 """Chats from the spec to the store: the day, tools, template arguments and markers, and what a store keeps of them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from pipeline.corpora.open import open_corpus
 from pipeline.corpora.records import Columns
 from pipeline.errors import InputError
 from storage.errors import StoreMismatch
+from storage.findings import Fault
 from storage.store import Store
+from storage.verify import verify
 from workers import source
 from workers.corpus_settings import CorpusSettings
 from workers.matching import check_settings, table_settings
@@ -205,3 +208,24 @@ def test_more_roles_than_a_store_can_number_are_refused(tmp_path: Path, chat_mod
         write_chats(tmp_path / f"{file}.jsonl", chats)
     with pytest.raises(InputError, match="more than 127 roles, as speaker 0, "):
         plan(tmp_path, chat_model(LOOP), Cuts(task_pieces=1), messages="messages")
+
+
+def test_a_tokenizer_with_several_templates_is_stored_whole(tmp_path: Path, chats: Path, llama: Path) -> None:
+    """Each goes into a file of its own, those that have names into a folder; texts have nothing to do with them."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": LOOP, "tool_use": TOOLED}
+    tokenizer.save_pretrained(folder)
+    store, _ = made(tmp_path / "store", chats, folder, rows=40)
+    assert "tokenizer/additional_chat_templates/tool_use.jinja" in store.info.files
+    store, grown = made(tmp_path / "store", chats, folder, grow=True, rows=60)
+    assert grown
+    assert [finding for finding in verify(store.root) if isinstance(finding, Fault)] == []
+    assert [str(finding) for finding in verify(store.root) if "not part of the store" in str(finding)] == []
+    loaded = transformers.AutoTokenizer.from_pretrained(store.tokenizer_path.path)
+    assert loaded.chat_template == tokenizer.chat_template
+    template = store.tokenizer_path / "additional_chat_templates" / "tool_use.jinja"
+    template.write(template.read() + b" ")
+    (fault,) = [finding for finding in verify(store.root) if isinstance(finding, Fault)]
+    assert "tool_use.jinja" in str(fault)

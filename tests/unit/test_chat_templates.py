@@ -163,7 +163,7 @@ def test_a_system_message_in_the_user_s() -> None:
         ("user", "\n\nuser</turn>\n"),
         ("assistant", "<turn>model\nmodel</turn>\n"),
     ]
-    assert told(SYSTEM_IN_USER, turns("a", "b", "c")[1:]) == "the chat template refuses the chat"
+    assert told(SYSTEM_IN_USER, turns("a", "b", "c")[1:]) == "the chat template refuses the chat\nturns"
 
 
 def test_a_block_that_the_template_adds_is_its_own() -> None:
@@ -267,7 +267,7 @@ def test_what_a_template_keeps_and_writes_later() -> None:
 def test_contents_that_a_template_would_write_as_python_does_are_refused() -> None:
     parts = [{"type": "image", "image": "x.png"}]
     assert told(CHATML.replace("m.content", "m.content | string"), [{"role": "user", "content": parts}]) == (
-        "the chat template refuses the chat"
+        "the chat template refuses the chat\nit writes a list of parts as Python does"
     )
 
 
@@ -398,7 +398,8 @@ def test_templates_that_are_none_are_refused() -> None:
 def test_templates_cannot_reach_python() -> None:
     for attempt in ("messages.__class__", "strftime_now.__self__", "dict.__class__", "namespace.__globals__"):
         assert told("{{ " + attempt + " }}" + CHATML, turns("a"))[0][1].startswith("<|im_start|>")
-    assert told("{% set n = namespace(__class__=1) %}" + CHATML, turns("a")) == "the chat template refuses the chat"
+    refused = told("{% set n = namespace(__class__=1) %}" + CHATML, turns("a"))
+    assert refused.startswith("the chat template refuses the chat\nTemplateError: a namespace has no name that begins")
 
 
 def test_an_encoder_is_sent_to_other_processes_after_use_too() -> None:

@@ -214,7 +214,7 @@ def test_chats_that_cannot_be_used_are_counted(tmp_path: Path, chat_model: Any) 
         "a message without a role": {"count": 3, "first": ["c.jsonl:5", "c.jsonl:6", "c.jsonl:7"]},
         "empty": {"count": 2, "first": ["c.jsonl:2", "c.jsonl:3"]},
         "not a list of messages": {"count": 1, "first": ["c.jsonl:4"]},
-        "the chat template refuses the chat": {"count": 1, "first": ["c.jsonl:8"]},
+        "the chat template refuses the chat": {"count": 1, "first": ["c.jsonl:8"], "said": "no"},
     }
 
 

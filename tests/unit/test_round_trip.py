@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from conftest import WORDS, write_corpus
+from corpora import VOCABULARY, plan, with_tokenizer, write
 from lab import Lab
 from tokenizers import (
     AddedToken,
@@ -24,6 +25,9 @@ from tokenizers import (
 from pipeline.errors import InputError
 from pipeline.round_trip import RECORDS, TEXTS, check_round_trip, sample_texts, unknown_token
 from pipeline.same_tokenizer import PROBES
+from workers.corpus_settings import CorpusSettings
+from workers.settings import ModelSettings
+from workers.source import Source, open_source
 
 BLANK = "\u2581"
 BYTES = [f"<0x{n:02X}>" for n in range(256)]
@@ -300,3 +304,49 @@ def test_merges_of_another_vocabulary(lab: Lab, llama: Path, no_ray: None) -> No
     path.write_text(json.dumps(content))
     err = lab.refused("harvest", lab.spec({"model.id": "model"}))
     assert f"no tokenizer at {model}: it cannot be loaded (" in err
+
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+
+
+def _chats(form: str) -> list[dict[str, object]]:
+    parts = {
+        "parts": [{"type": "text", "text": "the grain"}],
+        "a part": {"type": "text", "text": "the grain"},
+        "texts": ["the grain"],
+        "value": "the grain",
+    }
+    return [{"m": [{"role": "user", ("value" if form == "value" else "content"): parts[form]}]}] * 3
+
+
+@pytest.mark.parametrize("form", ["parts", "a part", "texts", "value"])
+def test_texts_within_messages_are_tried_in_every_form(tmp_path: Path, llama: Path, form: str) -> None:
+    def no_grain(tokenizer: object) -> None:
+        tokenizer.chat_template = CHAT_TEMPLATE  # type: ignore[attr-defined]
+        tokenizer.backend_tokenizer.decoder = decoders.Replace("grain", "gravel")  # type: ignore[attr-defined]
+
+    model = with_tokenizer(tmp_path / "model", llama, no_grain)
+    with pytest.raises(InputError, match=r"the tokenizer of .* is broken.*'the grain'"):
+        plan(write(tmp_path / "c.jsonl", _chats(form)), model, messages="m")
+
+
+@pytest.mark.parametrize("at", [0, 150, 999, None])
+def test_the_first_chats_are_read_once(
+    tmp_path: Path, llama: Path, at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For their texts and for their tools, of which there is none before chat `at`."""
+    model = with_tokenizer(tmp_path / "model", llama, lambda t: setattr(t, "chat_template", CHAT_TEMPLATE))
+    chats = [{"m": [{"role": "user", "content": "the grain"}], "tools": [] if n == at else None} for n in range(1100)]
+    if at is None:
+        chats[RECORDS]["tools"] = []
+    settings = CorpusSettings(path=(str(write(tmp_path / "c.jsonl", chats)),), messages="m", tools="tools")
+    source = open_source(settings, ModelSettings(id=str(model)), VOCABULARY, "main")
+    begun: list[int] = []
+    read = Source._contents
+    monkeypatch.setattr(Source, "_contents", lambda self: begun.append(1) or read(self))
+    if at is None:
+        with pytest.raises(InputError, match="none of the first 1,000 chats has 'tools'"):
+            source.check_first_records()
+    else:
+        source.check_first_records()
+    assert begun == [1]

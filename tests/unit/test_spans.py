@@ -105,14 +105,16 @@ def test_values_of_token_ids(tmp_path: Path, llama: Path) -> None:
             (5, "B", "4"), (6, None, "4"), (7, "B", None), (8, None, None), (9, "O", None), (14, None, "10")
         ]  # fmt: skip
         assert {reason: entry["count"] for reason, entry in store.info.skipped.items()} == {
-            f"tag: {spans.UNEVEN}": 2,
+            f"tag: {spans.UNEVEN}": 1,
+            f"tag: {spans.NULL}": 1,
             f"span: {spans.BEYOND}": 1,
         }
         assert store.info.values_of_rows == {"tag": ["B", "O"], "span": ["10", "4"]}  # texts
 
 
 BAD = {
-    spans.NO_LIST: [None, "PER", {"a": 1}, 5, ["PER"], [[1, 2]]],
+    spans.NULL: [None],
+    spans.NO_LIST: ["PER", {"a": 1}, 5, ["PER"], [[1, 2]]],
     spans.NO_ENDS: [
         [{"label": "PER"}],
         [{"start": 0, "label": "PER"}],
@@ -145,7 +147,7 @@ def test_records_with_bad_spans_are_left_out_by_reason(tmp_path: Path, llama: Pa
     found = {reason: (entry["count"], entry["first"][0]) for reason, entry in store.info.skipped.items()}
     at, wanted = 2, {"empty": (1, f"c.jsonl:{len(lines)}")}
     for reason, bad in BAD.items():
-        wanted[f"ner: {reason}"] = (len(bad) + (reason == spans.NO_LIST), f"c.jsonl:{at}")
+        wanted[f"ner: {reason}"] = (len(bad) + (reason == spans.NULL), f"c.jsonl:{at}")
         at += len(bad)
     assert found == wanted
 
