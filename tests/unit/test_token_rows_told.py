@@ -20,7 +20,8 @@ from storage.store import Store, open_store
 
 BOS, EOS, PAD = ({"id": i, "string": string} for i, string in enumerate(["<s>", "</s>", "<pad>"]))
 TEMPLATE = (
-    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+    "{{ strftime_now('%d %b %Y') }}{% if enable_thinking %}think{% endif %}"
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
 )
 TEXTS = {"corpus.path": "texts.jsonl", "corpus.labels": []}
 IDS = {"corpus.path": "ids.jsonl", "corpus.labels": [], "corpus.tokens": "ids"}
