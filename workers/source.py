@@ -17,6 +17,7 @@ from pipeline.corpora.recipe import ChatOptions, Recipe, make_encoder
 from pipeline.corpora.records import Columns, Piece
 from pipeline.errors import InputError
 from pipeline.hub import is_commit, local_folder
+from pipeline.repository_names import check_dataset_address
 from pipeline.round_trip import check_round_trip, sample_texts
 from pipeline.rows import ContextPolicy
 from pipeline.tokenizer import (
@@ -187,6 +188,8 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int,
     kind, column = settings.content
     columns = Columns(column, kind, settings.labels, settings.columns, settings.tools)
     corpora: Sequence[Corpus | NamedDataset]
+    for path in settings.path:
+        check_dataset_address(path, is_named=settings.format == "datasets")
     if settings.format == "datasets":
         check_label_names(columns)
         corpora = [NamedDataset(settings.path[0], settings.subset, settings.split, columns)]
