@@ -48,6 +48,27 @@ def check_name(name: str, key: str, revision_key: str) -> None:
     raise InputError(f"{key}: {name} is no folder here and no name of a repository; write {key}: {repository}{at}")
 
 
+def check_dataset_address(path: str, *, is_named: bool) -> None:
+    """Raise InputError for a page of the hub about a dataset or a file, with what to write instead. `is_named`: the
+    path is to be a dataset's name, not a place of files."""
+    rest, has_host = _without_host(path)
+    parts = [unquote(part) for part in (rest or "").split("/") if part]
+    if not has_host or path.startswith("hf://") or parts[:1] != ["datasets"]:
+        return
+    named = next((i for i, part in enumerate(parts) if part in (*VIEWS, "viewer")), min(len(parts), 3))
+    name, view = "/".join(parts[1:named]), parts[named] if named < len(parts) else ""
+    if view in ("resolve", "raw") and not is_named:
+        return
+    if view == "blob" and not is_named:
+        raise InputError(
+            f"corpus.path: {path} is a page about the file; write {path.replace('/blob/', '/resolve/', 1)}"
+        )
+    raise InputError(
+        f"corpus.path: {path} is a page about a dataset; write corpus.path: {name or 'OWNER/NAME'}, and corpus.format: "
+        "datasets with corpus.rows"
+    )
+
+
 def _without_host(name: str) -> tuple[str | None, bool]:
     """What follows the hub's host in an address, and whether there was one; None for addresses of other places."""
     own = urlsplit(constants.ENDPOINT).netloc

@@ -18,6 +18,7 @@ from pipeline.corpora.recipe import Recipe
 from pipeline.corpora.records import Columns, Piece
 from pipeline.errors import InputError
 from pipeline.hub import is_commit, local_folder
+from pipeline.repository_names import check_dataset_address
 from pipeline.round_trip import check_round_trip, sample_texts
 from pipeline.rows import ContextPolicy
 from pipeline.tokenizer import (
@@ -230,6 +231,8 @@ def open_source(settings: CorpusSettings, model: ModelSettings, vocabulary: int,
     `describe_model` resolved it for this run. Raises InputError."""
     columns = columns_of(settings)
     corpora: Sequence[Corpus | NamedDataset]
+    for path in settings.path:
+        check_dataset_address(path, is_named=settings.format == "datasets")
     if settings.format == "datasets":
         check_label_names(columns)
         corpora = [NamedDataset(settings.path[0], settings.subset, settings.split, columns)]

@@ -15,7 +15,7 @@ from lab import Lab
 
 from pipeline.errors import InputError
 from pipeline.models import describe_model
-from pipeline.repository_names import check_name
+from pipeline.repository_names import check_dataset_address, check_name
 from pipeline.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -228,6 +228,55 @@ def test_addresses_of_other_things(name: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "is_named", "expected"),
+    [
+        (
+            "https://huggingface.co/datasets/x/y",
+            False,
+            "is a page about a dataset; write corpus.path: x/y, and",
+        ),
+        (
+            "https://huggingface.co/datasets/x/y/tree/main/data",
+            False,
+            "write corpus.path: x/y, and corpus.format",
+        ),
+        (
+            "https://hf.co/datasets/x/y/viewer/default/train?row=3",
+            False,
+            "write corpus.path: x/y, and corpus.format",
+        ),
+        ("https://huggingface.co/datasets/squad", True, "write corpus.path: squad, and corpus.format: datasets with"),
+        ("huggingface.co/datasets/x/y/resolve/main/a.parquet", True, "write corpus.path: x/y, and corpus.format"),
+        (
+            "https://huggingface.co/datasets/x/y/blob/main/a.parquet",
+            False,
+            "is a page about the file; write https://huggingface.co/datasets/x/y/resolve/main/a.parquet",
+        ),
+    ],
+)
+def test_pages_about_datasets(path: str, is_named: bool, expected: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check_dataset_address(path, is_named=is_named)
+    assert str(refused.value).startswith(f"corpus.path: {path} ")
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_named"),
+    [
+        ("https://huggingface.co/datasets/x/y/resolve/main/a.parquet", False),
+        ("hf://datasets/x/y/data/*.parquet", False),
+        ("https://example.com/datasets/x/y", False),
+        ("x/y", True),
+        ("datasets/y", True),
+        ("/data/datasets/x", False),
+    ],
+)
+def test_places_of_files_are_left_alone(path: str, is_named: bool) -> None:
+    check_dataset_address(path, is_named=is_named)
+
+
+@pytest.mark.parametrize(
     "name", ["x/y", "gpt2", "meta-llama/Llama-3.1-8B", "models/llama/8b", "a/b/c/d", "datasets/x", "x/tree/main"]
 )
 def test_names_and_paths_are_left_alone(name: str) -> None:
@@ -238,6 +287,8 @@ def test_the_command_refuses_an_address(lab: Lab, no_ray: None) -> None:
     for verb in ("plan", "harvest", "run"):
         err = lab.refused(verb, lab.spec({"model.id": "https://huggingface.co/x/y/tree/v2"}))
         assert err.endswith("write model.id: x/y, and model.revision: v2\n")
+        err = lab.refused(verb, lab.spec({"corpus.path": "https://huggingface.co/datasets/x/y"}))
+        assert "is a page about a dataset; write corpus.path: x/y" in err
         err = lab.refused(verb, lab.spec({"model.tokenizer": "hf.co/x/y"}))
         assert err.endswith("write model.tokenizer: x/y\n")
 

@@ -138,11 +138,11 @@ def test_a_hub_that_stays_busy_ends_in_a_sentence(hub: Hub, tmp_path: Path) -> N
     [
         (
             ({"": 10**6}, 401),
-            "the hub has none of this name, or one that is not for you; mend the name, or set HF_TOKEN",
+            "HTTP 401 (Unauthorized): the server wants to know who asks; give credentials",
         ),
         (
             ({"": 10**6}, 404),
-            "the hub has none of this name, or one that is not for you; mend the name, or set HF_TOKEN",
+            "HTTP 404 (Not Found): there is nothing of this name; mend it",
         ),
         (({"": 10**6}, 403), "HTTP 403 (Forbidden): who asks may not read it, or a signed URL has run out"),
         (({"part-1": 10**6}, 410), "HTTP 410 (Gone): it was there and has been removed; give another place"),
