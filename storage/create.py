@@ -90,9 +90,8 @@ class TableFiles:
     def write_tokenizer(self, save_tokenizer: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as saved:
             save_tokenizer(Path(saved))
-            for file in sorted(path for path in Path(saved).rglob("*") if path.is_file()):
-                name = file.relative_to(saved).as_posix()  # several chat templates are in a folder of their own
-                (self.folder / "tokenizer" / name).write(file.read_bytes())
+            for file in sorted(path for path in Path(saved).rglob("*") if path.is_file()):  # templates are in a folder
+                (self.folder / "tokenizer" / file.relative_to(saved).as_posix()).write(file.read_bytes())
 
     def array(self, name: str) -> RowArray:
         length, dtype = self.sizes.arrays()[name]
@@ -269,9 +268,8 @@ def sha256_of(place: Place) -> str:
 
 def file_digests(corpus: Place) -> dict[str, str]:
     """The sha256 of each file of a table whose format is not ours, as it was written."""
-    keys = [key for kind in ("documents", "tokenizer") for key in corpus.backend.walk((corpus / kind).key)]
-    places = [Place(corpus.backend, key) for key in sorted(keys) if not key.rpartition("/")[2].startswith(".")]
-    return {below(place, corpus): sha256_of(place) for place in places}
+    keys = sorted(key for kind in ("documents", "tokenizer") for key in corpus.backend.walk((corpus / kind).key))
+    return {below(place := Place(corpus.backend, key), corpus): sha256_of(place) for key in keys}
 
 
 def refuse_if_taken(place: Place) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.corpora.open import check_new_names
 from pipeline.corpora.patience import Unread
+from pipeline.corpora.template_arguments import check_arguments
 from pipeline.models import ModelInfo
 from pipeline.token_labels import LabelValues
 from storage.create import TableFiles, corpus_digest, new_store, refuse_if_taken
@@ -37,10 +38,13 @@ def plan_rows(
     is_new: bool = True,
 ) -> TablePlan:
     """Read, tokenise and lay out the corpus; write nothing. `roles`, `labels`: see `plan_table`. `is_new`: not for a
-    store that there is, whose columns may have names that are refused now. Raises InputError."""
+    store that there is, which may have been made when names of columns and arguments were not checked. Raises
+    InputError."""
+    recipe, rows = source.recipe(), source.settings.rows
     if is_new:
         check_new_names(columns_of(source.settings))
-    recipe, rows = source.recipe(), source.settings.rows
+        if source.settings.messages is not None:
+            check_arguments(source.tokenizer, source.settings.template_arguments)
     try:
         source.check_first_records()
     except Unread as error:

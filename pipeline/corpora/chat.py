@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.corpora.chat_roles import UNCLEAR_ROLE, Int32, Letters, letters, rendered
-from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template, variables_of
+from pipeline.corpora.chat_templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template
 from pipeline.corpora.contents import NOT_AS_TEXT, UNDECODABLE, Encoded, is_unicode
 from pipeline.corpora.control_strings import ControlStrings, Int64
 from pipeline.corpora.messages import Chat, Message, check_role_names, read_chat, texts_in
@@ -55,12 +55,6 @@ class ChatEncoder:
             )
         if problem := check_template(template_source(self.tokenizer)):
             raise InputError(f"corpus.messages: the tokenizer's chat template is no template: {problem}")
-        read = {name for source in template_sources(self.tokenizer) for name in variables_of(source)}
-        if unread := sorted(set(self.arguments) - read):
-            raise InputError(
-                f"corpus.template_arguments: the tokenizer's chat template does not read {unread[0]!r}, so that it "
-                f"would change nothing: leave it out, or mend the name; it reads {', '.join(sorted(read))}"
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # not what it has compiled

@@ -168,6 +168,9 @@ def _message(given: Message) -> Message | str:
         message["content"] = parts or ""  # templates that know no parts would write []
     elif content is not None and not isinstance(content, str):
         return NO_TEXT
+    calls = message.get("tool_calls")
+    if isinstance(calls, list) and not any(call is not None for call in calls):
+        del message["tool_calls"]  # templates that ask whether it is there would write calls in place of the content
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

@@ -58,6 +58,18 @@ def test_parts_with_their_words_elsewhere_are_left_out(part: Any) -> None:
     assert read_chat([{"role": "user", "content": [part]}]) == NO_TEXT
 
 
+@pytest.mark.parametrize("calls", [[], [None], None])
+def test_a_message_that_calls_nothing_keeps_its_content(tmp_path: Path, llama: Path, calls: Any) -> None:
+    """Tables give every message a list of calls; some templates then write no content, as Mistral's."""
+    template = STRINGS.replace(
+        "{{ m.content }}", "{% if m.tool_calls is defined %}CALLS{% else %}{{ m.content }}{% endif %}"
+    )
+    model = with_tokenizer(tmp_path / "model", llama, lambda t: setattr(t, "chat_template", template))
+    chat = [{"role": "user", "content": "hello", "tool_calls": calls}]
+    store = store_of(tmp_path / "store", write(tmp_path / "c.jsonl", [{"m": chat}]), model, messages="m")
+    assert contexts_of(store) == [[0, *ids(model, "[user]hello;")]]
+
+
 LAYOUTS = {
     "marks of several files": "\ufeff\ufeff{0}\n\ufeff{1}\n{2}",
     "JSON text sequence": "\x1e{0}\n\x1e{1}\n\x1e{2}\n",

@@ -1,15 +1,20 @@
 """What a chat template may be given: its own variables, and nothing that would be dropped or is given elsewhere."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from corpora import plan, store_of, with_tokenizer, write
 from pydantic import ValidationError
 
+import workers.planning
 from pipeline.errors import InputError
 from workers.corpus_settings import CorpusSettings
+from workers.planning import ensure_store
+from workers.settings import ModelSettings
 
 CHATS = [[{"role": "user", "content": "count the grain"}, {"role": "assistant", "content": "three towns"}]]
 TEMPLATE = (
@@ -32,17 +37,14 @@ def chats(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("messages", r"messages comes from corpus\.messages: give it there"),
-        ("conversation", r"conversation comes from corpus\.messages"),
-        ("tools", r"tools comes from corpus\.tools"),
-        ("date_string", r"date_string comes from corpus\.chat_date"),
-        ("max_length", r"max_length comes from corpus\.context"),
-        ("truncation", r"truncation comes from corpus\.context"),
-        ("add_special_tokens", r"add_special_tokens comes from corpus\.bos"),
-        ("return_assistant_tokens_mask", r"return_assistant_tokens_mask comes from corpus\.roles"),
-        ("chat_template", r"save it with one, and name that as model\.tokenizer"),
-        ("continue_final_message", "templates do not know it"),
-        ("tokenize", "what transformers does with a text that was rendered"),
+        ("conversation", r"give it as corpus\.messages"),
+        ("max_length", r"give it as corpus\.context"),
+        ("truncation", r"give it as corpus\.context"),
+        ("add_special_tokens", r"give it as corpus\.bos"),
+        ("return_assistant_tokens_mask", r"give it as corpus\.roles"),
+        ("chat_template", r"save it with a tokenizer, and name that as model\.tokenizer"),
+        ("continue_final_message", "what transformers does with a text that was rendered: leave it out"),
+        ("tokenize", "leave it out"),
         ("padding", "leave it out"),
         ("return_dict", "leave it out"),
         ("return_tensors", "leave it out"),
@@ -52,13 +54,46 @@ def chats(tmp_path: Path) -> Path:
         ("namespace", "what templates have of their own"),
         ("self", "what templates have of their own"),
         ("granary_watch", "what templates have of their own"),
-        ("enable-thinking", "no name that a template can ask for"),
-        ("", "no name that a template can ask for"),
+        ("enable-thinking", "does not read 'enable-thinking'"),
+        ("", "does not read ''"),
     ],
 )
-def test_names_that_are_no_arguments_of_templates(name: str, advice: str) -> None:
-    with pytest.raises(ValidationError, match=advice):
+def test_names_that_are_no_arguments_of_templates(chats: Path, model: Path, name: str, advice: str) -> None:
+    with pytest.raises(InputError, match=rf"corpus\.template_arguments: .*{advice}"):
+        plan(chats, model, messages="messages", template_arguments={"thinking": True, name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("messages", "messages"), ("tools", "tools"), ("now", "chat_date"), ("date_string", "chat_date")]
+)
+def test_names_that_are_given_elsewhere(name: str, key: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{name} comes from corpus\.{key}: give it there"):
         CorpusSettings(path=("x",), messages="m", template_arguments={name: "x"})
+
+
+def test_a_store_that_was_made_with_an_argument_that_is_not_read_goes_on(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write(tmp_path / "c.jsonl", [{"messages": CHATS[0]}] * 9)
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+    def ensure(rows: int, grow: bool = False) -> bool:
+        given = {"template_arguments": {"padding": True}, "messages": "messages", "context": 64}
+        settings = CorpusSettings(path=(str(corpus),), rows=rows, **given)
+        model = ModelSettings(id=str(folder))
+        return ensure_store(tmp_path / "store", settings, model, lambda done, total: None, grow=grow)[1]
+
+    with pytest.raises(InputError, match="padding is about what transformers does"):
+        ensure(20)
+    with monkeypatch.context() as before:
+        before.setattr(workers.planning, "check_arguments", lambda tokenizer, arguments: None)
+        assert ensure(20)
+    assert not ensure(20)
+    assert ensure(30, grow=True)
 
 
 def test_an_argument_that_the_template_does_not_read(chats: Path, model: Path) -> None:
