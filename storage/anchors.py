@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from storage.arrays import RowArray, checksum, write_group
 from storage.errors import StorageError, StoreMismatch
+from storage.reader import StoreReader
 from storage.records import Record, differences, encode, read_record
-from storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AnchorSet:
         return {**self.identity, "harvests": {site: self.identity["harvests"].get(site) for site in sites}}
 
 
-def write_anchors(store: Store, anchors: AnchorSet) -> None:
+def write_anchors(store: StoreReader, anchors: AnchorSet) -> None:
     """Write anchors/<name>: one Zarr array a site, the record last. A set of the same kind grows by the new sites.
 
     Raises StoreMismatch if another kind has the name.
@@ -61,7 +61,7 @@ def write_anchors(store: Store, anchors: AnchorSet) -> None:
     )
 
 
-def check_identity(found: AnchorSet, identity: Record, store: Store) -> None:
+def check_identity(found: AnchorSet, identity: Record, store: StoreReader) -> None:
     """Raise StoreMismatch unless anchors of this identity are of the kind of those found, perhaps at other sites."""
     same = found.identity | {"harvests": None} == identity | {"harvests": None}
     if same and all(found.identity["harvests"].get(s, digest) == digest for s, digest in identity["harvests"].items()):
@@ -71,7 +71,7 @@ def check_identity(found: AnchorSet, identity: Record, store: Store) -> None:
     raise StoreMismatch(f"anchors {found.name!r} are in the store, made {otherwise}. Give the new ones another name")
 
 
-def read_anchors(store: Store, name: str) -> AnchorSet:
+def read_anchors(store: StoreReader, name: str) -> AnchorSet:
     """Read anchors/<name>. Raises StorageError when there are none."""
     folder = store.root / "anchors" / name
     if not (folder / "anchors.json").exists():
@@ -89,7 +89,7 @@ def read_anchors(store: Store, name: str) -> AnchorSet:
     return AnchorSet(**record, vectors=vectors)
 
 
-def anchor_names(store: Store) -> list[str]:
+def anchor_names(store: StoreReader) -> list[str]:
     """The names under anchors/."""
     folder = store.root / "anchors"
     return [name for name in folder.names() if (folder / name / "anchors.json").exists()]

@@ -21,10 +21,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from storage.backend import Staged
 from storage.errors import CorruptChunk, NotAStore
-from storage.files import in_threads
-from storage.places import Place, Staged
+from storage.places import Place
 from storage.records import decode, encode_zarr, read_record
+from storage.threads import in_threads
 
 Array = npt.NDArray[Any]
 

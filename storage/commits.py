@@ -11,9 +11,9 @@ import base64
 import numpy as np
 
 from storage.errors import StorageError, UnitConflict
-from storage.files import in_threads
 from storage.places import Place
 from storage.records import Record, encode, read_record
+from storage.threads import in_threads
 from storage.unitsets import UnitRanges, UnitSet, number_of
 
 UNITS_PER_BLOCK = 1024

@@ -19,16 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.arrays import Array, RowArray, write_group
+from storage.backend import PROBE
 from storage.errors import StorageError
 from storage.harvests import writer_id
-from storage.places import PROBE, Place, open_place
+from storage.places import Place, open_place
 from storage.records import Record, digest, encode, read_record
 from storage.root import CONTEXT_COLUMNS, CorpusInfo, row_columns
 from storage.store import Store, open_store
-from storage.table import DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP
+from storage.table import COLUMN_CHUNK_ROWS, DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP
 
-COLUMN_CHUNK_ROWS = 2**18
-"""Entries of a chunk of every array under corpus/; part of the format, as the digest is made of digests of chunks."""
 CLAIM = "creating.json"
 """Written first and removed last while a store is made where nothing can be renamed."""
 

@@ -12,9 +12,9 @@ from statistics import fmean, median
 import numpy as np
 
 from storage.commits import read_commit
-from storage.files import in_threads
 from storage.places import Place
 from storage.records import Record
+from storage.threads import in_threads
 from storage.unitsets import UnitRanges, UnitSet
 
 COMMITS_READ = 512

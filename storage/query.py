@@ -22,16 +22,16 @@ from storage.commits import committed_units, read_commit
 from storage.errors import StorageError
 from storage.files import write_file
 from storage.harvests import read_harvests
+from storage.reader import StoreReader, as_float32
 from storage.root import label_columns
 from storage.sandbox import check_statement, open_sandbox
-from storage.store import Store, as_float32
 from storage.token_pieces import token_pieces
 
 OUTPUT_FORMATS = (".npy", ".safetensors", ".parquet")
 
 
 def sql(
-    store: Store,
+    store: StoreReader,
     query: str,
     *,
     timeout_s: float = Bounds.timeout_s,
@@ -65,7 +65,7 @@ def in_words(said: str) -> str:
     return f"the query failed: {said}\nTables: {', '.join(_TABLES)}"
 
 
-def fetch(store: Store, table: pa.Table, site: str, out: Path) -> tuple[int, ...]:
+def fetch(store: StoreReader, table: pa.Table, site: str, out: Path) -> tuple[int, ...]:
     """Write the activations of the rows in `table` (it has an integer column `row`) to `out`; return their shape.
 
     .npy holds float32 [n, d_model]; .safetensors holds "activations" in the stored dtype (int8 as float32) and "row";
@@ -119,7 +119,7 @@ def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> A
     return sink.getvalue()
 
 
-def rows_table(store: Store, start: int, stop: int) -> pa.Table:
+def rows_table(store: StoreReader, start: int, stop: int) -> pa.Table:
     """The table `rows`, of the rows [start, stop)."""
     columns: dict[str, Any] = dict(store.columns(start, stop))
     if store.info.roles:
@@ -132,12 +132,12 @@ def rows_table(store: Store, start: int, stop: int) -> pa.Table:
     return pa.table({"row": np.arange(start, stop), **columns})
 
 
-def _tokens(store: Store) -> pa.Table:
+def _tokens(store: StoreReader) -> pa.Table:
     pieces = token_pieces(store)
     return pa.table({"token": pa.array(pieces.values(), pa.int32()), "piece": pa.array(pieces.keys(), pa.string())})
 
 
-def _units(store: Store) -> pa.Table:
+def _units(store: StoreReader) -> pa.Table:
     lines = []
     for harvest in read_harvests(store.root):  # as of now
         committed = committed_units(store.root, harvest.digest, store.info.units)
@@ -161,7 +161,7 @@ def _units(store: Store) -> pa.Table:
     return pa.Table.from_pylist(lines, schema=pa.schema(types))
 
 
-def _sites(store: Store) -> pa.Table:
+def _sites(store: StoreReader) -> pa.Table:
     lines = []
     for harvest in read_harvests(store.root):  # as of now
         done = len(committed_units(store.root, harvest.digest, store.info.units))
@@ -174,7 +174,7 @@ def _sites(store: Store) -> pa.Table:
     return pa.Table.from_pylist(lines, schema=pa.schema(names))
 
 
-_TABLES: dict[str, Callable[[Store], pa.Table]] = {
+_TABLES: dict[str, Callable[[StoreReader], pa.Table]] = {
     "documents": lambda store: store.documents,
     "rows": lambda store: rows_table(store, 0, store.num_rows),
     "tokens": _tokens,

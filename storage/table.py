@@ -16,6 +16,8 @@ from storage.errors import CorruptChunk, NotAStore, StorageError, StoreGrown
 from storage.places import Place
 from storage.root import CorpusInfo, read_root
 
+COLUMN_CHUNK_ROWS = 2**18
+"""Entries of a chunk of every array under corpus/; part of the format, as the digest is made of digests of chunks."""
 DOCUMENTS_PER_FILE = 1_000_000
 DOCUMENTS_PER_GROUP = 10_000
 """Document n is in file n // 1,000,000, in its row group (n % 1,000,000) // 10,000."""

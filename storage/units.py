@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from storage.arrays import Array
+from storage.backend import Staged
 from storage.commits import commit_path, commit_unit, read_commit, require_same
 from storage.errors import CannotWrite, StorageError, UnitConflict
 from storage.harvests import CHECKSUMS, Harvest, moments_path
 from storage.moments import MomentKey, Moments, encode_moments
-from storage.places import Staged
 from storage.records import Record, encode
-from storage.store import Store
+from storage.table import StoredTable
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _no_step() -> None:
 
 
 def write_unit(
-    store: Store,
+    store: StoredTable,
     harvest: Harvest,
     unit: int,
     block: UnitBlock,
@@ -85,7 +85,7 @@ def write_unit(
 
 
 def rewrite_unit(
-    store: Store,
+    store: StoredTable,
     harvest: Harvest,
     unit: int,
     block: UnitBlock,
@@ -119,7 +119,7 @@ def rewrite_unit(
         raise _cannot_write(store, unit, error) from error
 
 
-def _checksums(store: Store, harvest: Harvest, block: UnitBlock) -> dict[str, Record]:
+def _checksums(store: StoredTable, harvest: Harvest, block: UnitBlock) -> dict[str, Record]:
     """What `_write` would give."""
     sites = {}
     for site in harvest.sites:
@@ -128,7 +128,9 @@ def _checksums(store: Store, harvest: Harvest, block: UnitBlock) -> dict[str, Re
     return sites
 
 
-def _commit(store: Store, harvest: Harvest, unit: int, sites: dict[str, Record], moments: bytes, writer: str) -> Record:
+def _commit(
+    store: StoredTable, harvest: Harvest, unit: int, sites: dict[str, Record], moments: bytes, writer: str
+) -> Record:
     start, stop = store.info.unit_rows(unit)
     return {
         "harvest": harvest.digest,
@@ -142,7 +144,7 @@ def _commit(store: Store, harvest: Harvest, unit: int, sites: dict[str, Record],
 
 
 def _write(
-    store: Store, harvest: Harvest, unit: int, block: UnitBlock, moments: bytes, on_step: Callable[[], None]
+    store: StoredTable, harvest: Harvest, unit: int, block: UnitBlock, moments: bytes, on_step: Callable[[], None]
 ) -> dict[str, Record]:
     """Stage all objects of a unit, then publish them: durable when this returns; nothing is left staged. Return the
     checksums of each site's chunks."""
@@ -170,7 +172,7 @@ def _write(
     return sites
 
 
-def _cannot_write(store: Store, unit: int, error: OSError) -> CannotWrite:
+def _cannot_write(store: StoredTable, unit: int, error: OSError) -> CannotWrite:
     when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it can be written"
     return CannotWrite(
         f"unit {unit} cannot be written to {store.url}: {error.strerror or error}; committed units are safe, "

@@ -16,9 +16,9 @@ from storage.errors import CorruptChunk, Unreachable
 from storage.findings import ByHand, Check, Checked, Fault, Finding, Note, Rewrite, check_record, read_sound
 from storage.growth import growth_path, growth_record, sizes_of
 from storage.places import Place
+from storage.reader import StoreReader
 from storage.records import encode
 from storage.root import CorpusInfo
-from storage.store import Store
 from storage.verify_units import check_object
 
 LOST = ByHand(
@@ -31,7 +31,7 @@ Digests = dict[str, dict[int, str]]
 """Array or `documents` -> digest of each of its chunks or files, as far as they are sound."""
 
 
-def corpus_findings(store: Store, run: Run, *, data: bool) -> Iterator[Finding]:
+def corpus_findings(store: StoreReader, run: Run, *, data: bool) -> Iterator[Finding]:
     """Check the metadata of the table and, if `data`, every byte of it and its digest."""
     info, folder = store.info, store.table
     sizes = sizes_of(info)
@@ -54,7 +54,7 @@ def corpus_findings(store: Store, run: Run, *, data: bool) -> Iterator[Finding]:
             yield Fault(store.root / "zarr.json", f"the corpus digest {info.corpus_digest}", found, LOST)
 
 
-def _growth_checks(store: Store) -> Iterator[Check]:
+def _growth_checks(store: StoreReader) -> Iterator[Check]:
     """The records of growths. That of the present table is the root record once more."""
     for generation in range(2, store.info.generation + 1):
         place = growth_path(store.root, generation)
@@ -77,7 +77,7 @@ def _metadata_checks(folder: Place, arrays: Iterable[RowArray]) -> Iterator[Chec
         yield partial(check_record, array.path / "zarr.json", array.metadata(), "an array's metadata")
 
 
-def _data_checks(store: Store, arrays: dict[str, RowArray], digests: Digests) -> Iterator[Check]:
+def _data_checks(store: StoreReader, arrays: dict[str, RowArray], digests: Digests) -> Iterator[Check]:
     for name, array in arrays.items():
         for chunk in range(array.num_chunks):
             yield partial(_check_chunk, array, chunk, digests[name])

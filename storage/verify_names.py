@@ -9,7 +9,7 @@ from storage.findings import Note, below
 from storage.growth import GROWTHS, TABLE_NAME, tables_kept
 from storage.harvests import CHECKSUMS, Harvest
 from storage.places import Place
-from storage.store import Store
+from storage.reader import StoreReader
 from storage.unitsets import UNIT_NAME
 
 SHOWN = 20
@@ -19,7 +19,7 @@ _NUMBER, _UNIT, _NAME = r"\d+", UNIT_NAME, r"[^/]+"
 _CHUNK = rf"c/{_NUMBER}(?:/0)?"
 
 
-def name_notes(store: Store, harvests: Sequence[Harvest]) -> Iterator[Note]:
+def name_notes(store: StoreReader, harvests: Sequence[Harvest]) -> Iterator[Note]:
     """Walk through all names of the store; tell of those that no reader would ever open."""
     known = re.compile("|".join(_known(store, harvests)))
     temporary = unknown = 0
@@ -58,7 +58,7 @@ def name_notes(store: Store, harvests: Sequence[Harvest]) -> Iterator[Note]:
         )
 
 
-def _known(store: Store, harvests: Sequence[Harvest]) -> Iterator[str]:
+def _known(store: StoreReader, harvests: Sequence[Harvest]) -> Iterator[str]:
     """Patterns of the names that belong to the store, whether or not they must be there."""
     yield r"zarr\.json|report\.html"
     arrays = "|".join(map(re.escape, [*store.info.row_columns, "context_token", "context_start"]))

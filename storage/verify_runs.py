@@ -8,12 +8,12 @@ from storage.arrays import RowArray, group_metadata
 from storage.errors import StorageError, Unreachable
 from storage.findings import ByHand, Check, Checked, Fault, check_record, read_sound, read_whole, reason
 from storage.places import Place
+from storage.reader import StoreReader
 from storage.runs import CHECKPOINT, CURVE, DICTIONARY, EVALUATION, RUN
-from storage.store import Store
 from storage.verify_units import check_object
 
 
-def anchor_checks(store: Store) -> Iterator[Check]:
+def anchor_checks(store: StoreReader) -> Iterator[Check]:
     """Every set of anchors: its record, and its arrays against it. A set without a record was never finished."""
     folder = store.root / "anchors"
     names = folder.names()
@@ -46,7 +46,7 @@ def _check_anchors(folder: Place) -> Checked:
     return Checked(tuple(faults))
 
 
-def run_checks(store: Store) -> Iterator[Check]:
+def run_checks(store: StoreReader) -> Iterator[Check]:
     """Every run: its records, and the files that they name."""
     folder = store.root / "runs"
     for name in folder.names():

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from storage.arrays import CRC_BYTES, Array, RowArray, checksum
 from storage.commits import DETERMINED, commit_path
 from storage.errors import CorruptChunk, NotAStore
-from storage.files import in_threads
 from storage.findings import Check, Checked, Fault, Remake, Remedy, read_sound, read_whole
 from storage.harvests import CHECKSUMS, Harvest, moments_path
+from storage.reader import StoreReader
 from storage.records import Record
 from storage.scaled import SiteRows
-from storage.store import Store
+from storage.threads import in_threads
 
 UNITS_AT_ONCE = 256
 """Units whose commits are read before the checks of the first begin: they bound what is held in memory."""
@@ -28,7 +28,7 @@ NORM_TOLERANCE = 1e-4
 """Relative; norms are sums of up to ten thousand float32 squares in whatever order."""
 
 
-def unit_checks(store: Store, harvest: Harvest, units: Sequence[int]) -> Iterator[Check]:
+def unit_checks(store: StoreReader, harvest: Harvest, units: Sequence[int]) -> Iterator[Check]:
     """The checks of committed units, ascending."""
 
     def commit_of(unit: int) -> Record | Fault:
@@ -60,7 +60,7 @@ def _known(fault: Fault) -> Check:
     return lambda: Checked((fault,))
 
 
-def _checks_of(store: Store, harvest: Harvest, unit: int, commit: Record) -> Iterator[Check]:
+def _checks_of(store: StoreReader, harvest: Harvest, unit: int, commit: Record) -> Iterator[Check]:
     """The checks of one unit; of one without a sound commit (empty), those that need none."""
     start, stop = store.info.unit_rows(unit)
     for site in harvest.sites:
@@ -80,7 +80,7 @@ def _checks_of(store: Store, harvest: Harvest, unit: int, commit: Record) -> Ite
     yield _moments_check(store, harvest, unit, commit.get("moments_sha256"))
 
 
-def _contradictions(store: Store, harvest: Harvest, unit: int, commit: Record) -> str | None:
+def _contradictions(store: StoreReader, harvest: Harvest, unit: int, commit: Record) -> str | None:
     """What a sound commit says that cannot be, if anything."""
     if (commit.get("unit"), commit.get("harvest")) != (unit, harvest.digest):
         return "it is of another unit or harvest"
@@ -176,7 +176,7 @@ def _norms_check(activations: SiteRows, norms: RowArray, unit: int, start: int, 
     return check
 
 
-def _moments_check(store: Store, harvest: Harvest, unit: int, committed: str | None) -> Check:
+def _moments_check(store: StoreReader, harvest: Harvest, unit: int, committed: str | None) -> Check:
     place = moments_path(store.root, harvest.digest, store.info.units.name(unit))
     remedy = Remake(harvest.digest, unit, from_rows=True)
     start, stop = store.info.unit_rows(unit)

@@ -18,7 +18,8 @@ from pipeline.models import describe_model
 from storage.anchors import AnchorSet
 from storage.commits import committed_units
 from storage.held_out import values_without_held_out_rows
-from storage.moments import MomentKey, merged_moments, training_units
+from storage.merged_moments import merged_moments, training_units
+from storage.moments import MomentKey
 from storage.store import Store, open_store
 from workers.anchor_settings import AnchorSettings
 from workers.anchoring import make_anchors

@@ -27,7 +27,8 @@ from storage.errors import CorruptChunk, StorageError, StoreGrown, StoreMismatch
 from storage.findings import Fault, Note, Rewrite
 from storage.growth import GROWTHS, grown_table, settle
 from storage.harvests import Harvest, declare_harvest
-from storage.moments import MomentKey, Moments, merged_moments
+from storage.merged_moments import merged_moments
+from storage.moments import MomentKey, Moments
 from storage.places import open_place
 from storage.store import Store, open_store
 from storage.units import UnitBlock, rewrite_unit, write_unit

@@ -17,7 +17,8 @@ from storage.commits import read_commit
 from storage.errors import CorruptChunk, StorageError, StoreMismatch
 from storage.findings import Fault
 from storage.harvests import row_bytes
-from storage.moments import MomentKey, merged_moments
+from storage.merged_moments import merged_moments
+from storage.moments import MomentKey
 from storage.query import fetch
 from storage.store import Store, open_store
 from storage.verify import verify

@@ -23,7 +23,8 @@ from storage.create import create_store
 from storage.errors import CorruptChunk, NotAStore, StorageError, StoreMismatch, UncommittedRows
 from storage.files import create_file
 from storage.harvests import moments_path
-from storage.moments import MomentKey, Moments, merged_moments, read_unit_moments, training_units
+from storage.merged_moments import merged_moments, training_units
+from storage.moments import MomentKey, Moments, read_unit_moments
 from storage.records import encode_zarr, read_record
 from storage.store import Store, open_store
 
