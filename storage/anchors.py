@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from storage.arrays import RowArray, checksum, write_group
 from storage.errors import StorageError, StoreMismatch
+from storage.layout import StoreLayout
 from storage.reader import StoreReader
 from storage.records import Record, differences, encode, read_record
 
@@ -37,26 +38,27 @@ def write_anchors(store: StoreReader, anchors: AnchorSet) -> None:
 
     Raises StoreMismatch if another kind has the name.
     """
-    folder = store.root / "anchors" / anchors.name
+    layout = StoreLayout(store.root)
+    record_place = layout.anchor_record(anchors.name)
     known: dict[str, npt.NDArray[np.float32]] = {}
-    if (folder / "anchors.json").exists():
+    if record_place.exists():
         found = read_anchors(store, anchors.name)
         check_identity(found, anchors.identity, store)
         known = dict(found.vectors)
         anchors = replace(
             anchors, identity=found.identity | {"harvests": found.identity["harvests"] | anchors.identity["harvests"]}
         )
-    for group in (store.root / "anchors", folder):
+    for group in (layout.all_anchors, layout.anchors(anchors.name)):
         write_group(group, {})
     for site in anchors.vectors.keys() - known.keys():
-        vectors, path = anchors.vectors[site], folder / site
+        vectors, path = anchors.vectors[site], layout.anchor_array(anchors.name, site)
         path.remove()  # left by an attempt that did not reach its record
         array = RowArray(path, vectors.shape, "float32", len(vectors), ("anchor", "d_model"), {"site": site})
         array.create()
         array.write(0, vectors)
     record = {name: getattr(anchors, name) for name in ("name", "labels", "values", "counts", "identity")}
     vectors_of = {**anchors.vectors, **known}
-    (folder / "anchors.json").write(
+    record_place.write(
         encode({**record, "sites": {site: {"crc32c": checksum(vectors_of[site])} for site in sorted(vectors_of)}})
     )
 
@@ -73,23 +75,23 @@ def check_identity(found: AnchorSet, identity: Record, store: StoreReader) -> No
 
 def read_anchors(store: StoreReader, name: str) -> AnchorSet:
     """Read anchors/<name>. Raises StorageError when there are none."""
-    folder = store.root / "anchors" / name
-    if not (folder / "anchors.json").exists():
+    layout = StoreLayout(store.root)
+    if not layout.anchor_record(name).exists():
         raise StorageError(
             f"no anchors named {name!r} in {store.url}; it has {', '.join(anchor_names(store)) or 'none'}. "
             "`granary anchors SPEC` makes those of a spec"
         )
-    record = read_record(folder / "anchors.json")
+    record = read_record(layout.anchor_record(name))
     vectors = {}
     for site, written in record.pop("sites").items():
-        array = RowArray.open(folder / site)
+        array = RowArray.open(layout.anchor_array(name, site))
         vectors[site] = array.read(0, array.shape[0])
         if checksum(vectors[site]) != written["crc32c"]:
-            raise StorageError(f"the anchors {array.path} are not those of their record {folder / 'anchors.json'}")
+            raise StorageError(f"the anchors {array.path} are not those of their record {layout.anchor_record(name)}")
     return AnchorSet(**record, vectors=vectors)
 
 
 def anchor_names(store: StoreReader) -> list[str]:
     """The names under anchors/."""
-    folder = store.root / "anchors"
-    return [name for name in folder.names() if (folder / name / "anchors.json").exists()]
+    layout = StoreLayout(store.root)
+    return [name for name in layout.all_anchors.names() if layout.anchor_record(name).exists()]

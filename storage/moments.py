@@ -14,9 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.commits import read_commit
 from storage.errors import StorageError
-from storage.harvests import moments_path
+from storage.log import log_of
 from storage.table import StoredTable
 
 Float64 = npt.NDArray[np.float64]
@@ -84,9 +83,8 @@ def encode_moments(moments: Mapping[MomentKey, Moments]) -> bytes:
 
 def read_unit_moments(store: StoredTable, harvest: str, unit: int) -> dict[MomentKey, Moments]:
     """Read a committed unit's moments. Raises StorageError when the file is not the one that was committed."""
-    name = store.info.units.name(unit)
-    path = moments_path(store.root, harvest, name)
-    committed = read_commit(store.root, harvest, name).get("moments_sha256")
+    log = log_of(store, harvest)
+    path, committed = log.moments_place(unit), log.read(unit).moments_sha256
     try:
         content = path.read()
         if hashlib.sha256(content).hexdigest() != committed:

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from storage.answer import Answer, Session
 from storage.arrays import Array
 from storage.bounded import Bounds
-from storage.commits import committed_units, read_commit
 from storage.errors import StorageError
 from storage.files import write_file
 from storage.harvests import read_harvests
+from storage.log import log_of
 from storage.reader import StoreReader, as_float32
 from storage.root import label_columns
 from storage.sandbox import check_statement, open_sandbox
@@ -140,10 +140,12 @@ def _tokens(store: StoreReader) -> pa.Table:
 def _units(store: StoreReader) -> pa.Table:
     lines = []
     for harvest in read_harvests(store.root):  # as of now
-        committed = committed_units(store.root, harvest.digest, store.info.units)
+        log = log_of(store, harvest)
+        committed = log.committed()
         for unit in range(store.info.num_units):
             start, stop = store.info.unit_rows(unit)
-            commit = read_commit(store.root, harvest.digest, store.info.units.name(unit)) if unit in committed else {}
+            commit = log.read(unit) if unit in committed else None
+            figures = None if commit is None else commit.figures
             lines.append(
                 {
                     "harvest": harvest.digest,
@@ -151,9 +153,9 @@ def _units(store: StoreReader) -> pa.Table:
                     "row_start": start,
                     "row_stop": stop,
                     "committed": unit in committed,
-                    "writer": commit.get("writer"),
-                    "device": commit.get("device"),
-                    "seconds": commit.get("seconds"),
+                    "writer": None if commit is None else commit.writer,
+                    "device": None if figures is None else figures.device,
+                    "seconds": None if figures is None else figures.seconds,
                 }
             )
     types = [("harvest", pa.string()), ("unit", pa.int64()), ("row_start", pa.int64()), ("row_stop", pa.int64())]
@@ -164,11 +166,11 @@ def _units(store: StoreReader) -> pa.Table:
 def _sites(store: StoreReader) -> pa.Table:
     lines = []
     for harvest in read_harvests(store.root):  # as of now
-        done = len(committed_units(store.root, harvest.digest, store.info.units))
+        done = len(log_of(store, harvest).committed())
         for site, layout in harvest.sites.items():
-            line = {"site": site, "model": harvest.model, "harvest": harvest.digest}
-            line |= {"d_model": layout["d"], "dtype": layout["dtype"]}
-            lines.append({**line, "units_committed": done, "units": store.info.num_units})
+            about = {"site": site, "model": harvest.model, "harvest": harvest.digest, "dtype": layout.dtype}
+            numbers = {"d_model": layout.d, "units_committed": done, "units": store.info.num_units}
+            lines.append({**about, **numbers})
     names = [("site", pa.string()), ("model", pa.string()), ("harvest", pa.string()), ("d_model", pa.int64())]
     names += [("dtype", pa.string()), ("units_committed", pa.int64()), ("units", pa.int64())]
     return pa.Table.from_pylist(lines, schema=pa.schema(names))

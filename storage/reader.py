@@ -11,9 +11,10 @@ from typing import Any, Self
 import numpy as np
 
 from storage.arrays import Array, RowArray
-from storage.commits import committed_units, read_commit
 from storage.errors import StorageError, UncommittedRows
-from storage.harvests import CHECKSUMS, Harvest, kinds_of, read_harvests
+from storage.harvests import CHECKSUMS, Harvest, read_harvests
+from storage.layout import StoreLayout
+from storage.log import log_of
 from storage.places import Place
 from storage.root import CorpusInfo
 from storage.scaled import SiteRows
@@ -82,16 +83,17 @@ class StoreReader(StoredTable):
     def committed(self, site: str) -> UnitSet:
         """The units of `site` that may be read, as of now."""
         harvest, _ = self.find(site)
-        self._committed[harvest.digest] = committed_units(self.root, harvest.digest, self.info.units)
+        self._committed[harvest.digest] = log_of(self, harvest).committed()
         return self._committed[harvest.digest]
 
     def array(self, site: str, kind: str = "activations") -> RowArray:
         """The Zarr array of a site as it is stored, without any check of commits. `kind`: activations, norms (float32),
         or for int8 the scales (float32) of its rows."""
         harvest, name = self.find(site)
-        if kind not in kinds_of(harvest.sites[name]):
-            raise StorageError(f"{site} has no {kind}: it is stored as {harvest.sites[name]['dtype']}")
-        place = self.root / kind / harvest.model / name
+        layout = harvest.sites[name]
+        if kind not in layout.kinds:
+            raise StorageError(f"{site} has no {kind}: it is stored as {layout.dtype}")
+        place = StoreLayout(self.root).array(kind, harvest.model, name)
         if place not in self._arrays:
             array = RowArray.open(place)
             shape = (self.num_rows, *array.shape[1:])  # the metadata may be of fewer rows until a driver looks at it
@@ -140,11 +142,11 @@ class StoreReader(StoredTable):
         before the store grew may have put its own in their place, which are sound and have zeros at their end."""
         if (harvest.digest, site, seam) in self._compared:
             return
-        commit = read_commit(self.root, harvest.digest, self.info.units.name(seam))
-        for kind in kinds_of(harvest.sites[site]):
+        commit = log_of(self, harvest).read(seam)
+        for kind in harvest.sites[site].kinds:
             array = self.array(f"{harvest.model}/{site}", kind)
             first = self.info.unit_rows(seam)[0] // array.chunk_rows
-            self._expected[array.path].update(enumerate(commit["sites"][site][CHECKSUMS[kind]], first))
+            self._expected[array.path].update(enumerate(commit.sites[site][CHECKSUMS[kind]], first))
         self._compared.add((harvest.digest, site, seam))
 
     def _gather(self, site: str, array: RowArray | SiteRows, rows: RowIndex | None) -> Array:
