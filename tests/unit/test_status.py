@@ -141,7 +141,7 @@ def test_idle_gpus_are_told(half: Store) -> None:
 
 def test_the_rate_of_a_driver_has_no_loading_in_it(half: Store) -> None:
     """60 s of loading, then a unit of 1,000 rows every 10 s."""
-    presence = Presence(half.root, half.harvests[0].digest, Driver("me"), half.info.units, UnitSet(4))
+    presence = Presence(log_of(half, half.harvests[0]), Driver("me"), UnitSet(4))
     rates = [presence._rate(now, 1000 * max(0, (now - 60) // 10)) for now in range(0, 100, 5)]
     assert rates[:15] == [0] * 15  # nothing yet at 65 s; at 70 s the first unit, from which on is counted
     assert rates[16:] == pytest.approx([100, 1000 / 15, 100, 2000 / 25])
@@ -227,7 +227,8 @@ def test_presence_goes_on_beside_a_record_that_cannot_be_read(
     """The bitmap is written, and drivers see each other."""
     digest, units = half.harvests[0].digest, half.info.units
     StoreLayout(half.root).driver(digest, "x").write(content)
-    with Presence(half.root, digest, Driver("me"), units, HarvestLog(half.root, digest, units).committed()) as presence:
+    log = log_of(half, digest)
+    with Presence(log, Driver("me"), log.committed()) as presence:
         deadline = time.monotonic() + 60
         while presence.news is None and time.monotonic() < deadline:
             time.sleep(0.02)
