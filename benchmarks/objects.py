@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from storage.arrays import DTYPES, RowArray
-from storage.files import in_threads
+from storage.backend import Backend
 from storage.harvests import chunk_rows_for
 from storage.objects import PART_BYTES, ObjectStore
-from storage.places import Backend, Place
+from storage.places import Place
 from storage.remote import FsspecFiles
+from storage.threads import in_threads
 from workers.machine import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

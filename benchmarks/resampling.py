@@ -24,9 +24,8 @@ from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows
 from pipeline.sdl.metrics import measure_code
 from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Objective
-from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import TrainingConfig
+from pipeline.sdl.training_config import Resampling, TrainingConfig
 from workers.machine import machine
 
 FOLDER = Path(__file__).parents[1] / ".bench-venv" / "frontier"

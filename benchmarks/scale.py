@@ -29,11 +29,12 @@ import ray
 import workers.crew
 from benchmarks.harvest import make_model
 from pipeline.models import describe_model
-from storage.commits import commit_path, commit_unit, committed_units, compact
+from storage.commits import Commit, UnitFigures
 from storage.files import LocalFiles
 from storage.harvests import Harvest
+from storage.log import log_of
 from storage.places import Place
-from storage.records import Record, encode
+from storage.records import encode
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.actor import HarvesterProcess
@@ -62,21 +63,17 @@ class StubProcess(HarvesterProcess):
         return f"stub-{os.getpid()}"
 
     def harvest_unit(self, unit: int) -> UnitResult:
-        name = self._store.info.units.name(unit)
-        made = commit_unit(self._store.root, name, commit_record(self._store, self._harvest, unit))
+        made = log_of(self._store, self._harvest).commit(commit_of(self._store, self._harvest, unit))
         self._step()
         return UnitResult(unit, ROWS_PER_UNIT, ROWS_PER_UNIT, 0, 0.0, made)
 
 
-def commit_record(store: Store, harvest: Harvest, unit: int) -> Record:
+def commit_of(store: Store, harvest: Harvest, unit: int) -> Commit:
     """A commit as a harvester would write it."""
     start, stop = store.info.unit_rows(unit)
     sites = {site: {"crc32c": [unit], "norms_crc32c": [unit]} for site in harvest.sites}
-    return {
-        "harvest": harvest.digest, "unit": unit, "row_start": start, "row_stop": stop, "writer": f"stub-{os.getpid()}",
-        "sites": sites, "moments_sha256": "0" * 64, "positions_run": 9, "padding": 0, "device": "stub",
-        "started_at": time.time(), "seconds": 0.0, "committed_at": time.time(),
-    }  # fmt: skip
+    figures = UnitFigures(9, 0, {}, "stub", time.time(), 0.0, None)
+    return Commit(harvest.digest, unit, start, stop, f"stub-{os.getpid()}", sites, "0" * 64, figures, time.time())
 
 
 @dataclass(frozen=True)
@@ -186,19 +183,19 @@ def open_and_ask(store: Store) -> Opened:
     begun = time.perf_counter()
     opened = open_store(Place(counted))
     (harvest,) = opened.harvests
-    committed = committed_units(opened.root, harvest.digest, opened.info.units)
+    committed = log_of(opened, harvest).committed()
     return Opened(time.perf_counter() - begun, counted.requests.total(), len(committed))
 
 
 def commit_quietly(store: Store, harvest: Harvest, units: UnitSet) -> None:
     """Commits as harvesters leave them, but for the flush, and their bitmap, which is a thousand commits old."""
     for unit in units:
-        path = commit_path(store.root, harvest.digest, store.info.units.name(unit)).path
+        path = log_of(store, harvest).commit_place(unit).path
         if unit % 1024 == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(commit_record(store, harvest, unit)))
+        path.write_bytes(encode(commit_of(store, harvest, unit).to_record()))
     known = UnitSet(units.total, units.mask & (np.arange(units.total) < len(units) - 1000))
-    compact(store.root, harvest.digest, store.info.units, known)
+    log_of(store, harvest).compact(known)
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from pipeline.sdl.dictionary import Dictionary
 from pipeline.sdl.files import load_dictionary
 from pipeline.sdl.metrics import measure_code
 from pipeline.sites import STORED_TYPES
-from storage.commits import read_commit
+from storage.log import log_of
 from storage.store import Store
 from workers.corpus_settings import CorpusSettings
 from workers.dictionary_settings import ActivationSettings, DictionarySettings
@@ -83,8 +83,8 @@ def harvest(folder: Path, rows: int) -> Store:
 def measure(store: Store, train_rows: int) -> dict[str, Any]:
     """Type -> relative error by place, and the two FVUs and what they are more than those of exact rows."""
     (found,) = store.harvests
-    names = map(store.info.units.name, range(store.info.num_units))
-    commits = [read_commit(store.root, found.digest, name)["rounding"] for name in names]
+    commits = log_of(store, found).read_some(range(store.info.num_units))
+    costs = [commit.figures.rounding for commit in commits if commit.figures is not None]
     train(store, train_rows)
     exact = f"{PLACE}@float32"
     of_exact = dictionary_of(store, "float32")
@@ -93,8 +93,8 @@ def measure(store: Store, train_rows: int) -> dict[str, Any]:
     for stored in STORED_TYPES:
         errors = {}
         for place in PLACES:
-            parts = [commit[f"{place}@{stored}"] for commit in commits]
-            errors[place] = sum(p["square_error"] for p in parts) / sum(p["square_norm"] for p in parts)
+            parts = [cost[f"{place}@{stored}"] for cost in costs]
+            errors[place] = sum(p.square_error for p in parts) / sum(p.square_norm for p in parts)
         read = measure_code(of_exact, pairs(store, f"{PLACE}@{stored}"), keep_codes=[])[0].fvu
         trained = measure_code(dictionary_of(store, stored), pairs(store, exact), keep_codes=[])[0].fvu
         figures[stored] = {

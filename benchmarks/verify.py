@@ -20,7 +20,7 @@ import pyarrow as pa
 from storage.arrays import DTYPES
 from storage.create import Table, create_store
 from storage.findings import Fault
-from storage.harvests import Harvest, chunk_rows_for, declare_harvest
+from storage.harvests import Harvest, SiteLayout, declare_harvest
 from storage.moments import MomentKey, Moments
 from storage.root import CorpusInfo
 from storage.store import Store
@@ -77,7 +77,7 @@ def check(store: Store) -> None:
 def make_store(path: Path) -> Store:
     num_rows = UNITS * ROWS_PER_UNIT
     store = create_store(path, table(num_rows), lambda digest: info(num_rows, digest), lambda folder: None)
-    layout = {"d": WIDTH, "dtype": "bfloat16", "chunk_rows": chunk_rows_for(ROWS_PER_UNIT, WIDTH, 2)}
+    layout = SiteLayout.of(WIDTH, "bfloat16", ROWS_PER_UNIT)
     harvest = Harvest.of({"rows_per_unit": ROWS_PER_UNIT, "sites": {SITE: "bfloat16"}}, "made-up", {SITE: layout}, {})
     declare_harvest(store.root, num_rows, harvest)
     for unit in range(UNITS):
@@ -87,7 +87,7 @@ def make_store(path: Path) -> Store:
         norms = np.sqrt(np.einsum("rd,rd->r", wide, wide))
         moments = Moments(ROWS_PER_UNIT, wide.sum(0, dtype=np.float64), np.square(wide).sum(0, dtype=np.float64))
         block = UnitBlock({SITE: stored}, {SITE: norms}, {MomentKey(SITE): moments})
-        write_unit(store, harvest, unit, block, writer="benchmark", about={})
+        write_unit(store, harvest, unit, block, writer="benchmark", figures=None)
     return store
 
 

@@ -25,18 +25,18 @@ from pipeline.layout import Documents, Sizes
 from pipeline.models import ModelInfo, adapter_notice, describe_model
 from pipeline.sites import layers_up_to
 from storage.arrays import RowArray
-from storage.commits import UNITS_PER_BLOCK, committed_units
 from storage.create import refuse_if_taken
 from storage.errors import StorageError
-from storage.harvests import Harvest
+from storage.harvests import Harvest, SiteLayout
 from storage.history import read_history
+from storage.layout import UNITS_PER_BLOCK, StoreLayout
 from storage.objects import PART_BYTES
 from storage.places import open_place
 from storage.records import Record
 from storage.store import Store, open_store
 from storage.unitsets import UnitRanges
 from workers.environment import values_of
-from workers.harvesting import HarvestJob, check_harvest, emulation_notice, layout_of, name_in_store, prepare_harvests
+from workers.harvesting import HarvestJob, check_harvest, emulation_notice, name_in_store, prepare_harvests
 from workers.matching import growth_of
 from workers.measuring import Measured, measure, sample
 from workers.planning import held_out_start, plan_rows
@@ -134,7 +134,7 @@ def _existing(spec: Spec, info: ModelInfo, source: Source) -> tuple[Store | None
     source on the store's day. Raises what contradicts it; a store that has the beginning of the spec's rows does not.
     """
     place = open_place(spec.store)
-    if not (place / "zarr.json").exists():
+    if not StoreLayout(place).root_record.exists():
         refuse_if_taken(place)
         return None, [], False, source
     store = open_store(place)
@@ -162,8 +162,8 @@ def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> Le
     units = rows = 0
     for job in jobs:
         kept = job.units.complement()
-        if job.ranges != ranges and job.ranges.short is not None:
-            kept.mask[job.ranges.short] = False  # it will be longer
+        if job.log.units != ranges and job.log.units.short is not None:
+            kept.mask[job.log.units.short] = False  # it will be longer
         done &= kept.mask.astype(bool)
         units += ranges.total - len(kept)
         rows += ranges.num_rows - store.info.rows_in(kept)
@@ -173,7 +173,7 @@ def _left(store: Store | None, jobs: list[HarvestJob], ranges: UnitRanges) -> Le
 def _check_room(spec: Spec, info: ModelInfo, store: Store | None, jobs: list[HarvestJob], rows: int) -> None:
     """Raise StorageError if the disk has no room for what is to be run."""
     new = rows if store is None else rows - store.num_rows
-    of_jobs = sum(len(job.units) * unit_bytes(job.ranges.rows_per_unit, job.harvest.sites) for job in jobs)
+    of_jobs = sum(len(job.units) * unit_bytes(job.log.units.rows_per_unit, job.harvest.sites) for job in jobs)
     check_room(open_place(spec.store), of_jobs + (bytes_of_rows(spec, info, new) if new > 0 else 0))
 
 
@@ -199,8 +199,7 @@ def _rate(
         return measured.rows_per_second, f"measured here on {measured.rows:,} rows"
     if store is not None:
         for job in jobs:
-            committed = committed_units(store.root, job.harvest.digest, store.info.units)
-            rate = read_history(store.root, job.harvest.digest, store.info.units, committed).rows_per_second_per_worker
+            rate = read_history(job.log, job.log.committed()).rows_per_second_per_worker
             if rate is not None:
                 rough = ", of under a second each: a rough guess" if store.info.rows_per_unit < rate else ""
                 return rate, f"of the units in the store{rough}"
@@ -209,7 +208,9 @@ def _rate(
 
 def _arrays(spec: Spec, info: ModelInfo, rows: int, per_unit: int) -> dict[str, list[RowArray]]:
     """The arrays of each site as the harvest would make them."""
-    layouts = {site: layout_of(info.d_model, stored, per_unit) for site, stored in spec.harvest.stored_types().items()}
+    layouts = {
+        site: SiteLayout.of(info.d_model, stored, per_unit) for site, stored in spec.harvest.stored_types().items()
+    }
     harvest = Harvest.of({"rows_per_unit": per_unit}, info.name, layouts, {})
     place = open_place(spec.store)
     return {site: list(harvest.arrays(place, rows, site).values()) for site in layouts}

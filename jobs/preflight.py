@@ -9,9 +9,9 @@ from jobs.progress import size
 from jobs.spec import Spec
 from pipeline.models import ModelInfo
 from storage.errors import StorageError
-from storage.harvests import row_bytes
+from storage.harvests import SiteLayout
+from storage.layout import StoreLayout
 from storage.places import Place, open_place
-from storage.records import Record
 from storage.store import open_store
 from workers.settings import TrainSettings
 
@@ -52,7 +52,7 @@ class Cluster:
 def _are_trained(url: str, train: TrainSettings) -> bool:
     from storage.runs import open_run
 
-    if not (open_place(url) / "zarr.json").exists():
+    if not StoreLayout(open_place(url)).root_record.exists():
         return False
     store = open_store(url)
     return all(open_run(store, dictionary.name).is_finished for dictionary in train.dictionaries)
@@ -65,25 +65,24 @@ def cluster_for(spec: Spec) -> Iterator[Cluster]:
         yield Cluster(spec, stack)
 
 
-def unit_bytes(rows: int, sites: dict[str, Record]) -> int:
+def unit_bytes(rows: int, sites: dict[str, SiteLayout]) -> int:
     """Return the bytes of one whole unit of `rows` rows: activations, norms and scales."""
-    return sum(rows * row_bytes(layout) for layout in sites.values())
+    return sum(rows * layout.row_bytes for layout in sites.values())
 
 
 def bytes_of_rows(spec: Spec, info: ModelInfo, num_rows: int) -> int:
     """Return the bytes of `num_rows` new rows at the spec's sites, in whole units."""
-    from workers.harvesting import layout_of
 
     per_unit = spec.corpus.unit_size(num_rows)
     types = spec.harvest.stored_types()
-    sites = {site: layout_of(info.d_model, stored, per_unit) for site, stored in types.items()}
+    sites = {site: SiteLayout.of(info.d_model, stored, per_unit) for site, stored in types.items()}
     return -(-num_rows // per_unit) * unit_bytes(per_unit, sites)
 
 
 def check_place(place: Place) -> None:
     """Raise StorageError unless a store can be written at a place. Of a local store that is there it is asked when
     something is to be written: a finished one may be read-only."""
-    if not (place.backend.is_local and (place / "zarr.json").exists()):
+    if not (place.backend.is_local and StoreLayout(place).root_record.exists()):
         place.backend.check_writable()
 
 

@@ -8,6 +8,7 @@ from jobs.spec import Spec, SpecError
 from jobs.status import found_extreme
 from pipeline.models import ModelInfo, adapter_notice, describe_model
 from storage.held_out import values_without_held_out_rows
+from storage.layout import StoreLayout
 from storage.places import open_place
 from storage.records import Record
 from storage.store import Store, open_store
@@ -105,7 +106,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
     info = describe_model(spec.model.id, spec.model.revision)
     # Before the plan, so that a refused spec leaves nothing.
     check_harvest(info, spec.model, spec.harvest, spec.cluster, with_loss=_measures_loss(spec, cluster.stages))
-    is_new = not (open_place(spec.store) / "zarr.json").exists()  # in another, all may be harvested already
+    is_new = not StoreLayout(open_place(spec.store)).root_record.exists()  # in another, all may be harvested already
     if not is_new:
         check_not_replaced(open_store(spec.store), info)  # before rows are appended
     check_compiling(is_new and spec.harvest.compile is True, spec.harvest, spec.cluster)

@@ -8,8 +8,9 @@ from jobs.tables import storage_costs
 from jobs.token_rows import chat_words, token_rows_of, token_words
 from storage.anchors import anchor_names, read_anchors
 from storage.errors import StorageError
-from storage.harvests import Harvest, row_bytes
+from storage.harvests import Harvest
 from storage.history import read_history
+from storage.log import log_of
 from storage.progress import harvest_progress
 from storage.records import Record
 from storage.runs import list_runs
@@ -67,8 +68,9 @@ def found_extreme(store: Store, sites: Sequence[str]) -> list[Record]:
 def _harvest_record(store: Store, harvest: Harvest) -> Record:
     """One harvest: its units, who is at work on it, and what its commits tell."""
     info = store.info
-    progress = harvest_progress(store.root, harvest.digest, info.units)
-    history = read_history(store.root, harvest.digest, info.units, progress.committed)
+    log = log_of(store, harvest)
+    progress = harvest_progress(log)
+    history = read_history(log, progress.committed)
     rows_left = sum(b - a for a, b in map(info.unit_rows, progress.committed.complement()))
     rate = progress.rows_per_second or history.rows_per_second
     layouts = harvest.sites
@@ -76,10 +78,10 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
         "harvest": harvest.digest,
         "model": harvest.model,
         "sites": list(layouts),
-        "dtype": ", ".join(dict.fromkeys(layout["dtype"] for layout in layouts.values())),
+        "dtype": ", ".join(dict.fromkeys(layout.dtype for layout in layouts.values())),
         "d_model": store.array(f"{harvest.model}/{next(iter(layouts))}").shape[1],  # raises if it is damaged
         "computed": {"dtype": harvest.identity["model"].get("dtype"), **harvest.identity.get("harvest", {})},
-        "bytes": info.num_rows * sum(row_bytes(layout) for layout in layouts.values()),
+        "bytes": info.num_rows * sum(layout.row_bytes for layout in layouts.values()),
         "units": info.num_units,
         "units_committed": len(progress.committed),
         "units_in_progress": sorted(progress.in_flight),
@@ -94,9 +96,9 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
         "idle_share": history.idle_share,
         "rounding": {
             site: {
-                "dtype": layout["dtype"],
+                "dtype": layout.dtype,
                 "relative_error": history.relative_errors.get(site),
-                "reference_fvu_change": storage_costs().types[layout["dtype"]].fvu_change,
+                "reference_fvu_change": storage_costs().types[layout.dtype].fvu_change,
             }
             for site, layout in layouts.items()
         },

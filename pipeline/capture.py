@@ -13,33 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batches import Batch
-from pipeline.errors import InputError
-from pipeline.families import FAMILIES, Family
+from pipeline.families import Family
+from pipeline.layers import decoder_layers, family_of
 from pipeline.overlap import upload
 from pipeline.sites import Site
 
 Replace = Callable[[Tensor], Tensor]
 TRIED_TOKENS = 8
 """Tokens that show whether a model writes over what was taken."""
-
-
-def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers of a base or causal model. Raises InputError if its family is not known or not as expected."""
-    family = family_of(model)
-    base: Any = getattr(model, "model", model)
-    layers = getattr(base, "layers", None)
-    parts = sorted({family.resid_mid, family.mlp_in, family.mlp_out, family.attn_out})
-    if layers is None or not all(hasattr(layer, part) for layer in layers for part in parts):
-        raise InputError(f"{type(model).__name__} is not as expected: it should have .layers with {', '.join(parts)}")
-    return list(layers)
-
-
-def family_of(model: nn.Module) -> Family:
-    """Raises InputError for a model of no known family."""
-    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in FAMILIES:
-        raise InputError(f"{type(model).__name__} ({kind}) is of no family that is known: {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 
-from pipeline.capture import decoder_layers
 from pipeline.errors import InputError
 from pipeline.families import TEXT_PART_WEIGHTS, TEXT_PARTS
 from pipeline.finite import check_layers
 from pipeline.fitting import check_fit, unlike_its_kind
 from pipeline.hub import find_file, local_folder, may_have
+from pipeline.layers import decoder_layers
 from pipeline.models import ModelInfo, describe_model, first_line, read_config, refuse_adapter
 from pipeline.placement import Placement, check_dtype
 from pipeline.quantised import check_not_disguised

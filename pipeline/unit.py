@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pipeline.attention import attend_in_blocks
 from pipeline.batches import Batch, batches_of, full_shapes
-from pipeline.capture import capture, decoder_layers, model_inputs, overwritten_sites, run_base
+from pipeline.capture import capture, model_inputs, overwritten_sites, run_base
 from pipeline.finite import NotFinite
+from pipeline.layers import decoder_layers
 from pipeline.overlap import ForwardClock, RowCopies, upload
 from pipeline.precision import faster_type
 from pipeline.rounding import TORCH_TYPES, Rounded, is_exact, round_rows, square_error

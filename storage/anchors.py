@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 from storage.arrays import RowArray, checksum, write_group
 from storage.errors import StorageError, StoreMismatch
+from storage.layout import StoreLayout
+from storage.reader import StoreReader
 from storage.records import Record, differences, encode, read_record
-from storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -32,36 +33,37 @@ class AnchorSet:
         return {**self.identity, "harvests": {site: self.identity["harvests"].get(site) for site in sites}}
 
 
-def write_anchors(store: Store, anchors: AnchorSet) -> None:
+def write_anchors(store: StoreReader, anchors: AnchorSet) -> None:
     """Write anchors/<name>: one Zarr array a site, the record last. A set of the same kind grows by the new sites.
 
     Raises StoreMismatch if another kind has the name.
     """
-    folder = store.root / "anchors" / anchors.name
+    layout = StoreLayout(store.root)
+    record_place = layout.anchor_record(anchors.name)
     known: dict[str, npt.NDArray[np.float32]] = {}
-    if (folder / "anchors.json").exists():
+    if record_place.exists():
         found = read_anchors(store, anchors.name)
         check_identity(found, anchors.identity, store)
         known = dict(found.vectors)
         anchors = replace(
             anchors, identity=found.identity | {"harvests": found.identity["harvests"] | anchors.identity["harvests"]}
         )
-    for group in (store.root / "anchors", folder):
+    for group in (layout.all_anchors, layout.anchors(anchors.name)):
         write_group(group, {})
     for site in anchors.vectors.keys() - known.keys():
-        vectors, path = anchors.vectors[site], folder / site
+        vectors, path = anchors.vectors[site], layout.anchor_array(anchors.name, site)
         path.remove()  # left by an attempt that did not reach its record
         array = RowArray(path, vectors.shape, "float32", len(vectors), ("anchor", "d_model"), {"site": site})
         array.create()
         array.write(0, vectors)
     record = {name: getattr(anchors, name) for name in ("name", "labels", "values", "counts", "identity")}
     vectors_of = {**anchors.vectors, **known}
-    (folder / "anchors.json").write(
+    record_place.write(
         encode({**record, "sites": {site: {"crc32c": checksum(vectors_of[site])} for site in sorted(vectors_of)}})
     )
 
 
-def check_identity(found: AnchorSet, identity: Record, store: Store) -> None:
+def check_identity(found: AnchorSet, identity: Record, store: StoreReader) -> None:
     """Raise StoreMismatch unless anchors of this identity are of the kind of those found, perhaps at other sites."""
     same = found.identity | {"harvests": None} == identity | {"harvests": None}
     if same and all(found.identity["harvests"].get(s, digest) == digest for s, digest in identity["harvests"].items()):
@@ -71,25 +73,25 @@ def check_identity(found: AnchorSet, identity: Record, store: Store) -> None:
     raise StoreMismatch(f"anchors {found.name!r} are in the store, made {otherwise}. Give the new ones another name")
 
 
-def read_anchors(store: Store, name: str) -> AnchorSet:
+def read_anchors(store: StoreReader, name: str) -> AnchorSet:
     """Read anchors/<name>. Raises StorageError when there are none."""
-    folder = store.root / "anchors" / name
-    if not (folder / "anchors.json").exists():
+    layout = StoreLayout(store.root)
+    if not layout.anchor_record(name).exists():
         raise StorageError(
             f"no anchors named {name!r} in {store.url}; it has {', '.join(anchor_names(store)) or 'none'}. "
             "`granary anchors SPEC` makes those of a spec"
         )
-    record = read_record(folder / "anchors.json")
+    record = read_record(layout.anchor_record(name))
     vectors = {}
     for site, written in record.pop("sites").items():
-        array = RowArray.open(folder / site)
+        array = RowArray.open(layout.anchor_array(name, site))
         vectors[site] = array.read(0, array.shape[0])
         if checksum(vectors[site]) != written["crc32c"]:
-            raise StorageError(f"the anchors {array.path} are not those of their record {folder / 'anchors.json'}")
+            raise StorageError(f"the anchors {array.path} are not those of their record {layout.anchor_record(name)}")
     return AnchorSet(**record, vectors=vectors)
 
 
-def anchor_names(store: Store) -> list[str]:
+def anchor_names(store: StoreReader) -> list[str]:
     """The names under anchors/."""
-    folder = store.root / "anchors"
-    return [name for name in folder.names() if (folder / name / "anchors.json").exists()]
+    layout = StoreLayout(store.root)
+    return [name for name in layout.all_anchors.names() if layout.anchor_record(name).exists()]

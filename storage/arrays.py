@@ -21,10 +21,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from storage.backend import Staged
 from storage.errors import CorruptChunk, NotAStore
-from storage.files import in_threads
-from storage.places import Place, Staged
+from storage.layout import GROUP
+from storage.places import Place
 from storage.records import decode, encode_zarr, read_record
+from storage.threads import in_threads
 
 Array = npt.NDArray[Any]
 
@@ -107,18 +109,18 @@ class RowArray:
         """Write the array's metadata, unless the same is there. Raises NotAStore if another array is.
 
         That of the same array with fewer rows is replaced, as the store has grown; that with more is left as it is."""
-        if not (self.path / "zarr.json").create(self.metadata()):
+        if not (self.path / GROUP).create(self.metadata()):
             found = RowArray.open(self.path)
             if replace(found, shape=self.shape) != self or found.shape[1:] != self.shape[1:]:
                 raise NotAStore(f"array {self.name} exists already and differs: expected {self}, found {found}")
             if found.shape[0] < self.shape[0]:
-                (self.path / "zarr.json").write(self.metadata())
+                (self.path / GROUP).write(self.metadata())
 
     @classmethod
     def open(cls, path: Place) -> "RowArray":
         """Read the metadata at `path`. Raises NotAStore when it is absent or not an array of format 1."""
         try:
-            metadata = read_record(path / "zarr.json")
+            metadata = read_record(path / GROUP)
         except (FileNotFoundError, NotADirectoryError):
             raise NotAStore(
                 f"no Zarr array at {path}: its metadata is missing; if a run was killed as it began, the same "
@@ -323,7 +325,7 @@ def group_metadata(attributes: dict[str, Any]) -> bytes:
 
 def write_group(path: Place, attributes: dict[str, Any]) -> bool:
     """Write the metadata of a Zarr group, create-only. Return whether this call made it."""
-    return (path / "zarr.json").create(group_metadata(attributes))
+    return (path / GROUP).create(group_metadata(attributes))
 
 
 def checksum(values: Array) -> int:

@@ -1,132 +1,106 @@
-"""Commits: which units of a harvest may be read.
+"""Commits: what the record that makes a unit readable says.
 
-A unit's commit is created, never replaced and never removed, after everything else of the unit is durable. Beside the
-commits lies a bitmap of some of them, so that a store of a million units is opened with a few requests. The bitmap is
-a lower bound: whoever reads it lists the blocks that it does not show full. What happens between any two steps is in
-docs/decisions/0007-commits-and-supervision.md.
+A unit's commit is created, never replaced and never removed, after everything else of the unit is durable. What happens
+between any two steps is in docs/decisions/0007-commits-and-supervision.md.
 """
 
-import base64
-
-import numpy as np
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from storage.errors import StorageError, UnitConflict
-from storage.files import in_threads
-from storage.places import Place
-from storage.records import Record, encode, read_record
-from storage.unitsets import UnitRanges, UnitSet, number_of
+from storage.records import Record
 
-UNITS_PER_BLOCK = 1024
-BLOCK_DIGITS = 6
-"""Digits of a block in names, so that names sort as numbers."""
-BITMAP = "committed.json"
 DETERMINED = ("row_start", "row_stop", "sites", "moments_sha256")
 """The fields of a commit that are the same whoever computes the unit."""
+_REQUIRED = ("harvest", "unit", *DETERMINED, "writer")
 
 
-def commit_path(store: Place, harvest: str, name: str) -> Place:
-    """`name`: the unit's, which `UnitRanges.name` gives."""
-    block = number_of(name) // UNITS_PER_BLOCK
-    return store / "commits" / harvest / f"{block:0{BLOCK_DIGITS}d}" / f"{name}.json"
+@dataclass(frozen=True)
+class RoundingCost:
+    """What storing a site's rows of one unit cost, summed over the rows."""
+
+    square_error: float
+    """||x - stored(x)||^2, with x as the model computed it."""
+    square_norm: float
+    """||stored(x)||^2."""
 
 
-def read_commit(store: Place, harvest: str, name: str) -> Record:
-    """Read a unit's commit. Raises StorageError when there is none or it is damaged."""
-    place, unit = commit_path(store, harvest, name), number_of(name)
-    try:
-        record = read_record(place)
-    except FileNotFoundError:
-        raise StorageError(f"unit {unit} of harvest {harvest} has no commit") from None
-    if record.get("unit") != unit or record.get("harvest") != harvest:
-        raise StorageError(f"the commit {place} is of another unit or harvest")
-    return record
+@dataclass(frozen=True)
+class UnitFigures:
+    """How a unit was computed: for people, and for estimates. Nothing else depends on it."""
 
+    positions_run: int
+    """Positions of all batches."""
+    padding: int
+    """Those of them that belong to no context."""
+    rounding: dict[str, RoundingCost]
+    """By site."""
+    device: str
+    started_at: float
+    """Seconds since 1970 by the writer's clock."""
+    seconds: float
+    idle_share: float | None
+    """Share of the time that its GPU spent outside forward passes; None on CPU."""
 
-def commit_unit(store: Place, name: str, commit: Record) -> bool:
-    """Create a unit's commit; return whether this call made it. Raises UnitConflict, if another's says other bytes."""
-    if commit_path(store, commit["harvest"], name).create(encode(commit)):
-        return True
-    require_same(read_commit(store, commit["harvest"], name), commit)
-    return False
-
-
-def require_same(stored: Record, mine: Record) -> None:
-    """Raise UnitConflict unless two commits of a unit say the same bytes."""
-    differing = [name for name in DETERMINED if stored.get(name) != mine[name]]
-    if differing:
-        raise UnitConflict(
-            f"unit {mine['unit']} of harvest {mine['harvest']} came out differently ({', '.join(differing)}) from "
-            f"writer {mine['writer']} than from writer {stored['writer']}, whose commit stands: one of the two "
-            "machines or its libraries are at fault; find the damage with `granary verify STORE --repair`"
+    @classmethod
+    def from_record(cls, record: Record) -> "UnitFigures | None":
+        """The figures in a commit's record; None where it has none, as one that repair wrote."""
+        if "device" not in record:
+            return None
+        return cls(
+            record.get("positions_run", 0),
+            record.get("padding", 0),
+            {site: RoundingCost(**cost) for site, cost in record.get("rounding", {}).items()},
+            record["device"],
+            record.get("started_at", 0.0),
+            record.get("seconds", 0.0),
+            record.get("idle_share"),
         )
 
 
-def committed_units(store: Place, harvest: str, ranges: UnitRanges) -> UnitSet:
-    """The units of `ranges` whose commit is there: one request if the bitmap is full, else one more, and one for each
-    block that is begun and not full in it. Commits of a short unit of another table have other names."""
-    total = ranges.total
-    try:
-        units = read_bitmap(store, harvest, ranges)
-    except StorageError:
-        units = UnitSet(total)  # a cache, no more: the listing says the same, and `verify` names the damage
-    if units.is_full:
-        return units
-    folder = store / "commits" / harvest
-    begun = [int(name) for name in folder.names() if len(name) == BLOCK_DIGITS and name.isdecimal()]
+@dataclass(frozen=True)
+class Commit:
+    """What vouches for a unit: its rows, and the checksums of everything that was written of them."""
 
-    def is_open(block: int) -> bool:
-        start = block * UNITS_PER_BLOCK
-        return start < total and not units.mask[start : start + UNITS_PER_BLOCK].all()
+    harvest: str
+    """Its digest."""
+    unit: int
+    row_start: int
+    row_stop: int
+    writer: str
+    """Who wrote it: host, pid and a random part."""
+    sites: dict[str, dict[str, list[int]]]
+    """Site -> key of a kind of array (`storage.harvests.CHECKSUMS`) -> the crc32c of each chunk of the unit."""
+    moments_sha256: str
+    figures: UnitFigures | None = None
+    committed_at: float | None = None
+    """Seconds since 1970 by the writer's clock."""
 
-    listings = in_threads(
-        lambda block: (folder / f"{block:0{BLOCK_DIGITS}d}").names(),
-        [block for block in begun if is_open(block)],
-        store.backend.threads,
-    )
-    for names in listings:
-        for name in names:
-            unit, _, suffix = name.partition(".")
-            number = ranges.unit(unit)
-            if suffix == "json" and number is not None:
-                units.add(number)
-    return units
+    @property
+    def num_rows(self) -> int:
+        return self.row_stop - self.row_start
 
+    def to_record(self) -> Record:
+        record: dict[str, Any] = {name: getattr(self, name) for name in ("harvest", "unit", "row_start", "row_stop")}
+        record |= {"writer": self.writer, "sites": self.sites, "moments_sha256": self.moments_sha256}
+        record |= {} if self.figures is None else asdict(self.figures)
+        return record | ({} if self.committed_at is None else {"committed_at": self.committed_at})
 
-def read_bitmap(store: Place, harvest: str, ranges: UnitRanges) -> UnitSet:
-    """The bitmap's units; none if it was never written. Raises StorageError when it is damaged.
+    @classmethod
+    def from_record(cls, record: Record) -> "Commit":
+        """Raises StorageError that says what it lacks."""
+        if lacking := [name for name in _REQUIRED if name not in record]:
+            raise StorageError(f"it lacks {', '.join(lacking)}")
+        required = {name: record[name] for name in _REQUIRED}
+        return cls(**required, figures=UnitFigures.from_record(record), committed_at=record.get("committed_at"))
 
-    It may be of the table as it was before, or is now for others: then a unit that is short in one of the two is
-    another unit in the other.
-    """
-    total = ranges.total
-    place = store / "commits" / harvest / BITMAP
-    try:
-        record = read_record(place)
-    except FileNotFoundError:
-        return UnitSet(total)
-    if record.get("harvest") != harvest:
-        raise StorageError(f"the bitmap {place} is of another harvest")
-    bits = np.frombuffer(base64.b64decode(record["bits"]), dtype=np.uint8)
-    mask = np.zeros(total, dtype=np.bool_)
-    written = UnitRanges(record["num_rows"], ranges.rows_per_unit)
-    known = min(total, written.total)
-    mask[:known] = np.unpackbits(bits, count=written.total, bitorder="little")[:known].astype(np.bool_)
-    if written != ranges:
-        mask[[unit for unit in (written.short, ranges.short) if unit is not None and unit < known]] = False
-    return UnitSet(total, mask)
-
-
-def compact(store: Place, harvest: str, ranges: UnitRanges, committed: UnitSet) -> bool:
-    """Add units whose commit was seen to the bitmap; return whether there was anything to add."""
-    try:
-        units = read_bitmap(store, harvest, ranges)
-    except StorageError:
-        units = UnitSet(ranges.total)  # damaged: written anew
-    before = len(units)
-    units.update(committed)
-    if len(units) == before:
-        return False
-    bits = base64.b64encode(np.packbits(units.mask, bitorder="little").tobytes()).decode()
-    record = {"harvest": harvest, "num_rows": ranges.num_rows, "bits": bits}
-    (store / "commits" / harvest / BITMAP).write(encode(record))
-    return True
+    def require_same(self, mine: "Commit") -> None:
+        """Raise UnitConflict unless another commit of the unit, which was to be written beside this one, says the same
+        bytes."""
+        differing = [name for name in DETERMINED if getattr(self, name) != getattr(mine, name)]
+        if differing:
+            raise UnitConflict(
+                f"unit {mine.unit} of harvest {mine.harvest} came out differently ({', '.join(differing)}) from "
+                f"writer {mine.writer} than from writer {self.writer}, whose commit stands: one of the two "
+                "machines or its libraries are at fault; find the damage with `granary verify STORE --repair`"
+            )

@@ -18,8 +18,8 @@ from storage.arrays import Array
 from storage.bounded import Bounds
 from storage.errors import StorageError
 from storage.query import rows_table
+from storage.reader import StoreReader
 from storage.sandbox import open_sandbox
-from storage.store import Store
 
 _KEYWORDS = {"current_timestamp", "current_time", "localtime", "localtimestamp"}
 """Functions that are written without parentheses: DuckDB's parser takes them for columns."""
@@ -48,7 +48,7 @@ def check_condition(condition: str) -> None:
 class Conditions:
     """Conditions that are checked against the columns of a store. Raises StorageError that names the wrong one."""
 
-    def __init__(self, store: Store, conditions: Sequence[str]):
+    def __init__(self, store: StoreReader, conditions: Sequence[str]):
         self.store, self.conditions = store, tuple(conditions)
         for condition in self.conditions:
             check_condition(condition)

@@ -19,19 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.arrays import Array, RowArray, write_group
+from storage.backend import PROBE
 from storage.errors import StorageError
-from storage.findings import below
 from storage.harvests import writer_id
-from storage.places import PROBE, Place, open_place
+from storage.layout import CLAIM, DOCUMENTS, GROUP, TABLE, TOKENIZER, documents_file
+from storage.places import Place, open_place
 from storage.records import Record, digest, encode, read_record
 from storage.root import CONTEXT_COLUMNS, CorpusInfo, row_columns
 from storage.store import Store, open_store
-from storage.table import DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP
-
-COLUMN_CHUNK_ROWS = 2**18
-"""Entries of a chunk of every array under corpus/; part of the format, as the digest is made of digests of chunks."""
-CLAIM = "creating.json"
-"""Written first and removed last while a store is made where nothing can be renamed."""
+from storage.table import COLUMN_CHUNK_ROWS, DOCUMENTS_PER_FILE, DOCUMENTS_PER_GROUP
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,14 @@ class TableFiles:
         pq.write_table(
             documents, sink, compression="zstd", row_group_size=DOCUMENTS_PER_GROUP, write_page_checksum=True
         )
-        (self.folder / "documents" / f"part-{part:05d}.parquet").write(sink.getvalue())
+        (self.folder / documents_file(part)).write(sink.getvalue())
         return documents_digest(documents)
 
     def write_tokenizer(self, save_tokenizer: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as saved:
             save_tokenizer(Path(saved))
             for file in sorted(path for path in Path(saved).rglob("*") if path.is_file()):  # templates are in a folder
-                (self.folder / "tokenizer" / file.relative_to(saved).as_posix()).write(file.read_bytes())
+                (self.folder / TOKENIZER / file.relative_to(saved).as_posix()).write(file.read_bytes())
 
     def array(self, name: str) -> RowArray:
         length, dtype = self.sizes.arrays()[name]
@@ -108,14 +104,14 @@ class Draft:
     """Where everything is written: a folder beside the store's place on a local disk, the place itself elsewhere."""
 
     def begin_table(self, sizes: TableSizes) -> TableFiles:
-        files = TableFiles(self.private / "corpus", sizes)
+        files = TableFiles(self.private / TABLE, sizes)
         files.declare()
         return files
 
     def finish(self, info: CorpusInfo) -> Store:
         """Make it a store. Everything else must have been written."""
-        files = file_digests(self.private / "corpus")
-        if self.private == self.place and not ((self.place / CLAIM).exists() or (self.place / "zarr.json").exists()):
+        files = file_digests(self.private / TABLE)
+        if self.private == self.place and not ((self.place / CLAIM).exists() or (self.place / GROUP).exists()):
             raise StorageError(
                 f"another process that was making the same store at {self.place} failed and removed what was written; "
                 "run the command again"
@@ -188,8 +184,8 @@ def _give_up(place: Place, claim: bytes) -> None:
     if not (place / CLAIM).exists() or (place / CLAIM).read() != claim:
         return
     (place / CLAIM).remove()  # first: a twin that comes to its end finds the claim gone and makes no store
-    if not (place / "zarr.json").exists():
-        (place / "corpus").remove()
+    if not (place / GROUP).exists():
+        (place / TABLE).remove()
 
 
 @dataclass(frozen=True)
@@ -268,13 +264,13 @@ def sha256_of(place: Place) -> str:
 
 def file_digests(corpus: Place) -> dict[str, str]:
     """The sha256 of each file of a table whose format is not ours, as it was written."""
-    keys = sorted(key for kind in ("documents", "tokenizer") for key in corpus.backend.walk((corpus / kind).key))
-    return {below(place := Place(corpus.backend, key), corpus): sha256_of(place) for key in keys}
+    keys = sorted(key for kind in (DOCUMENTS, TOKENIZER) for key in corpus.backend.walk((corpus / kind).key))
+    return {(place := Place(corpus.backend, key)).below(corpus): sha256_of(place) for key in keys}
 
 
 def refuse_if_taken(place: Place) -> None:
     """Raise StorageError unless a store can be made at `place`."""
-    if (place / "zarr.json").exists():
+    if (place / GROUP).exists():
         raise StorageError(f"there is a store at {place} already")
     if place.backend.is_local:
         path = place.path

@@ -5,11 +5,9 @@ are never compared. A record whose counter stands still is what a killed driver 
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
-from storage.errors import StorageError, Unreachable
-from storage.places import Place
-from storage.records import encode, read_record
+from storage.records import Record
 
 INTERVAL_S = 5.0
 """Seconds between two records of a driver: 0.3 requests a second and driver, listing included."""
@@ -41,17 +39,10 @@ class Driver:
     set_aside: list[int] = field(default_factory=list)
     """Units that failed by their own fault in this run."""
 
-
-def driver_path(store: Place, harvest: str, driver: str) -> Place:
-    return store / "commits" / harvest / "drivers" / f"{driver}.json"
-
-
-def write_driver(store: Place, harvest: str, driver: Driver) -> None:
-    driver_path(store, harvest, driver.id).write(encode({"harvest": harvest, **asdict(driver)}))
-
-
-def remove_driver(store: Place, harvest: str, driver: str) -> None:
-    driver_path(store, harvest, driver).remove()
+    @classmethod
+    def from_record(cls, record: Record) -> "Driver":
+        """Raises KeyError for a field that a record of another version lacks."""
+        return cls(**{f.name: record[f.name] for f in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -62,25 +53,6 @@ class DriverRecords:
     """Those at work, and those that were killed."""
     unreadable: list[str]
     """A sentence for each record that is left out."""
-
-
-def read_drivers(store: Place, harvest: str) -> DriverRecords:
-    """Every driver's record. One that is damaged, or of another version, is left out: nothing rests on it."""
-    found = DriverRecords([], [])
-    for name in (store / "commits" / harvest / "drivers").names():
-        place = store / "commits" / harvest / "drivers" / name
-        try:
-            record = read_record(place)
-            found.drivers.append(Driver(**{f.name: record[f.name] for f in fields(Driver)}))
-        except FileNotFoundError:
-            continue  # it ended since
-        except Unreachable:
-            raise
-        except StorageError as error:
-            found.unreadable.append(f"{error}; `granary verify {store} --repair` removes it")
-        except KeyError as error:
-            found.unreadable.append(f"the driver's record {place} lacks {error}: another version of Granary wrote it")
-    return found
 
 
 class DriverWatch:
@@ -102,7 +74,7 @@ class DriverWatch:
             elif before[0].counter != driver.counter:
                 seen[driver.id] = (driver, now, True)
             else:
-                seen[driver.id] = (replace(driver), before[1], before[2])
+                seen[driver.id] = (driver, before[1], before[2])
         self._seen = seen
 
     def alive(self, now: float) -> list[Driver]:

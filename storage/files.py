@@ -12,21 +12,17 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
+from storage.backend import Buffer
 from storage.errors import StorageError
-from storage.places import Buffer
+from storage.threads import in_threads
 
 StagedFile = tuple[Path, Path]
 """A temporary file and the name it is to take."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def write_file(path: Path, buffers: Sequence[Buffer]) -> None:
@@ -100,22 +96,6 @@ def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files under a folder. Only for when no writer is at work there any more."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
-
-
-def in_threads(function: Callable[[T], R], items: Sequence[T], threads: int = 4) -> list[R]:
-    """Map in the I/O threads; every call has ended when this returns or raises the first error."""
-    if len(items) == 1:
-        return [function(items[0])]
-    futures = [_pool(threads).submit(function, item) for item in items]
-    errors = [error for error in (future.exception() for future in futures) if error is not None]
-    if errors:
-        raise errors[0]
-    return [future.result() for future in futures]
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="granary-io")
 
 
 @dataclass(frozen=True)

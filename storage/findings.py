@@ -62,7 +62,7 @@ class Fault:
     def to_record(self, root: Place) -> Record:
         """For people and scripts; `object` is the key below the store."""
         record: Record = {
-            "object": below(self.place, root),
+            "object": self.place.below(root),
             "expected": self.expected,
             "found": self.found,
             "repair": self.remedy.what,
@@ -94,11 +94,6 @@ class Checked:
 
 Check = Callable[[], Checked]
 """A check of one object; run in a thread. Does not raise for damage, but does for a store that does not answer."""
-
-
-def below(place: Place, root: Place) -> str:
-    """The name of a place as seen from the store's root."""
-    return place.key[len(root.key) :].lstrip("/")
 
 
 def reason(error: Exception, place: Place) -> str:

@@ -17,14 +17,13 @@ from storage.arrays import Array, group_metadata
 from storage.create import TableFiles, TableSizes, file_digests
 from storage.errors import StorageError, StoreMismatch
 from storage.harvests import writer_id
+from storage.layout import StoreLayout
 from storage.places import Place
 from storage.records import Record, encode, read_record
 from storage.root import CorpusInfo, read_root
 from storage.store import Store, open_store
 from storage.table import DOCUMENTS_PER_FILE
 
-GROWTHS = "growths"
-"""The folder of the records of growths."""
 TABLE_NAME = re.compile(r"corpus(?:\.(\d+)-[0-9a-f]{8})?")
 """Names of tables' folders: the first, and one that was written to be the n-th."""
 
@@ -100,7 +99,7 @@ class GrowthDraft:
             grown_from=[*before.grown_from, ended],
         )
         record = {"generation": grown.generation, "writer": writer_id(), "root": grown.to_record()}
-        if not growth_path(root, grown.generation).create(encode(record)):
+        if not StoreLayout(root).growth(grown.generation).create(encode(record)):
             raise StorageError(
                 f"the store at {root} was grown by another process meanwhile: run the command again to see whether "
                 "anything is left to append"
@@ -128,19 +127,15 @@ def grown_table(store: Store) -> Iterator[GrowthDraft]:
         raise
 
 
-def growth_path(root: Place, generation: int) -> Place:
-    return root / GROWTHS / f"{generation:08d}.json"
-
-
 def settle(root: Place) -> CorpusInfo:
     """Finish growths that were decided by a process that died before the root record said so. Return what it says."""
     info = read_root(root)
     generation = info.generation
-    while growth_path(root, generation + 1).exists():
+    while StoreLayout(root).growth(generation + 1).exists():
         generation += 1
     if generation > info.generation:
-        info = CorpusInfo.of(read_record(growth_path(root, generation))["root"])
-        (root / "zarr.json").write(group_metadata({"granary": info.to_record()}))
+        info = CorpusInfo.of(read_record(StoreLayout(root).growth(generation))["root"])
+        StoreLayout(root).root_record.write(group_metadata({"granary": info.to_record()}))
     return info
 
 
@@ -170,7 +165,7 @@ def tables_kept(info: CorpusInfo) -> list[str]:
 def _winner(root: Place, generation: int) -> str | None:
     """The folder that was decided to be a generation's table."""
     with suppress(FileNotFoundError):
-        folder: str = read_record(growth_path(root, generation))["root"]["folder"]
+        folder: str = read_record(StoreLayout(root).growth(generation))["root"]["folder"]
         return folder
     return None
 

@@ -11,16 +11,43 @@ import socket
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from storage.arrays import DTYPES, RowArray, write_group
 from storage.errors import StorageError, StoreMismatch
 from storage.files import remove_temporaries
+from storage.layout import StoreLayout
 from storage.places import Place
 from storage.records import Record, differences, digest, encode, read_record
 
 CHECKSUMS = {"activations": "crc32c", "norms": "norms_crc32c", "scales": "scales_crc32c"}
 """Kind of array, which is the name of its group -> the key of its chunks' checksums in a commit."""
+
+
+@dataclass(frozen=True)
+class SiteLayout:
+    """How the arrays of a site are laid out."""
+
+    d: int
+    """Width of a row, d_model."""
+    dtype: str
+    """Stored data type."""
+    chunk_rows: int
+
+    @classmethod
+    def of(cls, d: int, dtype: str, rows_per_unit: int) -> "SiteLayout":
+        """The layout of a new site: chunks of at most 4 MiB."""
+        return cls(d, dtype, chunk_rows_for(rows_per_unit, d, DTYPES[dtype].itemsize))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of arrays that the site has."""
+        return ["activations", "norms", *(["scales"] if self.dtype == "int8" else [])]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes in all arrays of the site."""
+        return self.d * DTYPES[self.dtype].itemsize + 4 * len(self.kinds[1:])
 
 
 @dataclass(frozen=True)
@@ -30,55 +57,54 @@ class Harvest:
     digest: str
     model: str
     """The name under activations/ and norms/."""
-    sites: dict[str, Record]
-    """Site -> {"d": width, "dtype": stored data type, "chunk_rows": rows of a chunk}."""
+    sites: dict[str, SiteLayout]
     identity: Record
     """What determines the bytes; `digest` is its digest."""
     made_with: Record
     """Library versions and device at the start: for the reader's information, not part of the identity."""
 
     @classmethod
-    def of(cls, identity: Record, model: str, sites: dict[str, Record], made_with: Record) -> "Harvest":
+    def of(cls, identity: Record, model: str, sites: dict[str, SiteLayout], made_with: Record) -> "Harvest":
         return cls(digest(identity)[:16], model, sites, identity, made_with)
+
+    @classmethod
+    def from_record(cls, record: Record) -> "Harvest":
+        """Raises StorageError that says what it lacks."""
+        if lacking := [name for name in cls.__dataclass_fields__ if name not in record]:
+            raise StorageError(f"it lacks {', '.join(lacking)}")
+        sites = {site: SiteLayout(**layout) for site, layout in record["sites"].items()}
+        return cls(record["digest"], record["model"], sites, record["identity"], record["made_with"])
+
+    def to_record(self) -> Record:
+        return asdict(self)
 
     def arrays(self, store: Place, num_rows: int, site: str) -> dict[str, RowArray]:
         """The arrays of a site by kind: activations, norms, and for int8 the scales of its rows."""
-        layout = self.sites[site]
+        layout, places = self.sites[site], StoreLayout(store)
         rows_per_unit = self.identity["rows_per_unit"]
         about = {"harvest": self.digest, "model": self.model, "site": site, "rows_per_unit": rows_per_unit}
         attributes = {"granary": about}
         activations = RowArray(
-            path=store / "activations" / self.model / site,
-            shape=(num_rows, layout["d"]),
-            dtype=layout["dtype"],
-            chunk_rows=layout["chunk_rows"],
+            path=places.array("activations", self.model, site),
+            shape=(num_rows, layout.d),
+            dtype=layout.dtype,
+            chunk_rows=layout.chunk_rows,
             dimension_names=("row", "d_model"),
             attributes=attributes,
             shard_rows=None if store.backend.is_local else rows_per_unit,
         )
         of_rows = {
             kind: RowArray(
-                path=store / kind / self.model / site,
+                path=places.array(kind, self.model, site),
                 shape=(num_rows,),
                 dtype="float32",
                 chunk_rows=rows_per_unit,
                 dimension_names=("row",),
                 attributes=attributes,
             )
-            for kind in kinds_of(layout)[1:]
+            for kind in layout.kinds[1:]
         }
         return {"activations": activations, **of_rows}
-
-
-def kinds_of(layout: Record) -> list[str]:
-    """The kinds of arrays that a site of this layout has."""
-    return ["activations", "norms", *(["scales"] if layout["dtype"] == "int8" else [])]
-
-
-def row_bytes(layout: Record) -> int:
-    """Bytes that a row of a site of this layout takes in all its arrays."""
-    width: int = layout["d"] * DTYPES[layout["dtype"]].itemsize
-    return width + 4 * len(kinds_of(layout)[1:])
 
 
 def chunk_rows_for(rows_per_unit: int, width: int, itemsize: int, target_bytes: int = 4 * 2**20) -> int:
@@ -92,7 +118,7 @@ def chunk_rows_for(rows_per_unit: int, width: int, itemsize: int, target_bytes: 
 def read_harvests(store: Place) -> list[Harvest]:
     """Every harvest of a store, oldest first."""
     found = []
-    for name in (store / "commits").names():
+    for name in StoreLayout(store).harvests.names():
         with suppress(FileNotFoundError):
             found.append(read_harvest(store, name))
     return [harvest for _, harvest in sorted(found, key=lambda of: (of[0], of[1].digest))]
@@ -100,11 +126,12 @@ def read_harvests(store: Place) -> list[Harvest]:
 
 def read_harvest(store: Place, name: str) -> tuple[float, Harvest]:
     """When a harvest was declared, and the harvest. Raises FileNotFoundError, or StorageError for a damaged record."""
-    path = store / "commits" / name / "harvest.json"
-    record, fields = read_record(path), Harvest.__dataclass_fields__
-    if lacking := [name for name in ("created", *fields) if name not in record]:
-        raise StorageError(f"the record {path} is damaged: it lacks {', '.join(lacking)}")
-    return record["created"], Harvest(**{name: record[name] for name in fields})
+    path = StoreLayout(store).harvest(name)
+    record = read_record(path)
+    try:
+        return record.get("created", 0.0), Harvest.from_record(record)
+    except StorageError as error:
+        raise StorageError(f"the record {path} is damaged: {error}") from None
 
 
 def match_harvests(
@@ -125,7 +152,7 @@ def match_harvests(
             continue
         stored, wanted = (_comparable(of, by_machine) for of in (harvest.identity, identity))
         otherwise = differences(stored, wanted)
-        types = {site: (harvest.sites[site]["dtype"], sites[site]) for site in shared}
+        types = {site: (harvest.sites[site].dtype, sites[site]) for site in shared}
         if other_types := dict.fromkeys((a, b) for a, b in types.values() if a != b):
             otherwise += [f"harvest.dtype: {a!r} in the store, {b!r} in the spec" for a, b in other_types]
         if otherwise:
@@ -150,11 +177,11 @@ def _comparable(identity: Record, by_machine: Collection[str]) -> Record:
 
 def declare_harvest(store: Place, num_rows: int, harvest: Harvest) -> None:
     """Write the harvest's record, then the metadata of its arrays. Every step is create-only, so it may be repeated."""
-    record = {name: getattr(harvest, name) for name in Harvest.__dataclass_fields__}
-    (store / "commits" / harvest.digest / "harvest.json").create(encode({**record, "created": time.time()}))
-    for kind in dict.fromkeys(kind for layout in harvest.sites.values() for kind in kinds_of(layout)):
-        write_group(store / kind, {})
-        write_group(store / kind / harvest.model, model_attributes(harvest))
+    layout = StoreLayout(store)
+    layout.harvest(harvest.digest).create(encode({**harvest.to_record(), "created": time.time()}))
+    for kind in dict.fromkeys(kind for site in harvest.sites.values() for kind in site.kinds):
+        write_group(layout.group(kind), {})
+        write_group(layout.group(kind, harvest.model), model_attributes(harvest))
     for site in harvest.sites:
         for array in harvest.arrays(store, num_rows, site).values():
             array.create()
@@ -171,16 +198,12 @@ def sweep(store: Place, harvest: Harvest) -> None:
     publish a unit that is committed already, and loses nothing. Object stores have no temporary names."""
     if not store.backend.is_local:
         return
-    for site, layout in harvest.sites.items():
-        for kind in kinds_of(layout):
-            remove_temporaries((store / kind / harvest.model / site).path)
-    remove_temporaries((store / "moments" / harvest.digest).path)
-    remove_temporaries((store / "commits" / harvest.digest).path)
-
-
-def moments_path(store: Place, harvest: str, name: str) -> Place:
-    """`name`: the unit's, which `UnitRanges.name` gives."""
-    return store / "moments" / harvest / f"{name}.parquet"
+    layout = StoreLayout(store)
+    for site, of_site in harvest.sites.items():
+        for kind in of_site.kinds:
+            remove_temporaries(layout.array(kind, harvest.model, site).path)
+    remove_temporaries(layout.all_moments(harvest.digest).path)
+    remove_temporaries(layout.commits(harvest.digest).path)
 
 
 def writer_id() -> str:

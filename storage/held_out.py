@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.create import COLUMN_CHUNK_ROWS
+from storage.reader import StoreReader
 from storage.root import label_columns
-from storage.store import Store
+from storage.table import COLUMN_CHUNK_ROWS
 
 ROWS_AT_ONCE = 16 * COLUMN_CHUNK_ROWS
 
 
-def values_without_held_out_rows(store: Store) -> dict[str, list[str]]:
+def values_without_held_out_rows(store: StoreReader) -> dict[str, list[str]]:
     """Return label -> its values that no document has which begins in the held-out rows, in order, and of a label of
     rows those that no row of these documents has; labels that lack none are left out, and so are all of them where
     nothing is held out."""
@@ -30,7 +30,7 @@ def values_without_held_out_rows(store: Store) -> dict[str, list[str]]:
     return {label: values for label, values in lacking.items() if values}
 
 
-def _lacking_rows(store: Store, start: int) -> dict[str, list[str]]:
+def _lacking_rows(store: StoreReader, start: int) -> dict[str, list[str]]:
     """The values of each label of rows that no row from `start` on has."""
     named = store.info.values_of_rows
     columns = label_columns(named)

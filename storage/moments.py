@@ -5,9 +5,8 @@ from the activations at any time.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.commits import read_commit
 from storage.errors import StorageError
-from storage.harvests import moments_path
-from storage.store import Store
+from storage.log import log_of
+from storage.table import StoredTable
 
 Float64 = npt.NDArray[np.float64]
 
@@ -83,11 +81,10 @@ def encode_moments(moments: Mapping[MomentKey, Moments]) -> bytes:
     return content
 
 
-def read_unit_moments(store: Store, harvest: str, unit: int) -> dict[MomentKey, Moments]:
+def read_unit_moments(store: StoredTable, harvest: str, unit: int) -> dict[MomentKey, Moments]:
     """Read a committed unit's moments. Raises StorageError when the file is not the one that was committed."""
-    name = store.info.units.name(unit)
-    path = moments_path(store.root, harvest, name)
-    committed = read_commit(store.root, harvest, name).get("moments_sha256")
+    log = log_of(store, harvest)
+    path, committed = log.moments_place(unit), log.read(unit).moments_sha256
     try:
         content = path.read()
         if hashlib.sha256(content).hexdigest() != committed:
@@ -114,24 +111,3 @@ def same_moments(some: Mapping[MomentKey, Moments], others: Mapping[MomentKey, M
         and np.array_equal(m.sum_squares, others[key].sum_squares)
         for key, m in some.items()
     )
-
-
-def merged_moments(store: Store, site: str, units: Iterable[int]) -> dict[MomentKey, Moments]:
-    """Add up the moments of `site` over `units`, in ascending order of units, so that the sum has one value.
-
-    Raises UncommittedRows when a unit is not committed.
-    """
-    units = sorted(units)
-    store.require_committed(site, units)
-    harvest, name = store.find(site)
-    merged: dict[MomentKey, list[Moments]] = {}
-    for unit in units:
-        for key, moments in read_unit_moments(store, harvest.digest, unit).items():
-            if key.site == name:
-                merged.setdefault(key, []).append(moments)
-    return {key: reduce(Moments.__add__, parts) for key, parts in merged.items()}
-
-
-def training_units(store: Store) -> range:
-    """The units that are not held out."""
-    return range(-(-store.info.held_out_start // store.info.rows_per_unit))

@@ -10,7 +10,7 @@ import numpy as np
 
 from storage.arrays import Array, RowArray
 from storage.errors import StorageError
-from storage.store import Store
+from storage.reader import StoreReader
 
 MEDIAN_ROWS = 1_000_000
 """Evenly spaced training rows, at most, over which the median is exact."""
@@ -31,7 +31,7 @@ class NormFilter:
         return within
 
 
-def norm_filter(store: Store, site: str, max_norm: float, block_rows: int) -> NormFilter:
+def norm_filter(store: StoreReader, site: str, max_norm: float, block_rows: int) -> NormFilter:
     """The filter that leaves out the training rows whose norm at `site` is above `max_norm` times the median.
 
     Reads the norms of all training rows (4 bytes each) once or twice, block by block. Raises UncommittedRows, or

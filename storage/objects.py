@@ -18,10 +18,10 @@ import obstore
 import obstore.exceptions as failures
 from obstore.store import from_url
 
+from storage.backend import PROBE, Buffer, scatter
 from storage.credentials import shared_file_credentials
 from storage.errors import StorageError, Unreachable
 from storage.patience import Denied, Passing, Patience, Verb, Waiting
-from storage.places import PROBE, Buffer, scatter
 from storage.ranges import open_ranges
 
 T = TypeVar("T")

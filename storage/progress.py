@@ -3,11 +3,10 @@
 import time
 from dataclasses import dataclass
 
-from storage.commits import committed_units
-from storage.drivers import Driver, DriverWatch, read_drivers
-from storage.failures import Failure, failed_units, read_failure
-from storage.places import Place
-from storage.unitsets import UnitRanges, UnitSet
+from storage.drivers import Driver, DriverWatch
+from storage.failures import Failure
+from storage.log import HarvestLog
+from storage.unitsets import UnitSet
 
 
 @dataclass(frozen=True)
@@ -34,24 +33,24 @@ class HarvestProgress:
         return sum(driver.rows_per_second for driver in self.drivers)
 
 
-def harvest_progress(store: Place, harvest: str, ranges: UnitRanges) -> HarvestProgress:
+def harvest_progress(log: HarvestLog) -> HarvestProgress:
     """Look at a harvest. Where drivers' records are, this takes a little longer than their interval, to see which
     counters move; else it only reads."""
-    watch, records = DriverWatch(), read_drivers(store, harvest)
+    watch, records = DriverWatch(), log.drivers()
     first = records.drivers
     watch.observe(first, time.monotonic())
     deadline = time.monotonic() + 1.5 * max((driver.interval_s for driver in first), default=0.0)
     drivers: list[Driver] = []
     while first and len(drivers) < len(first) and time.monotonic() < deadline:
         time.sleep(0.5)
-        watch.observe(read_drivers(store, harvest).drivers, time.monotonic())
+        watch.observe(log.drivers().drivers, time.monotonic())
         drivers = watch.alive(time.monotonic())
-    committed = committed_units(store, harvest, ranges)
-    failed = [unit for unit in failed_units(store, harvest, ranges) if unit not in committed]
+    committed = log.committed()
+    failed = [unit for unit in log.failed() if unit not in committed]
     living = {driver.id for driver in drivers}
     return HarvestProgress(
         committed,
-        [read_failure(store, harvest, ranges.name(unit)) for unit in failed],
+        [log.failure(unit) for unit in failed],
         drivers,
         [driver.id for driver in first if driver.id not in living],
         records.unreadable,

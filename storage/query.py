@@ -18,20 +18,20 @@ import pyarrow.parquet as pq
 from storage.answer import Answer, Session
 from storage.arrays import Array
 from storage.bounded import Bounds
-from storage.commits import committed_units, read_commit
 from storage.errors import StorageError
 from storage.files import write_file
 from storage.harvests import read_harvests
+from storage.log import log_of
+from storage.reader import StoreReader, as_float32
 from storage.root import label_columns
 from storage.sandbox import check_statement, open_sandbox
-from storage.store import Store, as_float32
 from storage.token_pieces import token_pieces
 
 OUTPUT_FORMATS = (".npy", ".safetensors", ".parquet")
 
 
 def sql(
-    store: Store,
+    store: StoreReader,
     query: str,
     *,
     timeout_s: float = Bounds.timeout_s,
@@ -65,7 +65,7 @@ def in_words(said: str) -> str:
     return f"the query failed: {said}\nTables: {', '.join(_TABLES)}"
 
 
-def fetch(store: Store, table: pa.Table, site: str, out: Path) -> tuple[int, ...]:
+def fetch(store: StoreReader, table: pa.Table, site: str, out: Path) -> tuple[int, ...]:
     """Write the activations of the rows in `table` (it has an integer column `row`) to `out`; return their shape.
 
     .npy holds float32 [n, d_model]; .safetensors holds "activations" in the stored dtype (int8 as float32) and "row";
@@ -119,7 +119,7 @@ def _encoded(table: pa.Table, rows: Array, activations: Array, suffix: str) -> A
     return sink.getvalue()
 
 
-def rows_table(store: Store, start: int, stop: int, names: Collection[str] | None = None) -> pa.Table:
+def rows_table(store: StoreReader, start: int, stop: int, names: Collection[str] | None = None) -> pa.Table:
     """The table `rows`, of the rows [start, stop). `names`: its columns besides `row`; all, if not given."""
     values = store.info.values_of_rows
     labels = label_columns(values)
@@ -136,18 +136,20 @@ def rows_table(store: Store, start: int, stop: int, names: Collection[str] | Non
     return pa.table({"row": np.arange(start, stop), **columns})
 
 
-def _tokens(store: Store) -> pa.Table:
+def _tokens(store: StoreReader) -> pa.Table:
     pieces = token_pieces(store)
     return pa.table({"token": pa.array(pieces.values(), pa.int32()), "piece": pa.array(pieces.keys(), pa.string())})
 
 
-def _units(store: Store) -> pa.Table:
+def _units(store: StoreReader) -> pa.Table:
     lines = []
     for harvest in read_harvests(store.root):  # as of now
-        committed = committed_units(store.root, harvest.digest, store.info.units)
+        log = log_of(store, harvest)
+        committed = log.committed()
         for unit in range(store.info.num_units):
             start, stop = store.info.unit_rows(unit)
-            commit = read_commit(store.root, harvest.digest, store.info.units.name(unit)) if unit in committed else {}
+            commit = log.read(unit) if unit in committed else None
+            figures = None if commit is None else commit.figures
             lines.append(
                 {
                     "harvest": harvest.digest,
@@ -155,9 +157,9 @@ def _units(store: Store) -> pa.Table:
                     "row_start": start,
                     "row_stop": stop,
                     "committed": unit in committed,
-                    "writer": commit.get("writer"),
-                    "device": commit.get("device"),
-                    "seconds": commit.get("seconds"),
+                    "writer": None if commit is None else commit.writer,
+                    "device": None if figures is None else figures.device,
+                    "seconds": None if figures is None else figures.seconds,
                 }
             )
     types = [("harvest", pa.string()), ("unit", pa.int64()), ("row_start", pa.int64()), ("row_stop", pa.int64())]
@@ -165,20 +167,20 @@ def _units(store: Store) -> pa.Table:
     return pa.Table.from_pylist(lines, schema=pa.schema(types))
 
 
-def _sites(store: Store) -> pa.Table:
+def _sites(store: StoreReader) -> pa.Table:
     lines = []
     for harvest in read_harvests(store.root):  # as of now
-        done = len(committed_units(store.root, harvest.digest, store.info.units))
+        done = len(log_of(store, harvest).committed())
         for site, layout in harvest.sites.items():
-            line = {"site": site, "model": harvest.model, "harvest": harvest.digest}
-            line |= {"d_model": layout["d"], "dtype": layout["dtype"]}
-            lines.append({**line, "units_committed": done, "units": store.info.num_units})
+            about = {"site": site, "model": harvest.model, "harvest": harvest.digest, "dtype": layout.dtype}
+            numbers = {"d_model": layout.d, "units_committed": done, "units": store.info.num_units}
+            lines.append({**about, **numbers})
     names = [("site", pa.string()), ("model", pa.string()), ("harvest", pa.string()), ("d_model", pa.int64())]
     names += [("dtype", pa.string()), ("units_committed", pa.int64()), ("units", pa.int64())]
     return pa.Table.from_pylist(lines, schema=pa.schema(names))
 
 
-_TABLES: dict[str, Callable[[Store], pa.Table]] = {
+_TABLES: dict[str, Callable[[StoreReader], pa.Table]] = {
     "documents": lambda store: store.documents,
     "rows": lambda store: rows_table(store, 0, store.num_rows),
     "tokens": _tokens,

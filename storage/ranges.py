@@ -3,7 +3,7 @@
 import io
 from typing import BinaryIO, cast
 
-from storage.places import Backend
+from storage.backend import Backend
 
 BUFFER_BYTES = 2**20
 """A Parquet footer, or a column chunk of a row group, is one request; reading on is one for each megabyte."""

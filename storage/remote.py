@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
+from storage.backend import PROBE, Buffer, scatter
 from storage.errors import StorageError, Unreachable
 from storage.patience import Denied, Passing, Patience, Verb, Waiting
-from storage.places import PROBE, Buffer, scatter
 from storage.ranges import open_ranges
 
 T = TypeVar("T")

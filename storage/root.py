@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from storage.errors import NotAStore, StorageError
+from storage.layout import GROUP, TABLE
 from storage.places import Place
 from storage.records import Record, read_record
 from storage.unitsets import UnitRanges, UnitSet
@@ -48,7 +49,7 @@ class CorpusInfo:
     made_with: Record
     files: Record = field(default_factory=dict)
     """The sha256 of each file under corpus/ that somebody else's format determines: documents and tokenizer."""
-    folder: str = "corpus"
+    folder: str = TABLE
     """Where the table is: a store that has grown has it in another folder (docs/decisions/0012-growing.md)."""
     segments: list[Record] = field(default_factory=list)
     """What each entry of corpus.path gave: rows, documents, and what its files amount to."""
@@ -140,7 +141,7 @@ def label_columns(row_labels: Iterable[str]) -> dict[str, str]:
 def read_root(path: Place) -> CorpusInfo:
     """The root record of the store at a place. Raises NotAStore."""
     try:
-        attributes = read_record(path / "zarr.json")["attributes"].get("granary", {})
+        attributes = read_record(path / GROUP)["attributes"].get("granary", {})
     except (FileNotFoundError, NotADirectoryError):
         raise NotAStore(f"no store at {path}: `granary harvest SPEC` makes one") from None
     except StorageError:
@@ -163,7 +164,7 @@ def _is_foreign(path: Place) -> bool:
     """Return whether the zarr.json that failed as a record is somebody else's group: sound JSON without a word of
     ours."""
     try:
-        content = (path / "zarr.json").read()
+        content = (path / GROUP).read()
         return b"checksum" not in content and "granary" not in json.loads(content).get("attributes", {})
     except (ValueError, AttributeError, TypeError):
         return False

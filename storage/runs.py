@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from storage.errors import StorageError, StoreMismatch
+from storage.layout import RUN_FILES, StoreLayout
 from storage.places import Place
+from storage.reader import StoreReader
 from storage.records import Record, differences, encode, read_record
-from storage.store import Store
 
-RUN, CURVE, DICTIONARY, EVALUATION = "run.json", "curve.json", "dictionary.json", "evaluation.json"
-CHECKPOINT = "checkpoint.safetensors"
+RUN, CURVE, CHECKPOINT = (RUN_FILES[name] for name in ("run", "curve", "checkpoint"))
+DICTIONARY, EVALUATION = (RUN_FILES[name] for name in ("dictionary", "evaluation"))
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ class Run:
         return read_record(self.folder / DICTIONARY)
 
 
-def open_run(store: Store, name: str) -> Run:
-    return Run(store.root / "runs" / name)
+def open_run(store: StoreReader, name: str) -> Run:
+    return Run(StoreLayout(store.root).run(name))
 
 
-def list_runs(store: Store) -> list[Run]:
+def list_runs(store: StoreReader) -> list[Run]:
     """Every run that was begun, by name."""
-    runs = [open_run(store, name) for name in (store.root / "runs").names()]
+    runs = [open_run(store, name) for name in StoreLayout(store.root).runs.names()]
     return [run for run in runs if run.was_begun]

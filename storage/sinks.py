@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from storage.arrays import Array
-from storage.store import Store
+from storage.reader import StoreReader
 from storage.token_pieces import token_pieces
 
 EXTREME = 10.0
@@ -35,7 +35,7 @@ class ExtremeRows:
     """The same for tokens: their strings, as the tokenizer's file spells them."""
 
 
-def extreme_rows(store: Store, sites: Sequence[str]) -> list[ExtremeRows]:
+def extreme_rows(store: StoreReader, sites: Sequence[str]) -> list[ExtremeRows]:
     """Look at some committed rows of each site for extreme norms; sites without are left out.
 
     Reads 4 bytes a row of at most SAMPLED_UNITS * SAMPLED_ROWS rows of a site. Raises StorageError."""
@@ -49,7 +49,7 @@ def extreme_rows(store: Store, sites: Sequence[str]) -> list[ExtremeRows]:
     return found
 
 
-def _of_site(store: Store, site: str) -> ExtremeRows | None:
+def _of_site(store: StoreReader, site: str) -> ExtremeRows | None:
     """With token ids in place of their strings."""
     committed = sorted(store.committed(site))
     if not committed:

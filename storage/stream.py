@@ -18,8 +18,8 @@ import numpy as np
 from storage.arrays import Array
 from storage.errors import StorageError
 from storage.norm_filter import NormFilter, norm_filter
+from storage.reader import StoreReader
 from storage.scaled import SiteRows, unscaled
-from storage.store import Store
 
 BLOCK_ROWS = 2**14
 """Rows that are read in one piece, or a unit's if those are fewer. Chunks divide it for widths from 128 on (bfloat16).
@@ -84,7 +84,7 @@ class Order:
 
 
 def stream(
-    store: Store,
+    store: StoreReader,
     sites: Sequence[str],
     *,
     batch_rows: int,
@@ -115,7 +115,7 @@ def stream(
 
 
 def _batches(
-    store: Store,
+    store: StoreReader,
     arrays: dict[str, SiteRows],
     order: Order,
     chosen: NormFilter | None,
@@ -158,7 +158,7 @@ def _batches(
 
 
 def _read_pool(
-    store: Store, arrays: dict[str, SiteRows], order: Order, chosen: NormFilter | None, number: int
+    store: StoreReader, arrays: dict[str, SiteRows], order: Order, chosen: NormFilter | None, number: int
 ) -> dict[str, Array]:
     with store.as_opened():
         return _pool_rows(arrays, order, chosen, number)

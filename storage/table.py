@@ -13,9 +13,12 @@ import pyarrow.parquet as pq
 
 from storage.arrays import Array, RowArray
 from storage.errors import CorruptChunk, NotAStore, StorageError, StoreGrown
+from storage.layout import TOKENIZER, documents_file
 from storage.places import Place
 from storage.root import CorpusInfo, read_root
 
+COLUMN_CHUNK_ROWS = 2**18
+"""Entries of a chunk of every array under corpus/; part of the format, as the digest is made of digests of chunks."""
 DOCUMENTS_PER_FILE = 1_000_000
 DOCUMENTS_PER_GROUP = 10_000
 """Document n is in file n // 1,000,000, in its row group (n % 1,000,000) // 10,000."""
@@ -61,7 +64,7 @@ class StoredTable:
                 max(first - part * DOCUMENTS_PER_FILE, 0),
                 min(last - part * DOCUMENTS_PER_FILE, DOCUMENTS_PER_FILE),
             )
-            path = self.table / "documents" / f"part-{part:05d}.parquet"
+            path = self.table / documents_file(part)
             try:
                 with self.as_opened((OSError,)), closing(self._open_documents(part)) as opened:
                     file = pq.ParquetFile(opened, page_checksum_verification=True)
@@ -74,7 +77,7 @@ class StoredTable:
         return table.slice(first - table.column("document")[0].as_py(), last - first + 1)
 
     def _open_documents(self, part: int) -> Any:
-        name = f"documents/part-{part:05d}.parquet"
+        name = documents_file(part)
         if name in self._compared_files:
             return (self.table / name).open()
         content = self.corpus_file(name)
@@ -88,7 +91,7 @@ class StoredTable:
 
     @property
     def tokenizer_path(self) -> Place:
-        return self.table / "tokenizer"
+        return self.table / TOKENIZER
 
     def corpus_file(self, name: str) -> bytes:
         """Read a whole file of the table and compare it with the root record. Raises StorageError."""

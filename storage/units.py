@@ -8,17 +8,16 @@ import errno
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from storage.arrays import Array
-from storage.commits import commit_path, commit_unit, read_commit, require_same
+from storage.backend import Staged
+from storage.commits import Commit, UnitFigures
 from storage.errors import CannotWrite, StorageError, UnitConflict
-from storage.harvests import CHECKSUMS, Harvest, moments_path
+from storage.harvests import CHECKSUMS, Harvest
+from storage.log import log_of
 from storage.moments import MomentKey, Moments, encode_moments
-from storage.places import Staged
-from storage.records import Record, encode
-from storage.store import Store
+from storage.table import StoredTable
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,12 @@ class UnitBlock:
     """The scales of the sites that are stored as int8."""
 
     def of(self, kind: str) -> Mapping[str, Array]:
-        """The arrays of a kind (see storage.harvests.kinds_of)."""
+        """The arrays of a kind (`SiteLayout.kinds`)."""
         return {"activations": self.activations, "norms": self.norms, "scales": self.scales}[kind]
+
+
+Checksums = dict[str, dict[str, list[int]]]
+"""Site -> key of a kind of array in a commit -> the crc32c of each chunk."""
 
 
 def _no_step() -> None:
@@ -41,40 +44,40 @@ def _no_step() -> None:
 
 
 def write_unit(
-    store: Store,
+    store: StoredTable,
     harvest: Harvest,
     unit: int,
     block: UnitBlock,
     *,
     writer: str,
-    about: Mapping[str, Any],
+    figures: UnitFigures | None,
     on_step: Callable[[], None] = _no_step,
 ) -> bool:
     """Write a unit's arrays and moments durably, then its commit. Return whether this call made the commit.
 
-    `about` goes into the commit as it is (device, seconds); `on_step` is called after every few writes. Raises
-    CannotWrite, without a commit, when a byte cannot be written, UnitConflict when the unit is committed with other
-    bytes, and StoreGrown when it is short and has become longer since the store was opened.
+    `figures` go into the commit; `on_step` is called after every few writes. Raises CannotWrite, without a commit, when
+    a byte cannot be written, UnitConflict when the unit is committed with other bytes, and StoreGrown when it is short
+    and has become longer since the store was opened.
     """
     if unit == store.info.units.short:  # the longer unit has chunks of the same names
         store.require_newest()
+    log = log_of(store, harvest)
     moments = encode_moments(block.moments)
-    name = store.info.units.name(unit)
 
     def is_committed() -> bool:
         """Return whether another was faster, with the same bytes."""
-        if not commit_path(store.root, harvest.digest, name).exists():
+        if not log.is_committed(unit):
             return False
         mine = _commit(store, harvest, unit, _checksums(store, harvest, block), moments, writer)
-        require_same(read_commit(store.root, harvest.digest, name), mine)
+        log.read(unit).require_same(mine)
         return True
 
     if is_committed():
         return False
     try:
         sites = _write(store, harvest, unit, block, moments, on_step)
-        commit = {**_commit(store, harvest, unit, sites, moments, writer), **about, "committed_at": time.time()}
-        return commit_unit(store.root, name, commit)
+        commit = _commit(store, harvest, unit, sites, moments, writer)
+        return log.commit(replace(commit, figures=figures, committed_at=time.time()))
     except FileNotFoundError:
         # A run that found all units committed swept our temporary files away: ours was one of those units.
         if is_committed():
@@ -85,13 +88,13 @@ def write_unit(
 
 
 def rewrite_unit(
-    store: Store,
+    store: StoredTable,
     harvest: Harvest,
     unit: int,
     block: UnitBlock,
     *,
     writer: str,
-    about: Mapping[str, Any],
+    figures: UnitFigures | None,
     instead: bool = False,
 ) -> None:
     """Repair a committed unit: write the bytes again that its commit names. The commit is never removed; it is replaced
@@ -99,11 +102,10 @@ def rewrite_unit(
 
     Raises UnitConflict, before anything is written, when `block` is not what the commit names; CannotWrite.
     """
-    moments, name = encode_moments(block.moments), store.info.units.name(unit)
-    sites = _checksums(store, harvest, block)
-    mine = {**_commit(store, harvest, unit, sites, moments, writer), **about, "committed_at": time.time()}
+    log, moments = log_of(store, harvest), encode_moments(block.moments)
+    mine = _commit(store, harvest, unit, _checksums(store, harvest, block), moments, writer)
     try:
-        require_same(read_commit(store.root, harvest.digest, name), mine)
+        log.read(unit).require_same(mine)
         is_sound = True
     except UnitConflict:
         if not instead:
@@ -114,12 +116,12 @@ def rewrite_unit(
     try:
         _write(store, harvest, unit, block, moments, _no_step)
         if not is_sound:
-            commit_path(store.root, harvest.digest, name).write(encode(mine))
+            log.replace(replace(mine, figures=figures, committed_at=time.time()))
     except OSError as error:
         raise _cannot_write(store, unit, error) from error
 
 
-def _checksums(store: Store, harvest: Harvest, block: UnitBlock) -> dict[str, Record]:
+def _checksums(store: StoredTable, harvest: Harvest, block: UnitBlock) -> Checksums:
     """What `_write` would give."""
     sites = {}
     for site in harvest.sites:
@@ -128,28 +130,20 @@ def _checksums(store: Store, harvest: Harvest, block: UnitBlock) -> dict[str, Re
     return sites
 
 
-def _commit(store: Store, harvest: Harvest, unit: int, sites: dict[str, Record], moments: bytes, writer: str) -> Record:
+def _commit(store: StoredTable, harvest: Harvest, unit: int, sites: Checksums, moments: bytes, writer: str) -> Commit:
     start, stop = store.info.unit_rows(unit)
-    return {
-        "harvest": harvest.digest,
-        "unit": unit,
-        "row_start": start,
-        "row_stop": stop,
-        "writer": writer,
-        "sites": sites,
-        "moments_sha256": hashlib.sha256(moments).hexdigest(),
-    }
+    return Commit(harvest.digest, unit, start, stop, writer, sites, hashlib.sha256(moments).hexdigest())
 
 
 def _write(
-    store: Store, harvest: Harvest, unit: int, block: UnitBlock, moments: bytes, on_step: Callable[[], None]
-) -> dict[str, Record]:
+    store: StoredTable, harvest: Harvest, unit: int, block: UnitBlock, moments: bytes, on_step: Callable[[], None]
+) -> Checksums:
     """Stage all objects of a unit, then publish them: durable when this returns; nothing is left staged. Return the
     checksums of each site's chunks."""
     start, stop = store.info.unit_rows(unit)
     backend = store.root.backend
     staged: list[Staged] = []
-    sites: dict[str, Record] = {}
+    sites: Checksums = {}
     try:
         for site in harvest.sites:
             sites[site] = {}
@@ -160,9 +154,7 @@ def _write(
                 staged += rows.files
                 sites[site][CHECKSUMS[kind]] = rows.checksums
                 on_step()
-        staged.append(
-            backend.stage(moments_path(store.root, harvest.digest, store.info.units.name(unit)).key, [moments])
-        )
+        staged.append(backend.stage(log_of(store, harvest).moments_place(unit).key, [moments]))
         backend.publish(staged)
         on_step()
     finally:
@@ -170,7 +162,7 @@ def _write(
     return sites
 
 
-def _cannot_write(store: Store, unit: int, error: OSError) -> CannotWrite:
+def _cannot_write(store: StoredTable, unit: int, error: OSError) -> CannotWrite:
     when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it can be written"
     return CannotWrite(
         f"unit {unit} cannot be written to {store.url}: {error.strerror or error}; committed units are safe, "

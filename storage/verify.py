@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from storage.arrays import group_metadata
-from storage.commits import BITMAP, committed_units, read_bitmap
 from storage.errors import NotAStore, StorageError, Unreachable
 from storage.findings import (
     ByHand,
@@ -29,6 +28,8 @@ from storage.findings import (
     reason,
 )
 from storage.harvests import Harvest, model_attributes, read_harvest
+from storage.layout import GROUP, StoreLayout
+from storage.log import log_of
 from storage.places import Place
 from storage.store import Store, open_store
 from storage.verify_corpus import corpus_findings
@@ -56,15 +57,15 @@ def verify(root: Place, on_bytes: OnBytes = lambda read: None, only: Units | Non
     except (NotAStore, Unreachable):
         raise
     except StorageError as error:
-        place = root / "zarr.json"
+        place = StoreLayout(root).root_record
         yield Fault(place, "the root record", reason(error, place), ByHand(RESTORE))
         yield Note("without the root record nothing else can be checked")
         return
     yield from corpus_findings(store, partial(_run, store, on_bytes), data=only is None)
     harvests: list[tuple[float, Harvest]] = []
-    for name in (root / "commits").names():
+    for name in StoreLayout(root).harvests.names():
         expected = "the record of a harvest"
-        place = root / "commits" / name / "harvest.json"
+        place = StoreLayout(root).harvest(name)
         advice = (
             f"{RESTORE}, or remove it and run `granary harvest` on the spec that made it, which writes it again; "
             "until then the harvest cannot be read, and was not checked"
@@ -81,7 +82,7 @@ def verify(root: Place, on_bytes: OnBytes = lambda read: None, only: Units | Non
     yield from _run(store, on_bytes, _metadata_checks(store, ordered))
     for harvest in ordered:
         yield from _run(store, on_bytes, _record_checks(store, harvest))
-        committed = committed_units(root, harvest.digest, store.info.units)
+        committed = log_of(store, harvest).committed()
         units = sorted(committed if only is None else committed & frozenset(only.get(harvest.digest, ())))
         yield from _run(store, on_bytes, unit_checks(store, harvest, units))
     yield from _run(store, on_bytes, anchor_checks(store))
@@ -93,7 +94,7 @@ def stored_bytes(store: Store) -> int:
     """About how many bytes `verify` will read: those of all committed units."""
     total = 0
     for harvest in store.harvests:
-        committed = committed_units(store.root, harvest.digest, store.info.units)
+        committed = log_of(store, harvest).committed()
         for site in harvest.sites:
             row_bytes = sum(array.row_bytes for array in harvest.arrays(store.root, store.num_rows, site).values())
             total += len(committed) * store.info.rows_per_unit * row_bytes
@@ -121,33 +122,33 @@ def _run(store: Store, on_bytes: OnBytes, checks: Iterable[Check]) -> Iterator[F
 
 def _metadata_checks(store: Store, harvests: Sequence[Harvest]) -> Iterator[Check]:
     """The groups and arrays of activations and norms."""
-    root, groups = store.root, dict[Place, Check]()
+    layout, groups = StoreLayout(store.root), dict[Place, Check]()
     for harvest in harvests:  # oldest first: a model's groups were written by its first harvest
         attributes = group_metadata(model_attributes(harvest))
         for site in harvest.sites:
             for kind, array in harvest.arrays(store.root, store.num_rows, site).items():
-                of_kind, of_model = root / kind / "zarr.json", root / kind / harvest.model / "zarr.json"
+                of_kind, of_model = layout.group(kind) / GROUP, layout.group(kind, harvest.model) / GROUP
                 groups.setdefault(of_kind, partial(check_record, of_kind, group_metadata({}), "a group's metadata"))
                 groups.setdefault(
                     of_model,  # of two first harvests at once either may have been faster
                     partial(check_record, of_model, attributes, "a model's metadata", but="made_with"),
                 )
-                yield partial(check_record, array.path / "zarr.json", array.metadata(), "an array's metadata")
+                yield partial(check_record, array.path / GROUP, array.metadata(), "an array's metadata")
     yield from groups.values()
 
 
 def _record_checks(store: Store, harvest: Harvest) -> Iterator[Check]:
     """The small records beside a harvest's commits, none of which holds anything that is lost with it."""
-    root, folder = store.root, store.root / "commits" / harvest.digest
+    log = log_of(store, harvest)
 
     def bitmap() -> Checked:
         try:
             # That each of its units has a commit shows when the commits are read.
-            read_bitmap(root, harvest.digest, store.info.units)
+            log.bitmap()
         except Unreachable:
             raise
         except (StorageError, OSError) as error:
-            place, expected = folder / BITMAP, "the bitmap of committed units"
+            place, expected = log.layout.bitmap(harvest.digest), "the bitmap of committed units"
             return Checked((Fault(place, expected, reason(error, place), Remove()),))
         return Checked()
 
@@ -157,7 +158,8 @@ def _record_checks(store: Store, harvest: Harvest) -> Iterator[Check]:
         return Checked((found,) if isinstance(found, Fault) and not gone else ())
 
     yield bitmap
-    for kind, place in (("a driver", folder / "drivers"), ("a failed unit", root / "failures" / harvest.digest)):
+    folders = (("a driver", log.layout.drivers(harvest.digest)), ("a failed unit", log.layout.failures(harvest.digest)))
+    for kind, place in folders:
         for name in place.names():
             if not name.startswith("."):
                 yield partial(sealed, place / name, f"the record of {kind}")

@@ -14,11 +14,12 @@ from storage.arrays import RowArray, group_metadata
 from storage.create import TableFiles, corpus_digest, documents_digest, sha256_of
 from storage.errors import CorruptChunk, Unreachable
 from storage.findings import ByHand, Check, Checked, Fault, Finding, Note, Rewrite, check_record, read_sound
-from storage.growth import growth_path, growth_record, sizes_of
+from storage.growth import growth_record, sizes_of
+from storage.layout import GROUP, StoreLayout
 from storage.places import Place
+from storage.reader import StoreReader
 from storage.records import encode
 from storage.root import CorpusInfo
-from storage.store import Store
 from storage.verify_units import check_object
 
 LOST = ByHand(
@@ -31,7 +32,7 @@ Digests = dict[str, dict[int, str]]
 """Array or `documents` -> digest of each of its chunks or files, as far as they are sound."""
 
 
-def corpus_findings(store: Store, run: Run, *, data: bool) -> Iterator[Finding]:
+def corpus_findings(store: StoreReader, run: Run, *, data: bool) -> Iterator[Finding]:
     """Check the metadata of the table and, if `data`, every byte of it and its digest."""
     info, folder = store.info, store.table
     sizes = sizes_of(info)
@@ -39,7 +40,7 @@ def corpus_findings(store: Store, run: Run, *, data: bool) -> Iterator[Finding]:
     yield from run(_growth_checks(store))
     arrays = {name: files.array(name) for name in sizes.arrays()}
     yield from run(_metadata_checks(folder, arrays.values()))
-    if growth_path(store.root, info.generation + 1).exists():
+    if StoreLayout(store.root).growth(info.generation + 1).exists():
         yield Note("a growth of the store was begun and not finished: `granary harvest SPEC --grow` finishes it")
     if not data:
         return
@@ -51,13 +52,13 @@ def corpus_findings(store: Store, run: Run, *, data: bool) -> Iterator[Finding]:
     if not faults:
         ordered = {name: [of[part] for part in sorted(of)] for name, of in digests.items()}
         if (found := corpus_digest(ordered)) != info.corpus_digest:
-            yield Fault(store.root / "zarr.json", f"the corpus digest {info.corpus_digest}", found, LOST)
+            yield Fault(StoreLayout(store.root).root_record, f"the corpus digest {info.corpus_digest}", found, LOST)
 
 
-def _growth_checks(store: Store) -> Iterator[Check]:
+def _growth_checks(store: StoreReader) -> Iterator[Check]:
     """The records of growths. That of the present table is the root record once more."""
     for generation in range(2, store.info.generation + 1):
-        place = growth_path(store.root, generation)
+        place = StoreLayout(store.root).growth(generation)
         again = Rewrite(encode(growth_record(store.info, generation)))
         yield partial(_check_growth, place, again, store.info if generation == store.info.generation else None)
 
@@ -72,12 +73,12 @@ def _check_growth(place: Place, again: Rewrite, present: CorpusInfo | None) -> C
 
 
 def _metadata_checks(folder: Place, arrays: Iterable[RowArray]) -> Iterator[Check]:
-    yield partial(check_record, folder / "zarr.json", group_metadata({}), "a group's metadata")
+    yield partial(check_record, folder / GROUP, group_metadata({}), "a group's metadata")
     for array in arrays:
-        yield partial(check_record, array.path / "zarr.json", array.metadata(), "an array's metadata")
+        yield partial(check_record, array.path / GROUP, array.metadata(), "an array's metadata")
 
 
-def _data_checks(store: Store, arrays: dict[str, RowArray], digests: Digests) -> Iterator[Check]:
+def _data_checks(store: StoreReader, arrays: dict[str, RowArray], digests: Digests) -> Iterator[Check]:
     for name, array in arrays.items():
         for chunk in range(array.num_chunks):
             yield partial(_check_chunk, array, chunk, digests[name])

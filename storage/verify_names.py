@@ -4,29 +4,45 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from storage.create import CLAIM
-from storage.findings import Note, below
-from storage.growth import GROWTHS, TABLE_NAME, tables_kept
+from storage.findings import Note
+from storage.growth import TABLE_NAME, tables_kept
 from storage.harvests import CHECKSUMS, Harvest
+from storage.layout import (
+    ANCHOR_ARRAY,
+    ANCHOR_RECORD,
+    ANCHORS,
+    ARRAY,
+    BITMAP,
+    CHUNK,
+    CLAIM,
+    COMMIT,
+    DRIVER,
+    FAILURE,
+    GROUP,
+    GROWTH,
+    HARVEST,
+    MOMENTS,
+    REPORT,
+    RUN,
+    RUN_FILES,
+    pattern,
+)
 from storage.places import Place
-from storage.store import Store
-from storage.unitsets import UNIT_NAME
+from storage.reader import StoreReader
+from storage.root import CONTEXT_COLUMNS
 
 SHOWN = 20
 """Unknown names that are told one by one."""
 
-_NUMBER, _UNIT, _NAME = r"\d+", UNIT_NAME, r"[^/]+"
-_CHUNK = rf"c/{_NUMBER}(?:/0)?"
 
-
-def name_notes(store: Store, harvests: Sequence[Harvest]) -> Iterator[Note]:
+def name_notes(store: StoreReader, harvests: Sequence[Harvest]) -> Iterator[Note]:
     """Walk through all names of the store; tell of those that no reader would ever open."""
     known = re.compile("|".join(_known(store, harvests)))
     temporary = unknown = 0
     tables: Counter[str] = Counter()
     first = ""
     for key in store.root.backend.walk(store.root.key):
-        name = below(Place(store.root.backend, key), store.root)
+        name = Place(store.root.backend, key).below(store.root)
         if known.fullmatch(name):
             continue
         base = name.rpartition("/")[2]
@@ -58,22 +74,30 @@ def name_notes(store: Store, harvests: Sequence[Harvest]) -> Iterator[Note]:
         )
 
 
-def _known(store: Store, harvests: Sequence[Harvest]) -> Iterator[str]:
+def _known(store: StoreReader, harvests: Sequence[Harvest]) -> Iterator[str]:
     """Patterns of the names that belong to the store, whether or not they must be there."""
-    yield r"zarr\.json|report\.html"
-    arrays = "|".join(map(re.escape, [*store.info.row_columns, "context_token", "context_start"]))
-    table = re.escape(store.info.folder)
-    yield rf"{GROWTHS}/\d{{8}}\.json"
-    yield rf"{table}/zarr\.json|{table}/(?:{arrays})/(?:zarr\.json|{_CHUNK})"
-    yield from (re.escape(f"{store.info.folder}/{name}") for name in store.info.files)
+    table = store.info.folder
+    yield from (re.escape(name) for name in (GROUP, REPORT, f"{table}/{GROUP}"))
+    yield pattern(GROWTH)
+    for column in (*store.info.row_columns, *CONTEXT_COLUMNS):
+        yield from _array(f"{table}/{column}")
+    yield from (re.escape(f"{table}/{name}") for name in store.info.files)
     for harvest in harvests:
-        model, sites = re.escape(harvest.model), "|".join(map(re.escape, harvest.sites))
-        names = rf"zarr\.json|{model}/zarr\.json|{model}/(?:{sites})/(?:zarr\.json|{_CHUNK})"
-        kinds = "|".join(CHECKSUMS)
-        yield rf"(?:{kinds})/(?:{names})"
-        yield rf"moments/{harvest.digest}/{_UNIT}\.parquet|failures/{harvest.digest}/{_UNIT}\.json"
-        commits = rf"harvest\.json|committed\.json|drivers/{_NAME}\.json|\d{{6}}/{_UNIT}\.json"
-        yield rf"commits/{harvest.digest}/(?:{commits})"
-    yield rf"anchors/zarr\.json|anchors/{_NAME}/(?:zarr\.json|anchors\.json|{_NAME}/(?:zarr\.json|{_CHUNK}))"
-    yield rf"runs/{_NAME}/(?:run|curve|dictionary|evaluation)\.json"
-    yield rf"runs/{_NAME}/(?:checkpoint|dictionary|normalisation)\.safetensors"
+        yield from (
+            pattern(name, harvest=harvest.digest) for name in (HARVEST, BITMAP, DRIVER, COMMIT, MOMENTS, FAILURE)
+        )
+        for kind in CHECKSUMS:
+            yield from (re.escape(f"{group}/{GROUP}") for group in (kind, f"{kind}/{harvest.model}"))
+            for site in harvest.sites:
+                yield from _array(ARRAY.format(kind=kind, model=harvest.model, site=site))
+    yield re.escape(f"{ANCHORS}/{GROUP}")
+    yield pattern(f"{ANCHORS}/{{anchors}}/{GROUP}")
+    yield pattern(ANCHOR_RECORD)
+    yield from (pattern(f"{ANCHOR_ARRAY}/{name}") for name in (GROUP, CHUNK))
+    yield from (pattern(f"{RUN}/{file}") for file in RUN_FILES.values())
+
+
+def _array(place: str) -> Iterator[str]:
+    """Patterns of the names of an array: its metadata and its chunks."""
+    yield re.escape(f"{place}/{GROUP}")
+    yield re.escape(f"{place}/") + pattern(CHUNK)

@@ -7,31 +7,33 @@ from functools import partial
 from storage.arrays import RowArray, group_metadata
 from storage.errors import StorageError, Unreachable
 from storage.findings import ByHand, Check, Checked, Fault, check_record, read_sound, read_whole, reason
+from storage.layout import GROUP, StoreLayout
 from storage.places import Place
+from storage.reader import StoreReader
 from storage.runs import CHECKPOINT, CURVE, DICTIONARY, EVALUATION, RUN
-from storage.store import Store
 from storage.verify_units import check_object
 
 
-def anchor_checks(store: Store) -> Iterator[Check]:
+def anchor_checks(store: StoreReader) -> Iterator[Check]:
     """Every set of anchors: its record, and its arrays against it. A set without a record was never finished."""
-    folder = store.root / "anchors"
-    names = folder.names()
+    layout = StoreLayout(store.root)
+    names = layout.all_anchors.names()
     if names:
-        yield partial(check_record, folder / "zarr.json", group_metadata({}), "a group's metadata")
+        yield partial(check_record, layout.all_anchors / GROUP, group_metadata({}), "a group's metadata")
     for name in names:
-        if name != "zarr.json" and (folder / name / "anchors.json").exists():
-            yield partial(_check_anchors, folder / name)
+        if name != GROUP and layout.anchor_record(name).exists():
+            yield partial(_check_anchors, layout, name)
 
 
-def _check_anchors(folder: Place) -> Checked:
+def _check_anchors(layout: StoreLayout, name: str) -> Checked:
+    folder = layout.anchors(name)
     again = ByHand(f"remove {folder} and run `granary anchors` on the spec that made it")
-    faults = list(check_record(folder / "zarr.json", group_metadata({}), "a group's metadata").faults)
-    record = read_sound(folder / "anchors.json", "the record of the anchors", again)
+    faults = list(check_record(folder / GROUP, group_metadata({}), "a group's metadata").faults)
+    record = read_sound(layout.anchor_record(name), "the record of the anchors", again)
     if isinstance(record, Fault):
         return Checked((*faults, record))
     for site, written in record["sites"].items():
-        place = folder / site
+        place = layout.anchor_array(name, site)
         try:
             array = RowArray.open(place)
             if array.shape[0] != len(record["values"]):
@@ -39,18 +41,18 @@ def _check_anchors(folder: Place) -> Checked:
         except Unreachable:
             raise
         except (StorageError, OSError) as error:
-            metadata = place / "zarr.json"
+            metadata = place / GROUP
             faults.append(Fault(metadata, "an array's metadata", reason(error, metadata), again))
             continue
         faults += check_object(array, 0, [written["crc32c"]], again).faults
     return Checked(tuple(faults))
 
 
-def run_checks(store: Store) -> Iterator[Check]:
+def run_checks(store: StoreReader) -> Iterator[Check]:
     """Every run: its records, and the files that they name."""
-    folder = store.root / "runs"
-    for name in folder.names():
-        yield partial(_check_run, folder / name)
+    layout = StoreLayout(store.root)
+    for name in layout.runs.names():
+        yield partial(_check_run, layout.run(name))
 
 
 def _check_run(folder: Place) -> Checked:

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.arrays import CRC_BYTES, Array, RowArray, checksum
-from storage.commits import DETERMINED, commit_path
-from storage.errors import CorruptChunk, NotAStore
-from storage.files import in_threads
+from storage.commits import Commit
+from storage.errors import CorruptChunk, NotAStore, StorageError
 from storage.findings import Check, Checked, Fault, Remake, Remedy, read_sound, read_whole
-from storage.harvests import CHECKSUMS, Harvest, moments_path
-from storage.records import Record
+from storage.harvests import CHECKSUMS, Harvest
+from storage.log import log_of
+from storage.reader import StoreReader
 from storage.scaled import SiteRows
-from storage.store import Store
+from storage.threads import in_threads
 
 UNITS_AT_ONCE = 256
 """Units whose commits are read before the checks of the first begin: they bound what is held in memory."""
@@ -28,16 +28,21 @@ NORM_TOLERANCE = 1e-4
 """Relative; norms are sums of up to ten thousand float32 squares in whatever order."""
 
 
-def unit_checks(store: Store, harvest: Harvest, units: Sequence[int]) -> Iterator[Check]:
+def unit_checks(store: StoreReader, harvest: Harvest, units: Sequence[int]) -> Iterator[Check]:
     """The checks of committed units, ascending."""
 
-    def commit_of(unit: int) -> Record | Fault:
-        name = store.info.units.name(unit)
-        place = commit_path(store.root, harvest.digest, name)
+    def commit_of(unit: int) -> Commit | Fault:
+        place = log_of(store, harvest).commit_place(unit)
         expected, remedy = f"the commit of unit {unit}", Remake(harvest.digest, unit, from_rows=False)
-        commit = read_sound(place, expected, remedy)
-        if isinstance(commit, Fault):
-            return commit
+        record = read_sound(place, expected, remedy)
+        if isinstance(record, Fault):
+            return record
+        if (record.get("unit"), record.get("harvest")) != (unit, harvest.digest):
+            return Fault(place, expected, "it is of another unit or harvest", remedy)
+        try:
+            commit = Commit.from_record(record)
+        except StorageError as lacking:
+            return Fault(place, expected, str(lacking), remedy)
         if wrong := _contradictions(store, harvest, unit, commit):
             return Fault(place, expected, wrong, remedy)
         return commit
@@ -47,8 +52,7 @@ def unit_checks(store: Store, harvest: Harvest, units: Sequence[int]) -> Iterato
         for unit, commit in zip(together, commits, strict=True):
             if isinstance(commit, Fault):
                 yield _known(commit)
-                commit = {}
-            yield from _checks_of(store, harvest, unit, commit)
+            yield from _checks_of(store, harvest, unit, None if isinstance(commit, Fault) else commit)
 
 
 def _groups(units: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -60,13 +64,13 @@ def _known(fault: Fault) -> Check:
     return lambda: Checked((fault,))
 
 
-def _checks_of(store: Store, harvest: Harvest, unit: int, commit: Record) -> Iterator[Check]:
-    """The checks of one unit; of one without a sound commit (empty), those that need none."""
+def _checks_of(store: StoreReader, harvest: Harvest, unit: int, commit: Commit | None) -> Iterator[Check]:
+    """The checks of one unit; without a sound commit, those that need none."""
     start, stop = store.info.unit_rows(unit)
     for site in harvest.sites:
         arrays = harvest.arrays(store.root, store.num_rows, site)
         for kind, array in arrays.items():
-            checksums = commit["sites"][site][CHECKSUMS[kind]] if commit else None
+            checksums = commit.sites[site][CHECKSUMS[kind]] if commit else None
             remedy = Remake(harvest.digest, unit, from_rows=kind == "norms")
             object_rows = array.chunk_rows * array.chunks_per_object
             for number in range(start // object_rows, -(-stop // object_rows)):
@@ -77,24 +81,20 @@ def _checks_of(store: Store, harvest: Harvest, unit: int, commit: Record) -> Ite
         yield _norms_check(
             SiteRows(arrays["activations"], arrays.get("scales")), arrays["norms"], unit, start, stop, derived
         )
-    yield _moments_check(store, harvest, unit, commit.get("moments_sha256"))
+    yield _moments_check(store, harvest, unit, commit.moments_sha256 if commit else None)
 
 
-def _contradictions(store: Store, harvest: Harvest, unit: int, commit: Record) -> str | None:
+def _contradictions(store: StoreReader, harvest: Harvest, unit: int, commit: Commit) -> str | None:
     """What a sound commit says that cannot be, if anything."""
-    if (commit.get("unit"), commit.get("harvest")) != (unit, harvest.digest):
-        return "it is of another unit or harvest"
-    if lacking := [name for name in DETERMINED if name not in commit]:
-        return f"it lacks {', '.join(lacking)}"
     start, stop = store.info.unit_rows(unit)
-    if (commit["row_start"], commit["row_stop"]) != (start, stop):
-        return f"it is of rows {commit['row_start']} to {commit['row_stop']}, and the unit is {start} to {stop}"
-    if set(commit["sites"]) != set(harvest.sites):
-        return f"it has the sites {', '.join(commit['sites'])}, and the harvest {', '.join(harvest.sites)}"
+    if (commit.row_start, commit.row_stop) != (start, stop):
+        return f"it is of rows {commit.row_start} to {commit.row_stop}, and the unit is {start} to {stop}"
+    if set(commit.sites) != set(harvest.sites):
+        return f"it has the sites {', '.join(commit.sites)}, and the harvest {', '.join(harvest.sites)}"
     for site in harvest.sites:
         for kind, array in harvest.arrays(store.root, store.num_rows, site).items():
             chunks = -(-(stop - start) // array.chunk_rows)
-            if len(commit["sites"][site].get(CHECKSUMS[kind], ())) != chunks:
+            if len(commit.sites[site].get(CHECKSUMS[kind], ())) != chunks:
                 return f"it has not one {CHECKSUMS[kind]} for each of the {chunks} chunks of {site}"
     return None
 
@@ -176,8 +176,8 @@ def _norms_check(activations: SiteRows, norms: RowArray, unit: int, start: int, 
     return check
 
 
-def _moments_check(store: Store, harvest: Harvest, unit: int, committed: str | None) -> Check:
-    place = moments_path(store.root, harvest.digest, store.info.units.name(unit))
+def _moments_check(store: StoreReader, harvest: Harvest, unit: int, committed: str | None) -> Check:
+    place = log_of(store, harvest).moments_place(unit)
     remedy = Remake(harvest.digest, unit, from_rows=True)
     start, stop = store.info.unit_rows(unit)
     expected = f"the moments of unit {unit}" + (f", sha256 {committed}" if committed else "")

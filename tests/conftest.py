@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from pipeline.models import ModelInfo, describe_model
 from storage.arrays import DTYPES
 from storage.create import Table, create_store
-from storage.harvests import Harvest, declare_harvest
+from storage.harvests import Harvest, SiteLayout, declare_harvest
 from storage.moments import MomentKey, Moments
 from storage.root import CorpusInfo
 from storage.store import Store
@@ -298,7 +298,7 @@ def write_store(
     info = corpus_info(table, rows_per_unit, held_out_start)
     store = create_store(path, table, info, save_no_tokenizer)
     chunks = chunk_rows if isinstance(chunk_rows, Mapping) else dict.fromkeys(sites, chunk_rows)
-    layouts = {site: {"d": width, "dtype": dtype, "chunk_rows": chunks[site]} for site in sites}
+    layouts = {site: SiteLayout(width, dtype, chunks[site]) for site in sites}
     identity = {"sites": sorted(sites), "rows_per_unit": rows_per_unit, "model": {"fingerprint": "made-up"}}
     made = Harvest.of(identity, "made-up", layouts, {})
     declare_harvest(store.root, num_rows, made)
@@ -312,7 +312,7 @@ def write_store(
             norms={site: np.linalg.norm(values, axis=1).astype(np.float32) for site, values in wide.items()},
             moments={MomentKey(s): Moments(len(v), v.sum(0), (v**2).sum(0)) for s, v in wide.items()},
         )
-        write_unit(store, made, unit, block, writer="test", about={})
+        write_unit(store, made, unit, block, writer="test", figures=None)
     return store
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from jobs.demo.corpus import write_corpus
-from storage.commits import committed_units
+from storage.log import HarvestLog
 from storage.places import open_place
 from storage.store import open_store
 from storage.unitsets import UnitRanges
@@ -99,6 +99,6 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
 def assert_same(store: Path, undisturbed: Path) -> None:
     assert rows_of(store) == rows_of(undisturbed)
     (harvest,) = open_store(store).harvests
-    assert committed_units(open_place(store), harvest.digest, UnitRanges(ROWS, ROWS_PER_UNIT)) == frozenset(
+    assert HarvestLog(open_place(store), harvest.digest, UnitRanges(ROWS, ROWS_PER_UNIT)).committed() == frozenset(
         range(UNITS)
     )

@@ -66,7 +66,7 @@ def changed(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if value is GONE:
             inner.pop(last, None)
         else:
-            inner[last] = value
+            inner[last] = copy.deepcopy(value)  # a later change writes into what an earlier one set
     return spec
 
 

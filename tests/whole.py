@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import sentence, start_harvest, write_corpus
 
-from storage.commits import committed_units, compact
-from storage.drivers import Driver, write_driver
-from storage.failures import Failure, record_failure
+from storage.drivers import Driver
+from storage.failures import Failure
+from storage.log import HarvestLog, log_of
 from storage.runs import open_run
 from storage.store import Store
 from workers.anchor_settings import AnchorSettings
@@ -38,9 +38,11 @@ def make_whole(path: Path, llama: Path, other: Path, corpus: Path) -> Store:
     digest = harvestings[0].jobs[0].harvest.digest
     store = harvestings[0].store.for_model(harvestings[0].jobs[0].harvest.model)
     units = store.info.units
-    compact(store.root, digest, units, committed_units(store.root, digest, units))
-    write_driver(store.root, digest, Driver("host-1-abcd", counter=3, in_flight=[2]))
-    record_failure(store.root, digest, units.name(1), Failure(1, ["ValueError: no"], ["host-1-abcd"], {"torch": "2"}))
+    HarvestLog(store.root, digest, units).compact(HarvestLog(store.root, digest, units).committed())
+    log_of(store, digest).write_driver(Driver("host-1-abcd", counter=3, in_flight=[2]))
+    HarvestLog(store.root, digest, units).record_failure(
+        Failure(1, ["ValueError: no"], ["host-1-abcd"], {"torch": "2"})
+    )
     make_anchors(store, AnchorSettings(name="languages", by=("language",), min_rows=10), SITES)
     dictionary = DictionarySettings(name="sae", input=SITES[:1], latents=16, anchors="languages")
     dictionary = dictionary.model_copy(update={"activation": dictionary.activation.model_copy(update={"k": 4})})

@@ -15,7 +15,8 @@ from pipeline.errors import InputError
 from storage.anchors import AnchorSet, read_anchors, write_anchors
 from storage.conditions import Conditions
 from storage.errors import StorageError
-from storage.moments import MomentKey, merged_moments, training_units
+from storage.merged_moments import merged_moments, training_units
+from storage.moments import MomentKey
 from storage.records import Record
 from storage.store import Store
 from workers.anchor_settings import FILE_ENDINGS, AnchorSettings, TopSettings

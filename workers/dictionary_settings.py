@@ -12,8 +12,8 @@ from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, Pro
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import SPARSITY, Objective
-from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training_config import (
+    Resampling,
     TrainingConfig,
     check_training,
     default_dead_after_rows,

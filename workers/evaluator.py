@@ -23,7 +23,8 @@ from pipeline.sdl.metrics import measure_code
 from pipeline.sites import parse_site
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
-from storage.moments import MomentKey, merged_moments, training_units
+from storage.merged_moments import merged_moments, training_units
+from storage.moments import MomentKey
 from storage.records import Record, digest
 from storage.runs import Run, open_run
 from storage.store import Store, open_store

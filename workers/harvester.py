@@ -24,11 +24,11 @@ from pipeline.rows import ContextRows, contexts_of_rows
 from pipeline.sites import parse_site
 from pipeline.unit import Activations, RawMoments, UnitRunner, group_moments, summarise, value_moments
 from storage.arrays import Array
+from storage.commits import RoundingCost, UnitFigures
 from storage.harvests import Harvest, writer_id
 from storage.moments import MomentKey, Moments
 from storage.patience import Waiting
 from storage.places import open_place
-from storage.records import Record
 from storage.root import label_columns
 from storage.store import Store, open_store
 from storage.units import UnitBlock, write_unit
@@ -61,7 +61,7 @@ class ComputedUnit:
 
     activations: Activations
     block: UnitBlock
-    about: Record
+    figures: UnitFigures
     """What its commit says of how it was computed."""
 
 
@@ -113,7 +113,7 @@ class Harvester:
                 unit,
                 computed.block,
                 writer=self.writer,
-                about=computed.about,
+                figures=computed.figures,
                 on_step=self.on_step,
             )
         start, stop = self.store.info.unit_rows(unit)
@@ -122,7 +122,7 @@ class Harvester:
             rows=stop - start,
             positions_run=computed.activations.positions_run,
             padding=computed.activations.padding,
-            seconds=time.time() - computed.about["started_at"],
+            seconds=time.time() - computed.figures.started_at,
             committed=committed,
             idle_share=computed.activations.idle_share,
         )
@@ -135,16 +135,16 @@ class Harvester:
         contexts, groups = read_contexts(self.store, start, stop)
         summarise = partial(self._summarise, groups)
         with self._computer.computing(contexts, stop - start, summarise) as (activations, block):
-            about = {
-                "positions_run": activations.positions_run,
-                "padding": activations.padding,
-                "rounding": rounding_of(activations, block),
-                "device": self.device_name,
-                "started_at": started,
-                "seconds": time.time() - started,
-                "idle_share": activations.idle_share,
-            }
-            yield ComputedUnit(activations, block, about)
+            figures = UnitFigures(
+                positions_run=activations.positions_run,
+                padding=activations.padding,
+                rounding=rounding_of(activations, block),
+                device=self.device_name,
+                started_at=started,
+                seconds=time.time() - started,
+                idle_share=activations.idle_share,
+            )
+            yield ComputedUnit(activations, block, figures)
 
     @property
     def device_name(self) -> str:
@@ -167,8 +167,8 @@ class Harvester:
         model.register_forward_hook(lambda *_: self.on_step())
         return UnitRunner(
             model,
-            {parse_site(site): layout["dtype"] for site, layout in layouts.items()},
-            d_model=next(iter(layouts.values()))["d"],
+            {parse_site(site): layout.dtype for site, layout in layouts.items()},
+            d_model=next(iter(layouts.values())).d,
             batch_tokens=setup.batch_tokens,
             device=setup.placement.input_device,
             context=self.store.info.context,
@@ -188,13 +188,10 @@ class Harvester:
             raise NotFinite(f"{where} is not finite: {words_of(self.setup.model.id, names)}") from None
 
 
-def rounding_of(run: Activations, block: UnitBlock) -> Record:
-    """Site -> what storing it cost: the sums over the rows of ||x - stored(x)||^2 and of ||stored(x)||^2."""
+def rounding_of(run: Activations, block: UnitBlock) -> dict[str, RoundingCost]:
+    """What storing each site cost."""
     return {
-        str(site): {
-            "square_error": error,
-            "square_norm": float(block.moments[MomentKey(str(site))].sum_squares.sum()),
-        }
+        str(site): RoundingCost(error, float(block.moments[MomentKey(str(site))].sum_squares.sum()))
         for site, error in run.square_errors.items()
     }
 

@@ -15,18 +15,12 @@ from pipeline.placement import check_dtype
 from pipeline.precision import FASTER, faster_type, slowdown
 from pipeline.quantised import check_quantised
 from pipeline.sites import layers_up_to, parse_site
-from storage.arrays import DTYPES
-from storage.commits import committed_units
 from storage.errors import StorageError
-from storage.harvests import (
-    Harvest,
-    chunk_rows_for,
-    declare_harvest,
-    match_harvests,
-)
+from storage.harvests import Harvest, SiteLayout, declare_harvest, match_harvests
+from storage.log import HarvestLog, log_of
 from storage.records import Record
 from storage.store import Store
-from storage.unitsets import UnitRanges, UnitSet
+from storage.unitsets import UnitSet
 from workers.cluster import is_started_here, require_gpus
 from workers.harvester import HarvesterSetup, UnitResult
 from workers.known_models import check_not_replaced, fingerprint_in_store, is_of_model, made_from
@@ -46,7 +40,7 @@ class HarvestJob:
 
     harvest: Harvest
     setup: HarvesterSetup
-    ranges: UnitRanges
+    log: HarvestLog
     units: UnitSet
     """Those that are not committed."""
 
@@ -67,7 +61,7 @@ def prepare_harvests(
     types = settings.stored_types()
     matching, missing = match_harvests(store.root, identity, name, types, by_machine=(BLOCKS,))
     if missing:
-        layouts = {site: layout_of(info.d_model, types[site], store.info.rows_per_unit) for site in missing}
+        layouts = {site: SiteLayout.of(info.d_model, types[site], store.info.rows_per_unit) for site in missing}
         made_with = {**made_from(info), **versions()}
         matching.append(
             Harvest.of({**identity, "sites": {site: types[site] for site in missing}}, name, layouts, made_with)
@@ -144,12 +138,6 @@ def check_compiling(compiles: bool, settings: HarvestSettings, cluster: ClusterS
         check_compiler(settings.placement.device)
 
 
-def layout_of(d_model: int, stored: str, rows_per_unit: int) -> Record:
-    """How the arrays of a site are laid out: see Harvest.sites."""
-    chunk_rows = chunk_rows_for(rows_per_unit, d_model, DTYPES[stored].itemsize)
-    return {"d": d_model, "dtype": stored, "chunk_rows": chunk_rows}
-
-
 def name_in_store(store: Store, info: ModelInfo) -> str:
     """The name of a model under activations/: the one it was first harvested under, wherever it has moved since."""
     known = (h.model for h in store.refresh().harvests if is_of_model(h, info))
@@ -185,7 +173,7 @@ def run_harvest(
     supervisor = Supervisor(
         job.setup,
         job.units,
-        job.ranges,
+        job.log.units,
         workers=settings.worker_range,
         gpus_per_worker=settings.gpus_per_worker,
         cluster=cluster,
@@ -225,7 +213,7 @@ def blocks_of(harvest: Harvest) -> bool:
 def _job(
     store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings, harvest: Harvest, identity: Record
 ) -> HarvestJob:
-    committed = committed_units(store.root, harvest.digest, store.info.units)
+    log = log_of(store, harvest)
     setup = HarvesterSetup(
         store=store.url,
         harvest=harvest,
@@ -239,4 +227,4 @@ def _job(
         placement=settings.placement,
         blocks=blocks_of(harvest),
     )
-    return HarvestJob(harvest, setup, store.info.units, committed.complement())
+    return HarvestJob(harvest, setup, log, log.committed().complement())

@@ -14,6 +14,7 @@ from pipeline.models import ModelInfo
 from pipeline.token_labels import LabelValues
 from storage.create import TableFiles, corpus_digest, new_store, refuse_if_taken
 from storage.growth import grown_table, settle
+from storage.layout import StoreLayout
 from storage.places import Place, open_place
 from storage.root import CorpusInfo
 from storage.store import Store, open_store
@@ -72,7 +73,7 @@ def ensure_store(
     info.check_context(corpus.context)
     source = open_source(corpus, model, info.vocabulary, info.revision)
     place = open_place(url)
-    if (place / "zarr.json").exists():
+    if StoreLayout(place).root_record.exists():
         if grow:
             settle(place)
         store = open_store(place)

@@ -9,11 +9,10 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
-from storage.commits import committed_units, compact
-from storage.drivers import INTERVAL_S, Driver, DriverWatch, read_drivers, remove_driver, write_driver
+from storage.drivers import INTERVAL_S, Driver, DriverWatch
 from storage.errors import StorageError
-from storage.places import Place
-from storage.unitsets import UnitRanges, UnitSet
+from storage.log import HarvestLog
+from storage.unitsets import UnitSet
 from workers.stopping import say
 
 LOOK_S = 1.0
@@ -39,11 +38,11 @@ class Presence:
     """Use as a context manager. `driver` may be replaced at any time with what is to be said next; `news` is what was
     last heard, a new object each time."""
 
-    def __init__(self, store: Place, harvest: str, driver: Driver, ranges: UnitRanges, committed: UnitSet):
+    def __init__(self, log: HarvestLog, driver: Driver, committed: UnitSet):
         """`committed`: units whose commit was seen; the owner adds to it."""
         self.driver = driver
         self.news: News | None = None
-        self._store, self._harvest, self._ranges, self._committed = store, harvest, ranges, committed
+        self._log, self._committed = log, committed
         self._watch = DriverWatch(own=driver.id)
         self._rates: deque[tuple[float, int]] = deque()
         self._counter = 0
@@ -85,19 +84,19 @@ class Presence:
         now = time.monotonic()
         self._counter += 1
         if ends:
-            compact(self._store, self._harvest, self._ranges, self._committed)
-            remove_driver(self._store, self._harvest, self.driver.id)
+            self._log.compact(self._committed)
+            self._log.remove_driver(self.driver.id)
             return
         said = replace(self.driver, counter=self._counter, rows_per_second=self._rate(now, self.driver.rows_done))
-        write_driver(self._store, self._harvest, said)
-        self._watch.observe(read_drivers(self._store, self._harvest).drivers, now)
+        self._log.write_driver(said)
+        self._watch.observe(self._log.drivers().drivers, now)
         others = self._watch.alive(now)
-        committed = committed_units(self._store, self._harvest, self._ranges) if others or look else None
+        committed = self._log.committed() if others or look else None
         self.news = News(others, committed)
         for name in self._watch.gone(now):
-            remove_driver(self._store, self._harvest, name)
+            self._log.remove_driver(name)
         if self._compacted is None or now - self._compacted > COMPACT_S:
-            compact(self._store, self._harvest, self._ranges, self._committed)
+            self._log.compact(self._committed)
             self._compacted = now
 
     def _rate(self, now: float, rows: int) -> float:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from pipeline.errors import InputError
 from pipeline.placement import Placement
-from storage.commits import BITMAP, committed_units, compact
 from storage.errors import StorageError, Unreachable
 from storage.findings import ByHand, Fault, Remake, Remove, Rewrite
 from storage.harvests import Harvest, writer_id
+from storage.log import log_of
 from storage.places import Place
 from storage.store import Store, open_store
 from workers.rerun import ModelName, Rerunner, find_model, repair_from_rows
@@ -53,15 +53,15 @@ def repair(
     for fault in faults:
         if isinstance(fault.remedy, Remake):
             units.setdefault((fault.remedy.harvest, fault.remedy.unit), []).append(fault)
-    bitmaps = {fault.place for fault in faults if isinstance(fault.remedy, Remove) and fault.place.name == BITMAP}
-    if units or bitmaps:
+    removed = {fault.place for fault in faults if isinstance(fault.remedy, Remove)}
+    if units or removed:
         store = open_store(root)
         harvests = {harvest.digest: harvest for harvest in store.harvests}
         for harvest in harvests.values():
-            if root / "commits" / harvest.digest / BITMAP in bitmaps:
-                ranges = store.info.units
-                compact(root, harvest.digest, ranges, committed_units(root, harvest.digest, ranges))
-                on_repair(f"wrote {root / 'commits' / harvest.digest / BITMAP}")
+            log = log_of(store, harvest)
+            if (bitmap := log.layout.bitmap(harvest.digest)) in removed:
+                log.compact(log.committed())
+                on_repair(f"wrote {bitmap}")
             mine = {unit: of for (digest, unit), of in sorted(units.items()) if digest == harvest.digest}
             yield from _repair_units(store, harvest, mine, models, on_repair, placement)
 

@@ -19,9 +19,9 @@ from pipeline.placement import Placement
 from pipeline.rounding import Rounded
 from pipeline.sites import layers_up_to, parse_site
 from storage.arrays import Array
-from storage.commits import committed_units, read_commit
 from storage.findings import ByHand, Fault, Remake
-from storage.harvests import Harvest, moments_path
+from storage.harvests import Harvest
+from storage.log import log_of
 from storage.moments import read_unit_moments, same_moments
 from storage.scaled import SiteRows, unscaled
 from storage.store import Store
@@ -115,8 +115,10 @@ class Rerunner:
                 "on a machine that has one"
             )
         with self.harvester.computing(unit) as computed:
-            writer, about = self.harvester.writer, computed.about
-            rewrite_unit(self.store, self.harvest, unit, computed.block, writer=writer, about=about, instead=instead)
+            writer, figures = self.harvester.writer, computed.figures
+            rewrite_unit(
+                self.store, self.harvest, unit, computed.block, writer=writer, figures=figures, instead=instead
+            )
 
     def audit(self, unit: int) -> Iterator[Fault | str]:
         """Compute a unit and compare it with what is stored: yield faults, or one line if all is well."""
@@ -140,7 +142,8 @@ class Rerunner:
         batches = self.harvest.identity["harvest"]["batches"]
         if batches != COMPOSITION:
             found.append(f"batches {batches} there, {COMPOSITION} here")
-        device = read_commit(self.store.root, self.harvest.digest, self.store.info.units.name(unit)).get("device")
+        figures = log_of(self.store, self.harvest).read(unit).figures
+        device = None if figures is None else figures.device
         if device != self.harvester.device_name:
             found.append(f"{device} there, {self.harvester.device_name} here")
         return "; ".join(found)
@@ -149,7 +152,7 @@ class Rerunner:
         start, stop = self.store.info.unit_rows(unit)
         computed_in = self.harvest.identity["model"]["dtype"]
         for site, layout in self.harvest.sites.items():
-            tolerance = TOLERANCE_ULPS * max(_epsilon(computed_in), _epsilon(layout["dtype"]))
+            tolerance = TOLERANCE_ULPS * max(_epsilon(computed_in), _epsilon(layout.dtype))
             arrays = self.harvest.arrays(self.store.root, self.store.num_rows, site)
             array = arrays["activations"]
             stored = SiteRows(array, arrays.get("scales")).read(start, stop)
@@ -186,7 +189,7 @@ class Rerunner:
                 yield Fault(place, "the norms of the rows", "others", remedy)
         stored = read_unit_moments(self.store, self.harvest.digest, unit)
         if not same_moments(stored, block.moments):
-            place = moments_path(self.store.root, self.harvest.digest, self.store.info.units.name(unit))
+            place = log_of(self.store, self.harvest).moments_place(unit)
             yield Fault(place, "the moments of the rows", "others", remedy)
 
 
@@ -205,12 +208,12 @@ def repair_from_rows(store: Store, harvest: Harvest, unit: int, writer: str) -> 
         scales = torch.from_numpy(arrays["scales"].read(start, stop)) if "scales" in arrays else None
         rows[site] = Rounded(to_torch(arrays["activations"].read(start, stop)), scales)
     block = unit_block(store, read_groups(store, start, stop), rows)
-    rewrite_unit(store, harvest, unit, block, writer=writer, about={})
+    rewrite_unit(store, harvest, unit, block, writer=writer, figures=None)
 
 
 def sample_units(store: Store, harvests: Sequence[Harvest], number: int, seed: int) -> dict[str, list[int]]:
     """`number` committed units (all, if there are fewer), drawn evenly over all harvests: digest -> units."""
-    committed = {h.digest: list(committed_units(store.root, h.digest, store.info.units)) for h in harvests}
+    committed = {h.digest: list(log_of(store, h).committed()) for h in harvests}
     everything = [(digest, unit) for digest, units in committed.items() for unit in units]
     chosen = random.Random(seed).sample(everything, min(number, len(everything)))
     return {h.digest: units for h in harvests if (units := sorted(u for digest, u in chosen if digest == h.digest))}

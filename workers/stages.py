@@ -15,7 +15,6 @@ from ray.exceptions import RayActorError
 
 from pipeline.models import ModelInfo, describe_model
 from storage.anchors import AnchorSet, anchor_names, check_identity, read_anchors
-from storage.commits import committed_units, compact
 from storage.errors import StorageError
 from storage.failures import Failure
 from storage.harvests import sweep
@@ -75,11 +74,11 @@ def tidy(store: Store, jobs: list[HarvestJob]) -> None:
 
     Nothing depends on it, so a store that cannot be written is left as it is."""
     for job in jobs:
-        committed = committed_units(store.root, job.harvest.digest, job.ranges)
+        committed = job.log.committed()
         if committed.is_full:
             with suppress(OSError, StorageError):
                 declare(store, job)
-                compact(store.root, job.harvest.digest, job.ranges, committed)
+                job.log.compact(committed)
                 sweep(store.root, job.harvest)
 
 

@@ -16,11 +16,11 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.errors import InputError
-from storage.commits import committed_units
 from storage.drivers import Driver
 from storage.errors import CannotWrite, NotAStore, StorageError, StoreGrown, UnitConflict, Unreachable
-from storage.failures import Failure, clear_failure, failed_units, record_failure
+from storage.failures import Failure
 from storage.harvests import writer_id
+from storage.log import HarvestLog
 from storage.places import open_place
 from storage.unitsets import UnitRanges, UnitSet
 from workers.cluster import room_for
@@ -71,13 +71,13 @@ class Supervisor:
         self.workers, self.cluster, self.setup = workers, cluster, setup
         self.gpus_per_worker = gpus_per_worker
         self.id = writer_id()
-        self.harvest, self.ranges = setup.harvest.digest, ranges
         self.schedule = Schedule(ToDo(units, seed=self.id))
         self.committed = units.complement()
         resources: dict[str, float] = {"num_cpus": setup.threads, "num_gpus": gpus_per_worker}
         self.crew = Crew(setup, resources, HangLimits(cluster.hang_s, cluster.load_s))
-        self.store = open_place(setup.store, waiting=partial(self.crew.outage.heard, "driver"))
-        self.failed_before = set(failed_units(self.store, self.harvest, ranges))
+        place = open_place(setup.store, waiting=partial(self.crew.outage.heard, "driver"))
+        self.log = HarvestLog(place, setup.harvest.digest, ranges)
+        self.failed_before = set(self.log.failed())
         self.losses = Losses()
         self.rows = self.units = self.elsewhere = 0
         self._reviewed = self._said_no_room = float("-inf")
@@ -89,14 +89,14 @@ class Supervisor:
         """Call `on_unit` for each unit as it is done, `on_elsewhere` for units that another driver has done. Returns
         when every unit is committed or set aside. Raises HarvestFailed, Stopped, StorageError or InputError."""
         for unit in [u for u in self.failed_before if u in self.committed]:
-            clear_failure(self.store, self.harvest, self.ranges.name(unit))
+            self.log.clear_failure(unit)
         driver = Driver(self.id)
         grace_s = self.cluster.grace_s
         in_flight = f"no more units are handed out; those in flight have {grace_s:g} s (once more: at once)"
         try:
             with (
                 stop_requests(in_flight) as stop,
-                Presence(self.store, self.harvest, driver, self.ranges, self.committed) as presence,
+                Presence(self.log, driver, self.committed) as presence,
             ):
                 while not self.schedule.is_done and stop.signum is None:
                     self._review()
@@ -113,7 +113,7 @@ class Supervisor:
         """What was set aside, and not committed by another driver since."""
         if not self.schedule.set_aside:
             return []
-        committed = committed_units(self.store, self.harvest, self.ranges)
+        committed = self.log.committed()
         return [failure for unit, failure in sorted(self.schedule.set_aside.items()) if unit not in committed]
 
     # ---- one round
@@ -205,7 +205,7 @@ class Supervisor:
             self.elsewhere += 1
             self._was_second = True
         if result.unit in self.failed_before:
-            clear_failure(self.store, self.harvest, self.ranges.name(result.unit))
+            self.log.clear_failure(result.unit)
 
     def _raised(self, answer: Answer, error: Exception) -> None:
         """A worker raised: over the model, over something all units meet alike, or over this unit."""
@@ -245,8 +245,7 @@ class Supervisor:
 
     def _set_aside(self, failure: Failure) -> None:
         say(f"unit {failure.unit} is set aside after {len(failure.errors)} attempts; the last: {failure.errors[-1]}")
-        record = replace(failure, made_with=dict(versions()))
-        record_failure(self.store, self.harvest, self.ranges.name(failure.unit), record)
+        self.log.record_failure(replace(failure, made_with=dict(versions())))
         self.losses.a_unit_is_settled(finished=False)
 
     # ---- the store's other drivers, and the end
@@ -276,7 +275,7 @@ class Supervisor:
         self.schedule.share({u for d in news.others for u in d.in_flight} if news.others else None)
         committed = news.committed
         if known and not news.others:  # what it has done since we last looked
-            committed = committed_units(self.store, self.harvest, self.ranges)
+            committed = self.log.committed()
         if committed is not None:
             self.committed.update(committed)
             done = self.schedule.committed_elsewhere(committed)

@@ -15,9 +15,9 @@ from pipeline.columns import context_starts, documents_table, row_column, rows_b
 from pipeline.layout import Documents, Sizes
 from pipeline.token_labels import LabelValues
 from storage.arrays import DTYPES
-from storage.create import COLUMN_CHUNK_ROWS, TableFiles
+from storage.create import TableFiles
 from storage.root import label_columns
-from storage.table import DOCUMENTS_PER_FILE
+from storage.table import COLUMN_CHUNK_ROWS, DOCUMENTS_PER_FILE
 from workers.tabling import TablePlan
 from workers.tasks import Tasks
 

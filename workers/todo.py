@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from storage.commits import UNITS_PER_BLOCK
+from storage.layout import UNITS_PER_BLOCK
 from storage.unitsets import UnitSet
 
 STRETCHES = 32

@@ -11,7 +11,7 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.training_config import TrainingConfig, check_training
 from storage.anchors import read_anchors
 from storage.errors import StorageError, StoreMismatch
-from storage.moments import training_units
+from storage.merged_moments import training_units
 from storage.records import Record, digest
 from storage.runs import Run, open_run
 from storage.store import Store

@@ -13,7 +13,8 @@ from pipeline.errors import InputError
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.normalisation import Normalisation
 from storage.arrays import Array
-from storage.moments import MomentKey, Moments, merged_moments, training_units
+from storage.merged_moments import merged_moments, training_units
+from storage.moments import MomentKey, Moments
 from storage.norm_filter import NormFilter
 from storage.store import Store
 from workers.tensors import to_torch

@@ -104,7 +104,7 @@ class DictionaryTrainer:
         self._update()
         firings = torch.cat([code.firings() for code in found.codes])
         self.silent_rows = torch.where(firings > 0, 0, self.silent_rows + len(x))
-        resampled = self._resample(inputs, found)
+        resampled = self._resample_if_due(inputs, found)
         self.step_number += 1
         return StepMetrics(
             loss=loss,
@@ -174,14 +174,28 @@ class DictionaryTrainer:
             shared = grad[: shape.shared_latents].view(shape.shared_latents, len(shape.output), -1)
             shared.copy_(shared.sum(1, keepdim=True).expand_as(shared))
 
-    def _resample(self, inputs: Tensor, found: Evaluated) -> int:
+    def _resample_if_due(self, inputs: Tensor, found: Evaluated) -> int:
         plan = self.config.resampling
         left = None if plan is None else plan.steps_left(self.step_number, self.config.steps, self.config.batch_rows)
         if plan is None or left is None:
             return 0
-        chosen = resample(self, plan, left, inputs, found.residual)
-        self.silent_rows[chosen] = 0
-        return len(chosen)
+        revived = self.resample(inputs, found.residual, left, plan.encoder_scale)
+        self.silent_rows[revived] = 0
+        return len(revived)
+
+    def resample(self, inputs: Tensor, residual: Tensor, batches_left: int, encoder_scale: float) -> Tensor:
+        """Let dead latents begin anew at some of a batch's rows; see `pipeline.sdl.resampling.resample`."""
+        return resample(
+            self.dictionary,
+            self.optimizer,
+            self.dead(),
+            inputs,
+            residual,
+            kept=0 if self.anchors is None else self.anchors.count,
+            batches_left=batches_left,
+            encoder_scale=encoder_scale,
+            seed=(self.config.seed * 1_000_003 + self.step_number) % 2**63,
+        )
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, constant, linear decay to zero."""

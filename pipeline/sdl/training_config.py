@@ -10,10 +10,42 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.ranges import positive, refuse, seeds, shares, whole
-from pipeline.sdl.resampling import Resampling
 
 LONG_RUN = 100_000
 """Steps for which the rates in the literature are meant."""
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """When dead latents begin anew, and from how many rows (see `pipeline.sdl.resampling`)."""
+
+    at: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Shares of the steps at which an event begins."""
+    rows: int = 819_200
+    """Rows that an event draws from, over several batches; fewer where the next event comes first."""
+    encoder_scale: float = 0.2
+    """Norm of a new encoder row, in mean norms of the alive ones."""
+
+    def reasons(self) -> list[str]:
+        """Why it cannot be so: numbers, and events that are out of order or not within the training."""
+        found = [f"resampling.{r}" for r in (*whole(rows=self.rows), *positive(encoder_scale=self.encoder_scale))]
+        if not self.at:
+            found.append("resampling.at has no event: leave resampling out")
+        if list(self.at) != sorted(set(self.at)) or not all(0 <= share < 1 for share in self.at):
+            found.append(
+                "resampling.at must be shares of the steps, at least 0 and below 1, in ascending order, unlike "
+                f"{', '.join(map(str, self.at))}"
+            )
+        return found
+
+    def steps_left(self, step: int, steps: int, batch_rows: int) -> int | None:
+        """Batches of the event under way that are left, this one included; None where there is no event."""
+        starts = [int(share * steps) for share in self.at]
+        for start, following in zip(starts, [*starts[1:], steps], strict=True):
+            length = max(1, min(self.rows // batch_rows, (following - start) // 2))
+            if start <= step < start + length:
+                return start + length - step
+        return None
 
 
 @dataclass(frozen=True)

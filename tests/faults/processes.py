@@ -22,7 +22,7 @@ import psutil
 import yaml
 from disks import mounted
 
-from storage.commits import committed_units
+from storage.log import log_of
 from storage.store import open_store
 
 MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"
@@ -262,7 +262,7 @@ def check_same(store: Path, undisturbed: Path) -> None:
     assert mine == theirs, sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))[:10]
     opened = open_store(store)
     (harvest,) = opened.harvests
-    assert sorted(committed_units(opened.root, harvest.digest, opened.info.units)) == list(range(UNITS))
+    assert sorted(log_of(opened, harvest).committed()) == list(range(UNITS))
     units = [json.loads(p.read_text())["unit"] for p in (store / "commits" / harvest.digest).rglob("0*.json")]
     assert sorted(units) == list(range(UNITS))
     verified = subprocess.run(

@@ -14,7 +14,7 @@ import pytest
 from conftest import write_store
 from s3 import S3Server
 
-from storage.findings import Fault, below
+from storage.findings import Fault
 from storage.places import open_place
 from storage.store import Store
 from storage.verify import verify
@@ -26,7 +26,7 @@ FEW = 60
 
 def names_with_faults(store: Path) -> set[str]:
     root = open_place(store)
-    return {below(finding.place, root) for finding in verify(root) if isinstance(finding, Fault)}
+    return {finding.place.below(root) for finding in verify(root) if isinstance(finding, Fault)}
 
 
 def damaged(content: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -104,5 +104,5 @@ def test_a_bucket(s3: S3Server) -> None:
         place = store.root / key
         content = place.read()
         place.write(content[:-1])
-        assert key in {below(f.place, store.root) for f in verify(store.root) if isinstance(f, Fault)}
+        assert key in {f.place.below(store.root) for f in verify(store.root) if isinstance(f, Fault)}
         place.write(content)

@@ -21,7 +21,7 @@ from pipeline.loading import load_base_model
 from pipeline.models import ModelInfo
 from pipeline.placement import Offload, Placement
 from pipeline.rounding import Rounded
-from storage.commits import DETERMINED, commit_path, read_commit
+from storage.log import log_of
 from storage.places import Place
 from storage.records import decode, encode, read_record
 from storage.store import Store, open_store
@@ -108,7 +108,7 @@ def test_what_verify_says(stored: Lab) -> None:
     harvest = store.harvests[0]
     row_folder = stored.store / "activations" / harvest.model / SITE / "c"
     flip(row_folder / "1" / "0")
-    commit = commit_path(store.root, harvest.digest, store.info.units.name(3)).path
+    commit = log_of(store, harvest).commit_place(3).path
     flip(commit)
     swapped = commit.with_name("00000002.json")
     swapped.write_bytes(commit.with_name("00000000.json").read_bytes())
@@ -138,10 +138,10 @@ def test_a_driver_that_looks_on_reads_committed_rows_all_the_time(mended: Lab) -
     """The commit of a damaged unit is never removed: other rows of its harvest can be read before, and all after."""
     store = open_store(mended.store)
     digest = store.harvests[0].digest
-    committed = commit_path(store.root, digest, store.info.units.name(1)).read()
+    committed = log_of(store, digest).commit_place(1).read()
     flip(mended.store / "activations" / store.harvests[0].model / SITES[0] / "c" / "1" / "0")
     assert verify(mended, "--repair")[0] == 0
-    assert commit_path(store.root, digest, store.info.units.name(1)).read() == committed
+    assert log_of(store, digest).commit_place(1).read() == committed
 
 
 def test_rows_need_the_model_and_norms_do_not(mended: Lab, tmp_path: Path) -> None:
@@ -261,9 +261,8 @@ def forge(store: Store, unit: int) -> None:
     rows = rows_of(store, unit)
     rows[SITE].values[17] *= -1
     block: UnitBlock = unit_block(store, read_groups(store, start, stop), rows)
-    commit = read_commit(store.root, harvest.digest, store.info.units.name(unit))
-    about = {k: v for k, v in commit.items() if k not in DETERMINED}
-    rewrite_unit(store, harvest, unit, block, writer=commit["writer"], about=about, instead=True)
+    commit = log_of(store, harvest).read(unit)
+    rewrite_unit(store, harvest, unit, block, writer=commit.writer, figures=commit.figures, instead=True)
 
 
 def test_a_forgery_is_found_by_running_the_model_again_and_by_nothing_else(stored: Lab) -> None:
@@ -297,9 +296,8 @@ def test_norms_and_moments_are_audited_too(stored: Lab) -> None:
     block = unit_block(store, read_groups(store, start, stop), rows)
     key = next(key for key in block.moments if key.label == "language")
     block.moments[key].sum[0] += 1  # type: ignore[index]
-    commit = read_commit(store.root, harvest.digest, store.info.units.name(3))
-    about = {"device": commit["device"]}
-    rewrite_unit(store, harvest, 3, block, writer="forger", about=about, instead=True)
+    commit = log_of(store, harvest).read(3)
+    rewrite_unit(store, harvest, 3, block, writer="forger", figures=commit.figures, instead=True)
     assert verify(stored)[0] == 0
     status, report = verify(stored, "--audit", "4")
     assert status == 1

@@ -13,8 +13,8 @@ from disks import CannotMount, Disk, mounted
 from lab import SITE, SITES, Lab, check_message, snapshot
 
 from jobs.cli import main
-from storage.commits import committed_units
 from storage.errors import StorageError
+from storage.log import log_of
 from storage.store import Store
 from storage.unitsets import UnitSet
 
@@ -75,7 +75,7 @@ UNIT_BYTES = len(SITES) * 1024 * (32 * 2 + 4)
 
 def committed(harvesting: Harvesting) -> UnitSet:
     (job,) = harvesting.jobs
-    return committed_units(harvesting.store.root, job.harvest.digest, harvesting.store.info.units)
+    return log_of(harvesting.store, job.harvest).committed()
 
 
 def test_a_disk_that_fills_up_in_mid_harvest(

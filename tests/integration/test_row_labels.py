@@ -16,9 +16,10 @@ from jobs.status import status_record, status_text
 from pipeline.errors import InputError
 from pipeline.models import describe_model
 from storage.anchors import AnchorSet
-from storage.commits import committed_units
 from storage.held_out import values_without_held_out_rows
-from storage.moments import MomentKey, merged_moments, training_units
+from storage.log import log_of
+from storage.merged_moments import merged_moments, training_units
+from storage.moments import MomentKey
 from storage.store import Store, open_store
 from workers.anchor_settings import AnchorSettings
 from workers.anchoring import make_anchors
@@ -194,7 +195,7 @@ def test_a_store_that_grows(tmp_path: Path, store: Store, llama: Path, lines: Pa
     grown = open_store(store.path)
     assert grown.info.values_of_rows == {"entities": [*ENTITIES, "EARLY"]}
     (harvest,) = grown.harvests
-    assert len(committed_units(grown.root, harvest.digest, grown.info.units)) == grown.info.num_units
+    assert len(log_of(grown, harvest).committed()) == grown.info.num_units
     assert faults(grown) == []
     start_harvest(tmp_path / "once", llama, [lines, second], sites, **OPTIONS).run()
     once = open_store(tmp_path / "once")

@@ -22,8 +22,7 @@ from harvests import DEADLINE_S, UNITS, assert_same, commits, granary, rows_of, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from storage.commits import committed_units, read_bitmap
-from storage.failures import failed_units, read_failure
+from storage.log import HarvestLog, log_of
 from storage.store import open_store
 
 pytestmark = pytest.mark.slow  # real harvests that are disturbed, half a minute each
@@ -128,12 +127,12 @@ def test_a_unit_that_fails_is_set_aside_and_named_and_the_rest_goes_on(
     out = ended(start("harvest", spec), 1)
     (harvest,), root = open_store(store).harvests, open_store(store).root
     units = open_store(store).info.units
-    (bad,) = failed_units(root, harvest.digest, units)
+    (bad,) = HarvestLog(root, harvest.digest, units).failed()
     assert out.count(f"unit {bad} failed (InputError: row ") == 3
     assert f"unit {bad} is set aside after 3 attempts; the last: InputError: row " in out
     assert f"granary: 1 units were set aside and the rest is harvested: {bad}; unit {bad} failed with" in out
-    assert committed_units(root, harvest.digest, units) == frozenset(range(units.total)) - {bad}
-    failure = read_failure(root, harvest.digest, units.name(bad))
+    assert HarvestLog(root, harvest.digest, units).committed() == frozenset(range(units.total)) - {bad}
+    failure = HarvestLog(root, harvest.digest, units).failure(bad)
     assert len(failure.errors) == len(failure.writers) == 3
     assert "torch" in failure.made_with
 
@@ -164,12 +163,12 @@ def test_sigterm_then_a_damaged_table_then_the_rest(tmp_path: Path, library: Pat
     )
     opened = open_store(store)
     (harvest,), root, units = opened.harvests, opened.root, opened.info.units
-    assert failed_units(root, harvest.digest, units) == []
+    assert HarvestLog(root, harvest.digest, units).failed() == []
     assert len(list(commits(store))) == done
 
     chunk.write_bytes(sound)
     granary("harvest", spec)
-    assert failed_units(root, harvest.digest, units) == []
+    assert HarvestLog(root, harvest.digest, units).failed() == []
     assert_same(store, undisturbed)
 
 
@@ -216,7 +215,7 @@ def test_two_drivers_at_once_share_the_units(
     assert not drivers(store)
     (harvest,) = open_store(store).harvests
     opened = open_store(store)
-    assert read_bitmap(opened.root, harvest.digest, opened.info.units).is_full
+    assert log_of(opened, harvest).bitmap().is_full
     assert rows_of(store) == rows_of(slow_undisturbed)
 
 

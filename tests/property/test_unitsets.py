@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.commits import BITMAP, UNITS_PER_BLOCK, commit_path, commit_unit, committed_units, compact, read_bitmap
+from storage.commits import Commit
+from storage.layout import UNITS_PER_BLOCK, StoreLayout
+from storage.log import HarvestLog
 from storage.places import Place, open_place
 from storage.unitsets import UnitRanges, UnitSet, shown
 
@@ -22,8 +24,8 @@ def place(folder: str) -> Place:
 
 
 def commit(store: Place, unit: int, writer: str = "w", crc: int = 1) -> bool:
-    record = {"harvest": "h", "unit": unit, "row_start": unit, "row_stop": unit + 1, "writer": writer}
-    return commit_unit(store, RANGES.name(unit), {**record, "sites": {"s": {"crc32c": [crc]}}, "moments_sha256": "0"})
+    made = Commit("h", unit, unit, unit + 1, writer, {"s": {"crc32c": [crc]}}, "0")
+    return HarvestLog(store, "h", RANGES).commit(made)
 
 
 @given(some, some, some)
@@ -35,16 +37,16 @@ def test_bitmap_and_listing_give_exactly_what_is_committed(
         store = place(folder)
         for unit in first | second:
             commit(store, unit)
-        compact(store, "h", RANGES, UnitSet(TOTAL, first))
-        compact(store, "h", RANGES, UnitSet(TOTAL, second))
-        assert read_bitmap(store, "h", RANGES) == first | second  # merged by union
+        HarvestLog(store, "h", RANGES).compact(UnitSet(TOTAL, first))
+        HarvestLog(store, "h", RANGES).compact(UnitSet(TOTAL, second))
+        assert HarvestLog(store, "h", RANGES).bitmap() == first | second  # merged by union
         for unit in third - first - second:
             commit(store, unit)
         everything = first | second | third
-        assert committed_units(store, "h", RANGES) == everything
-        assert read_bitmap(store, "h", RANGES) <= everything
-        (store / "commits" / "h" / BITMAP).remove()
-        assert committed_units(store, "h", RANGES) == everything
+        assert HarvestLog(store, "h", RANGES).committed() == everything
+        assert HarvestLog(store, "h", RANGES).bitmap() <= everything
+        StoreLayout(store).bitmap("h").remove()
+        assert HarvestLog(store, "h", RANGES).committed() == everything
 
 
 @given(some)
@@ -65,16 +67,16 @@ def test_a_damaged_bitmap_costs_listings_and_never_truth(garbage: bytes, at: int
     with tempfile.TemporaryDirectory() as folder:
         store = place(folder)
         commit(store, 3)
-        compact(store, "h", RANGES, UnitSet(TOTAL, [3]))
-        bitmap = store / "commits" / "h" / BITMAP
+        HarvestLog(store, "h", RANGES).compact(UnitSet(TOTAL, [3]))
+        bitmap = StoreLayout(store).bitmap("h")
         content = bytearray(bitmap.read())
         at %= len(content)
         content[at : at + len(garbage)] = garbage
         bitmap.write(bytes(content))
-        assert committed_units(store, "h", RANGES) == {3}
+        assert HarvestLog(store, "h", RANGES).committed() == {3}
         commit(store, 4)
-        compact(store, "h", RANGES, UnitSet(TOTAL, [4]))
-        assert committed_units(store, "h", RANGES) == {3, 4}
+        HarvestLog(store, "h", RANGES).compact(UnitSet(TOTAL, [4]))
+        assert HarvestLog(store, "h", RANGES).committed() == {3, 4}
 
 
 @pytest.mark.parametrize("done", [0, 1, 500_000, 10**6])
@@ -83,15 +85,15 @@ def test_a_million_units_are_read_with_few_requests(tmp_path: Path, done: int, m
     store, total = open_place(tmp_path), 10**6
     ranges = UnitRanges(total * 4, 4)
     mask = UnitSet(total, range(done))
-    compact(store, "h", ranges, mask)
+    HarvestLog(store, "h", ranges).compact(mask)
     for unit in range(done, min(total, done + 300)):
-        place = commit_path(store, "h", ranges.name(unit)).path
+        place = HarvestLog(store, "h", ranges).commit_place(unit).path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
     requests = []
     for name in ("read", "names"):
         method = getattr(Place, name)
         monkeypatch.setattr(Place, name, lambda self, method=method: (requests.append(str(self)), method(self))[1])
-    found = committed_units(store, "h", ranges)
+    found = HarvestLog(store, "h", ranges).committed()
     assert len(found) == min(total, done + 300)
     assert len(requests) <= (1 if done == total else 4)

@@ -11,22 +11,13 @@ import numpy as np
 import pytest
 from conftest import write_store
 
-from storage.commits import commit_path, commit_unit, committed_units, read_commit
-from storage.drivers import (
-    ALIVE_S,
-    GONE_S,
-    Driver,
-    DriverRecords,
-    DriverWatch,
-    driver_path,
-    read_drivers,
-    remove_driver,
-    write_driver,
-)
+from storage.drivers import ALIVE_S, GONE_S, Driver, DriverRecords, DriverWatch
 from storage.errors import CannotWrite, NotAStore, StorageError, UnitConflict
-from storage.failures import Failure, clear_failure, failed_units, read_failure, record_failure
+from storage.failures import Failure
 from storage.files import LocalFiles, StagedFile
 from storage.harvests import declare_harvest
+from storage.layout import StoreLayout
+from storage.log import HarvestLog, log_of
 from storage.moments import MomentKey, Moments
 from storage.places import Place, open_place
 from storage.progress import harvest_progress
@@ -63,7 +54,7 @@ def files(store: Store) -> dict[str, bytes]:
 
 
 def write(store: Store, unit: int, *, seed: int | None = None, writer: str = "other") -> bool:
-    return write_unit(store, store.harvests[0], unit, block_of(store, unit, seed), writer=writer, about={})
+    return write_unit(store, store.harvests[0], unit, block_of(store, unit, seed), writer=writer, figures=None)
 
 
 def test_a_unit_that_is_committed_is_compared_and_not_touched(store: Store) -> None:
@@ -92,9 +83,9 @@ def test_the_loser_of_the_race_compares(store: Store, monkeypatch: pytest.Monkey
 def test_the_answer_to_a_create_that_was_lost(store: Store) -> None:
     """The commit is ours, and its repetition is told that it exists: the bytes are equal, so it counts as ours."""
     harvest = store.harvests[0].digest
-    stored = read_commit(store.root, harvest, "00000000")
-    assert commit_unit(store.root, "00000000", stored) is True
-    assert read_commit(store.root, harvest, "00000000") == stored
+    stored = log_of(store, harvest).read(0)
+    assert log_of(store, harvest).commit(stored) is True
+    assert log_of(store, harvest).read(0) == stored
 
 
 @pytest.mark.parametrize("seed", [None, 99])
@@ -144,29 +135,29 @@ def test_repair_writes_the_bytes_again_and_never_removes_the_commit(store: Store
     harvest = store.harvests[0]
     damaged = {
         "chunk": store.array(SITES[0]).object_place(0),
-        "commit": commit_path(store.root, harvest.digest, "00000000"),
+        "commit": log_of(store, harvest).commit_place(0),
         "moments": store.root / "moments" / harvest.digest / "00000000.parquet",
     }[what]
     damaged.write(bytes(10))
-    rewrite_unit(store, harvest, 0, block_of(store, 0), writer="repair", about={})
+    rewrite_unit(store, harvest, 0, block_of(store, 0), writer="repair", figures=None)
     after = files(store)
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
     assert changed == ({f"commits/{harvest.digest}/000000/00000000.json"} if what == "commit" else set())
-    assert read_commit(store.root, harvest.digest, "00000000")["writer"] == ("repair" if what == "commit" else "test")
-    assert 0 in committed_units(store.root, harvest.digest, store.info.units)
+    assert log_of(store, harvest).read(0).writer == ("repair" if what == "commit" else "test")
+    assert 0 in log_of(store, harvest).committed()
 
 
 def test_a_machine_that_computes_other_bytes_repairs_nothing(store: Store) -> None:
     store.array(SITES[0]).object_place(0).write(bytes(10))
     before = files(store)
     with pytest.raises(UnitConflict):
-        rewrite_unit(store, store.harvests[0], 0, block_of(store, 0, seed=99), writer="repair", about={})
+        rewrite_unit(store, store.harvests[0], 0, block_of(store, 0, seed=99), writer="repair", figures=None)
     assert files(store) == before
 
 
 def test_a_zombie_after_a_repair_changes_nothing(store: Store) -> None:
-    rewrite_unit(store, store.harvests[0], 0, block_of(store, 0), writer="repair", about={})
+    rewrite_unit(store, store.harvests[0], 0, block_of(store, 0), writer="repair", figures=None)
     before = files(store)
     assert write(store, 0, writer="zombie") is False
     assert files(store) == before
@@ -174,15 +165,11 @@ def test_a_zombie_after_a_repair_changes_nothing(store: Store) -> None:
 
 def test_a_changed_byte_anywhere_in_a_record_is_found(store: Store) -> None:
     harvest = store.harvests[0]
-    record_failure(store.root, harvest.digest, "00000001", Failure(1, ["e"], ["w"]))
+    log_of(store, harvest).record_failure(Failure(1, ["e"], ["w"]))
     readers = {
-        commit_path(store.root, harvest.digest, "00000000"): lambda: read_commit(
-            store.root, harvest.digest, "00000000"
-        ),
+        log_of(store, harvest).commit_place(0): lambda: log_of(store, harvest).read(0),
         store.root / "commits" / harvest.digest / "harvest.json": lambda: store.for_model(harvest.model).harvests,
-        store.root / "failures" / harvest.digest / "00000001.json": lambda: read_failure(
-            store.root, harvest.digest, "00000001"
-        ),
+        store.root / "failures" / harvest.digest / "00000001.json": lambda: log_of(store, harvest).failure(1),
     }
     rng = random.Random(0)
     for place, read in readers.items():
@@ -211,36 +198,36 @@ def test_a_kill_between_the_record_and_the_arrays(store: Store, tmp_path: Path) 
 @pytest.mark.parametrize("url", ["local", "memory://granary-test-commits"])
 def test_failures_and_drivers_come_and_go(tmp_path: Path, url: str) -> None:
     root = open_place(tmp_path if url == "local" else url)
-    assert failed_units(root, "h", UNITS) == []
-    record_failure(root, "h", UNITS.name(12), Failure(12, ["a", "b", "c"], ["x", "y", "z"], {"torch": "2"}))
-    record_failure(root, "h", UNITS.name(3), Failure(3, ["a"], ["x"]))
-    assert failed_units(root, "h", UNITS) == [3, 12]
-    assert read_failure(root, "h", UNITS.name(12)) == Failure(12, ["a", "b", "c"], ["x", "y", "z"], {"torch": "2"})
-    clear_failure(root, "h", UNITS.name(3))
-    clear_failure(root, "h", UNITS.name(4))
-    assert failed_units(root, "h", UNITS) == [12]
+    assert HarvestLog(root, "h", UNITS).failed() == []
+    HarvestLog(root, "h", UNITS).record_failure(Failure(12, ["a", "b", "c"], ["x", "y", "z"], {"torch": "2"}))
+    HarvestLog(root, "h", UNITS).record_failure(Failure(3, ["a"], ["x"]))
+    assert HarvestLog(root, "h", UNITS).failed() == [3, 12]
+    assert HarvestLog(root, "h", UNITS).failure(12) == Failure(12, ["a", "b", "c"], ["x", "y", "z"], {"torch": "2"})
+    HarvestLog(root, "h", UNITS).clear_failure(3)
+    HarvestLog(root, "h", UNITS).clear_failure(4)
+    assert HarvestLog(root, "h", UNITS).failed() == [12]
     driver = Driver("me", counter=3, units_done=4, in_flight=[7, 8])
-    write_driver(root, "h", driver)
-    assert read_drivers(root, "h") == DriverRecords([driver], [])
-    remove_driver(root, "h", "me")
-    assert read_drivers(root, "h").drivers == []
+    HarvestLog(root, "h", UNITS).write_driver(driver)
+    assert HarvestLog(root, "h", UNITS).drivers() == DriverRecords([driver], [])
+    HarvestLog(root, "h", UNITS).remove_driver("me")
+    assert HarvestLog(root, "h", UNITS).drivers().drivers == []
 
 
 def test_a_driver_s_record_that_cannot_be_read_is_left_out_and_told(store: Store) -> None:
     harvest = store.harvests[0].digest
-    write_driver(store.root, harvest, Driver("sound"))
-    sound = driver_path(store.root, harvest, "sound").read()
-    place, rng = driver_path(store.root, harvest, "x"), random.Random(0)
+    log_of(store, harvest).write_driver(Driver("sound"))
+    sound = StoreLayout(store.root).driver(harvest, "sound").read()
+    place, rng = StoreLayout(store.root).driver(harvest, "x"), random.Random(0)
     for at in rng.sample(range(len(sound)), 60):
         changed = bytearray(sound)
         changed[at] ^= 1 << rng.randrange(8)
         place.write(bytes(changed))
-        found = read_drivers(store.root, harvest)
+        found = log_of(store, harvest).drivers()
         assert found.drivers == [Driver("sound")]
         assert f"the record {place} is damaged: " in found.unreadable[0]
         assert f"`granary verify {store.root} --repair` removes it" in found.unreadable[0]
     place.write(encode({"id": "x", "counter": 1}))
-    assert read_drivers(store.root, harvest) == DriverRecords(
+    assert log_of(store, harvest).drivers() == DriverRecords(
         [Driver("sound")], [f"the driver's record {place} lacks 'interval_s': another version of Granary wrote it"]
     )
 
@@ -265,21 +252,21 @@ def test_a_driver_lives_while_its_counter_moves() -> None:
 
 def test_progress_from_the_store_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     harvest = store.harvests[0].digest
-    record_failure(store.root, harvest, "00000000", Failure(0, ["committed since"], ["w"]))
-    record_failure(store.root, harvest, "00000001", Failure(1, ["e"], ["w"]))
-    progress = harvest_progress(store.root, harvest, store.info.units)
+    log_of(store, harvest).record_failure(Failure(0, ["committed since"], ["w"]))
+    log_of(store, harvest).record_failure(Failure(1, ["e"], ["w"]))
+    progress = harvest_progress(log_of(store, harvest))
     assert progress.committed == {0, 2}
     assert [failure.unit for failure in progress.failed] == [1]
     assert (progress.drivers, progress.silent) == ([], [])
     alive: dict[str, Any] = {"interval_s": 1.0, "in_flight": [0, 1], "rows_per_second": 10.0}
-    write_driver(store.root, harvest, Driver("killed", **alive))
-    write_driver(store.root, harvest, Driver("alive", **alive))
+    log_of(store, harvest).write_driver(Driver("killed", **alive))
+    log_of(store, harvest).write_driver(Driver("alive", **alive))
 
     def sleep(seconds: float) -> None:  # while we sleep, one of them goes on
-        write_driver(store.root, harvest, Driver("alive", counter=1, **alive))
+        log_of(store, harvest).write_driver(Driver("alive", counter=1, **alive))
 
     monkeypatch.setattr("storage.progress.time.sleep", sleep)
-    progress = harvest_progress(store.root, harvest, store.info.units)
+    progress = harvest_progress(log_of(store, harvest))
     assert [driver.id for driver in progress.drivers] == ["alive"]
     assert progress.silent == ["killed"]
     assert progress.in_flight == {1}

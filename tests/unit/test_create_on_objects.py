@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from conftest import corpus_info, plan_table, save_no_tokenizer
 
+from storage.backend import PROBE
 from storage.create import CLAIM, Table, create_store, new_store
 from storage.errors import StorageError
-from storage.places import PROBE, Place, open_place
+from storage.places import Place, open_place
 from storage.root import CorpusInfo
 from storage.store import Store, open_store
 

@@ -12,8 +12,7 @@ from pipeline.sdl.activations import ACTIVATIONS, BatchTopK, Gated, JumpReLU, Pr
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
-from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training_config import TrainingConfig
+from pipeline.sdl.training_config import Resampling, TrainingConfig
 from workers.dictionary_settings import (
     ActivationSettings,
     AnchoringSettings,

@@ -17,7 +17,7 @@ from pipeline.language import loss_recovered
 from pipeline.loading import load_base_model, load_causal_model
 from pipeline.models import describe_model
 from pipeline.rows import ContextRows
-from storage.commits import committed_units
+from storage.log import log_of
 
 
 def spoiled(model: Path, folder: Path, tensor: str, value: float, at: int = 0) -> Path:
@@ -77,7 +77,7 @@ def test_an_embedding_that_no_text_uses_may_have_them(llama: Path, tmp_path: Pat
     with pytest.raises(InputError, match=message):
         harvesting.run([0])
     (job,), store = harvesting.jobs, harvesting.store
-    assert not len(committed_units(store.root, job.harvest.digest, store.info.units))
+    assert not len(log_of(store, job.harvest).committed())
 
 
 def test_activations_that_overflow_say_where(llama: Path, tmp_path: Path, corpus: Path) -> None:

@@ -21,13 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.arrays import DTYPES, RowArray, group_metadata
-from storage.commits import committed_units, compact, read_bitmap
 from storage.create import Table, create_store
 from storage.errors import CorruptChunk, StorageError, StoreGrown, StoreMismatch, UncommittedRows
 from storage.findings import Fault, Note, Rewrite
-from storage.growth import GROWTHS, grown_table, settle
-from storage.harvests import Harvest, declare_harvest
-from storage.moments import MomentKey, Moments, merged_moments
+from storage.growth import grown_table, settle
+from storage.harvests import Harvest, SiteLayout, declare_harvest
+from storage.log import HarvestLog, log_of
+from storage.merged_moments import merged_moments
+from storage.moments import MomentKey, Moments
 from storage.places import open_place
 from storage.store import Store, open_store
 from storage.units import UnitBlock, rewrite_unit, write_unit
@@ -221,7 +222,7 @@ def test_a_growth_that_fails_leaves_the_old_store(
 @pytest.mark.parametrize("damage", ["the present one", "an older one"])
 def test_verify_finds_a_damaged_record_of_a_growth(tmp_path: Path, damage: str) -> None:
     store = grow(grow(make(tmp_path / "store"), LARGE), TABLE)
-    path = tmp_path / "store" / GROWTHS / ("00000003.json" if damage == "the present one" else "00000002.json")
+    path = tmp_path / "store" / "growths" / ("00000003.json" if damage == "the present one" else "00000002.json")
     sound = path.read_bytes()
     for content in (sound.replace(b"301", b"302"), b"", None):
         path.unlink() if content is None else path.write_bytes(content)
@@ -246,13 +247,15 @@ def block_of(store: Store, unit: int) -> UnitBlock:
 
 def declare(store: Store) -> Harvest:
     identity = {"sites": [SITE], "rows_per_unit": UNIT, "model": {"fingerprint": "made-up"}}
-    made = Harvest.of(identity, "made-up", {SITE: {"d": WIDTH, "dtype": "bfloat16", "chunk_rows": 8}}, {})
+    made = Harvest.of(identity, "made-up", {SITE: SiteLayout(WIDTH, "bfloat16", 8)}, {})
     declare_harvest(store.root, store.num_rows, made)
     return made
 
 
 def write(store: Store, *units: int, writer: str = "test") -> list[bool]:
-    return [write_unit(store, declare(store), unit, block_of(store, unit), writer=writer, about={}) for unit in units]
+    return [
+        write_unit(store, declare(store), unit, block_of(store, unit), writer=writer, figures=None) for unit in units
+    ]
 
 
 def rows_of(store: Store) -> np.ndarray:
@@ -269,12 +272,12 @@ def test_a_short_unit_s_commit_never_counts_for_the_longer_unit(place: Any, slee
     old = make(place)
     write(old, *range(SHORT + 1))
     harvest = old.harvests[0].digest
-    compact(old.root, harvest, old.info.units, committed_units(old.root, harvest, old.info.units))
+    log_of(old, harvest).compact(log_of(old, harvest).committed())
     new = grow(old, LARGE)
     everything = frozenset(range(SHORT + 1))
     for _ in range(2):  # with the bitmap of the old table, and without one
-        assert committed_units(old.root, harvest, old.info.units) == everything
-        assert committed_units(old.root, harvest, new.info.units) == everything - {SHORT}
+        assert log_of(old, harvest).committed() == everything
+        assert HarvestLog(old.root, harvest, new.info.units).committed() == everything - {SHORT}
         (old.root / "commits" / harvest / "committed.json").remove()
     assert new.array(SITE).shape == (301, WIDTH)  # the metadata says 203 until it is declared again
     with pytest.raises(UncommittedRows, match=r"1 of the 1 units asked for .* 6 "):
@@ -288,11 +291,11 @@ def test_a_short_unit_s_commit_never_counts_for_the_longer_unit(place: Any, slee
     write(old, SHORT, writer="late")  # is told that its unit is there
     assert SHORT not in new.committed(SITE)
     assert write(new, *range(SHORT + 1, new.info.num_units)) == [True] * 3
-    compact(new.root, harvest, new.info.units, committed_units(new.root, harvest, new.info.units))
-    assert read_bitmap(new.root, harvest, old.info.units) == everything - {SHORT}
-    assert committed_units(old.root, harvest, old.info.units) == everything
-    compact(old.root, harvest, old.info.units, committed_units(old.root, harvest, old.info.units))
-    assert committed_units(new.root, harvest, new.info.units) == frozenset(range(10)) - {SHORT}
+    log_of(new, harvest).compact(log_of(new, harvest).committed())
+    assert HarvestLog(new.root, harvest, old.info.units).bitmap() == everything - {SHORT}
+    assert log_of(old, harvest).committed() == everything
+    log_of(old, harvest).compact(log_of(old, harvest).committed())
+    assert log_of(new, harvest).committed() == frozenset(range(10)) - {SHORT}
     assert write(new, SHORT) == [True]
     fresh = open_store(place)
     np.testing.assert_array_equal(fresh.read(SITE), rows_of(new))
@@ -350,7 +353,7 @@ def test_a_zombie_that_writes_the_short_unit_over_the_longer_is_found(place: Any
             read(store)
     damaged = {fault.place.key.partition("/")[0] for fault in faults(new)}
     assert damaged == {"activations", "norms"}
-    rewrite_unit(new, new.harvests[0], SHORT, block_of(new, SHORT), writer="repair", about={})
+    rewrite_unit(new, new.harvests[0], SHORT, block_of(new, SHORT), writer="repair", figures=None)
     assert faults(new) == []
     read(reader)
     np.testing.assert_array_equal(open_store(place).read(SITE), rows_of(new))

@@ -24,8 +24,7 @@ from pipeline.sdl.activations import JumpReLU, Products, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
-from pipeline.sdl.resampling import Resampling
-from pipeline.sdl.training_config import TrainingConfig
+from pipeline.sdl.training_config import Resampling, TrainingConfig
 from storage.anchors import AnchorSet, read_anchors, write_anchors
 from storage.create import create_store
 from storage.errors import StorageError

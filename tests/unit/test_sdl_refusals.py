@@ -16,8 +16,8 @@ from pipeline.sdl.dictionary import Dictionary, Initialisation
 from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Anchors, Objective
 from pipeline.sdl.ranges import refuse
-from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer
+from pipeline.sdl.training_config import Resampling
 
 # ---- terms and activations
 

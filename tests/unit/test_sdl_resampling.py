@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 from pipeline.errors import InputError
 from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.resampling import Resampling, resample
 from pipeline.sdl.training import DictionaryTrainer
+from pipeline.sdl.training_config import Resampling
 
 PLAN = Resampling(encoder_scale=0.2)
 DEAD = [4, 7, 8, 11]
@@ -49,7 +49,7 @@ def test_what_becomes_of_dead_latents_and_of_the_others(variant: str, activation
     dead = trainer.dead()
     before = {name: p.detach().clone() for name, p in trainer.dictionary.named_parameters()}
     x, residual = inputs(trainer)
-    found = resample(trainer, PLAN, 1, x, residual)
+    found = trainer.resample(x, residual, 1, PLAN.encoder_scale)
     assert found.tolist() == dead.nonzero().flatten().tolist()
 
     for number, block in enumerate(trainer.dictionary.each_block()):
@@ -87,7 +87,7 @@ def test_rows_without_any_loss_are_never_drawn() -> None:
     x, residual = inputs(trainer)
     residual[2:] = 0
     x[2:] = 0
-    assert len(resample(trainer, PLAN, 1, x, residual)) == len(DEAD) > 2
+    assert len(trainer.resample(x, residual, 1, PLAN.encoder_scale)) == len(DEAD) > 2
     best = cosines(trainer.dictionary.W_dec[DEAD], x[:2]).max(1).values
     assert best.min() > 1 - 1e-6
 
@@ -95,7 +95,7 @@ def test_rows_without_any_loss_are_never_drawn() -> None:
 def test_shared_latents_begin_anew_with_one_decoder() -> None:
     trainer = trainer_with_dead_latents(VARIANTS["shared"])
     x, residual = inputs(trainer)
-    resample(trainer, PLAN, 1, x, residual)
+    trainer.resample(x, residual, 1, PLAN.encoder_scale)
     W_enc, W_dec = trainer.dictionary.W_enc, trainer.dictionary.W_dec
     a, b = W_dec[4].chunk(2)  # the last of the five shared ones
     assert torch.equal(a, b)
@@ -109,7 +109,7 @@ def test_decoders_of_free_norms_begin_with_the_mean_norm_of_the_others() -> None
     with torch.no_grad():
         trainer.dictionary.W_dec.mul_(torch.linspace(0.5, 2, LATENTS)[:, None])
     alive = trainer.dictionary.W_dec[~trainer.dead()].norm(dim=1).mean()
-    resample(trainer, PLAN, 1, *inputs(trainer))
+    trainer.resample(*inputs(trainer), 1, PLAN.encoder_scale)
     torch.testing.assert_close(trainer.dictionary.W_dec[DEAD].norm(dim=1), alive.expand(len(DEAD)))
 
 
@@ -124,7 +124,7 @@ def test_inputs_are_drawn_in_proportion_to_their_squared_loss() -> None:
         trainer.step_number = step
         trainer.silent_rows[DEAD[0]] = 10**9
         trainer.silent_rows[DEAD[1:]] = 0
-        resample(trainer, PLAN, 1, x, residual)
+        trainer.resample(x, residual, 1, PLAN.encoder_scale)
         counts[trainer.dictionary.W_dec[DEAD[0]].argmax()] += 1
     expected = torch.arange(5.0) ** 2 / 30
     torch.testing.assert_close(counts / 1000, expected, atol=0.05, rtol=0)
@@ -136,7 +136,7 @@ def test_the_draw_follows_the_seed_and_the_step() -> None:
     for seed, step in ((3, 5), (3, 5), (4, 5), (3, 6)):
         trainer = trainer_with_dead_latents(VARIANTS["sae"])
         trainer.config, trainer.step_number = replace(trainer.config, seed=seed), step
-        resample(trainer, PLAN, 1, randn(ROWS, 6), randn(ROWS, 6, seed=1))
+        trainer.resample(randn(ROWS, 6), randn(ROWS, 6, seed=1), 1, PLAN.encoder_scale)
         drawn.append(trainer.dictionary.W_dec[DEAD].detach().clone())
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -147,7 +147,7 @@ def test_anchored_latents_are_left_alone() -> None:
     trainer = trainer_with_dead_latents(VARIANTS["transcoder"])
     trainer.silent_rows[0] = 10**9
     before = trainer.dictionary.W_dec[0].detach().clone()
-    found = resample(trainer, PLAN, 1, *inputs(trainer))
+    found = trainer.resample(*inputs(trainer), 1, PLAN.encoder_scale)
     assert found.tolist() == DEAD
     assert torch.equal(trainer.dictionary.W_dec[0], before)
 
@@ -156,16 +156,16 @@ def test_nothing_is_dead_or_nothing_is_missing() -> None:
     trainer = trainer_with_dead_latents(VARIANTS["transcoder"])
     before = trainer.dictionary.W_dec.detach().clone()
     x, residual = inputs(trainer)
-    assert resample(trainer, PLAN, 1, x, torch.zeros_like(residual)).tolist() == []
+    assert trainer.resample(x, torch.zeros_like(residual), 1, PLAN.encoder_scale).tolist() == []
     trainer.silent_rows.zero_()
-    assert resample(trainer, PLAN, 1, x, residual).tolist() == []
+    assert trainer.resample(x, residual, 1, PLAN.encoder_scale).tolist() == []
     assert torch.equal(trainer.dictionary.W_dec, before)
 
 
 def test_all_dead() -> None:
     trainer = trainer_with_dead_latents(VARIANTS["transcoder"])
     trainer.silent_rows.fill_(10**9)
-    found = resample(trainer, PLAN, 1, *inputs(trainer))
+    found = trainer.resample(*inputs(trainer), 1, PLAN.encoder_scale)
     assert found.tolist() == list(range(2, LATENTS))
     assert all(p.isfinite().all() for p in trainer.dictionary.parameters())
 
@@ -190,7 +190,7 @@ def test_an_event_revives_a_part_at_each_of_its_batches_and_none_is_left() -> No
     trainer = trainer_with_dead_latents(VARIANTS["transcoder"])
     counts = []
     for left in (3, 2, 1):
-        found = resample(trainer, PLAN, left, *inputs(trainer, seed=left))
+        found = trainer.resample(*inputs(trainer, seed=left), left, PLAN.encoder_scale)
         trainer.silent_rows[found] = 0
         counts.append(len(found))
     assert counts == [2, 1, 1]

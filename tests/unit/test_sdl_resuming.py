@@ -10,7 +10,7 @@ from small_training import ROWS, SETTINGS, SPARSE, STEPS, batch, make_trainer, t
 
 from pipeline.sdl.calibration import calibrate
 from pipeline.sdl.objective import Objective
-from pipeline.sdl.resampling import Resampling
+from pipeline.sdl.training_config import Resampling
 
 EVERYTHING = {
     "transcoder": (config_of("transcoder", "topk"), Objective()),

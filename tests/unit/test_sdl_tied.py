@@ -15,9 +15,8 @@ from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Dictionary, Initialisation
 from pipeline.sdl.normalisation import Normalisation
 from pipeline.sdl.objective import Objective, evaluate
-from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import TrainingConfig
+from pipeline.sdl.training_config import Resampling, TrainingConfig
 
 AUTOENCODERS = ("sae", "crosscoder", "shared")
 TIED = replace(SETTINGS, tied=True)

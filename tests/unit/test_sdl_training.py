@@ -15,9 +15,8 @@ from pipeline.sdl.activations import JumpReLU, Products, TopK
 from pipeline.sdl.config import DictionaryConfig
 from pipeline.sdl.dictionary import Initialisation
 from pipeline.sdl.objective import Objective
-from pipeline.sdl.resampling import Resampling
 from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import default_dead_after_rows, default_learning_rate
+from pipeline.sdl.training_config import Resampling, default_dead_after_rows, default_learning_rate
 
 # ---- the step
 

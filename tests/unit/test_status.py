@@ -12,21 +12,23 @@ import pytest
 from conftest import start_harvest, write_store
 from lab import SITES, Lab
 
-import storage.history
 from jobs.cli import main
 from jobs.status import status_record, status_text
-from storage.commits import commit_path, committed_units, read_bitmap, read_commit
-from storage.drivers import Driver, driver_path, write_driver
-from storage.failures import Failure, record_failure
+from storage.commits import Commit, UnitFigures
+from storage.drivers import Driver
+from storage.failures import Failure
 from storage.history import COMMITS_READ, history_of, read_history
+from storage.layout import StoreLayout
+from storage.log import HarvestLog, log_of
 from storage.records import Record, encode, read_record
 from storage.store import Store, open_store
 from storage.unitsets import UnitSet
 from workers.presence import Presence
 
 
-def commit(unit: int, at: float, writer: str = "a", **more: Any) -> Record:
-    return {"row_start": unit * 100, "row_stop": unit * 100 + 100, "committed_at": at, "writer": writer, **more}
+def commit(unit: int, at: float, writer: str = "a", **figures: Any) -> Commit:
+    made = Commit("h", unit, unit * 100, unit * 100 + 100, writer, {}, "0", committed_at=at)
+    return replace(made, figures=UnitFigures.from_record({"device": "cpu", **figures})) if figures else made
 
 
 def rounding(error: float, norm: float) -> Record:
@@ -56,7 +58,7 @@ def test_units_may_be_committed_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("commits", [[], [commit(0, 1.0)], [commit(0, 1.0), commit(1, 1.0)]])
-def test_too_little_for_a_rate(commits: list[Record]) -> None:
+def test_too_little_for_a_rate(commits: list[Commit]) -> None:
     found = history_of(commits)
     assert (found.rows_per_second, found.rows_per_second_per_worker, found.padding_share) == (None, None, None)
 
@@ -83,14 +85,16 @@ def test_a_bounded_number_of_commits_is_read(tmp_path: Path, monkeypatch: pytest
     (harvest,) = store.harvests
     read: list[int] = []
 
-    def counted(place: Any, digest: str, name: str) -> Record:
-        read.append(int(name))
-        return read_commit(place, digest, name)
+    read_one = HarvestLog.read
 
-    monkeypatch.setattr(storage.history, "read_commit", counted)
-    committed = committed_units(store.root, harvest.digest, store.info.units)
+    def counted(log: HarvestLog, unit: int) -> Commit:
+        read.append(unit)
+        return read_one(log, unit)
+
+    monkeypatch.setattr(HarvestLog, "read", counted)
+    committed = log_of(store, harvest).committed()
     assert len(committed) == 700
-    found = read_history(store.root, harvest.digest, store.info.units, committed)
+    found = read_history(log_of(store, harvest), committed)
     assert found.commits == len(read) == len(set(read)) == COMMITS_READ
     assert set(range(700 - COMMITS_READ // 2, 700)) <= set(read)
     assert 0 in read
@@ -110,14 +114,15 @@ def half(tmp_path: Path, llama: Path, corpus: Path) -> Store:
 def test_figures_are_those_of_the_commits(half: Store) -> None:
     (h,) = status_record(half)["harvests"]
     digest = half.harvests[0].digest
-    commits = [read_commit(half.root, digest, half.info.units.name(unit)) for unit in range(3)]
+    commits = [log_of(half, digest).read(unit) for unit in range(3)]
     assert (h["units_committed"], h["units"], h["commits_read"]) == (3, 4, 3)
-    run, padding = (sum(c[key] for c in commits) for key in ("positions_run", "padding"))
+    figures = [c.figures for c in commits if c.figures is not None]
+    run, padding = sum(f.positions_run for f in figures), sum(f.padding for f in figures)
     assert h["padding_share"] == pytest.approx(padding / run)
     # Each context is run once, and again where a unit cuts it.
     tokens = half.info.num_context_tokens
     assert 0 < run - padding <= tokens + 2 * 64
-    seconds = commits[2]["committed_at"] - commits[0]["committed_at"]
+    seconds = commits[2].committed_at - commits[0].committed_at
     assert h["rows_per_second"] == pytest.approx(2048 / seconds)
     assert h["seconds_left"] == pytest.approx((half.num_rows - 3072) / h["rows_per_second"])
     assert set(h["rounding"]) == set(SITES)
@@ -127,7 +132,7 @@ def test_figures_are_those_of_the_commits(half: Store) -> None:
 def test_idle_gpus_are_told(half: Store) -> None:
     assert "GPUs idle" not in status_text(status_record(half))
     for unit in (0, 1):
-        place = commit_path(half.root, half.harvests[0].digest, half.info.units.name(unit))
+        place = log_of(half, half.harvests[0]).commit_place(unit)
         place.write(encode({**read_record(place), "idle_share": 0.03 + 0.01 * unit}))
     record = status_record(half)
     assert record["harvests"][0]["idle_share"] == pytest.approx(0.035)
@@ -136,7 +141,7 @@ def test_idle_gpus_are_told(half: Store) -> None:
 
 def test_the_rate_of_a_driver_has_no_loading_in_it(half: Store) -> None:
     """60 s of loading, then a unit of 1,000 rows every 10 s."""
-    presence = Presence(half.root, half.harvests[0].digest, Driver("me"), half.info.units, UnitSet(4))
+    presence = Presence(log_of(half, half.harvests[0]), Driver("me"), UnitSet(4))
     rates = [presence._rate(now, 1000 * max(0, (now - 60) // 10)) for now in range(0, 100, 5)]
     assert rates[:15] == [0] * 15  # nothing yet at 65 s; at 70 s the first unit, from which on is counted
     assert rates[16:] == pytest.approx([100, 1000 / 15, 100, 2000 / 25])
@@ -155,12 +160,7 @@ def test_failed_units_are_named_with_their_errors_until_they_are_committed(
 ) -> None:
     digest = half.harvests[0].digest
     for unit in (1, 3):  # of unit 1 another run made something since
-        record_failure(
-            half.root,
-            digest,
-            half.info.units.name(unit),
-            Failure(unit, ["ValueError('first')", "OSError('last')"], ["a", "b"]),
-        )
+        log_of(half, digest).record_failure(Failure(unit, ["ValueError('first')", "OSError('last')"], ["a", "b"]))
     record = status_record(half)
     assert record["harvests"][0]["units_failed"] == [{"unit": 3, "errors": ["ValueError('first')", "OSError('last')"]}]
     assert "unit 3 failed 2 times: OSError('last')" in status_text(record)
@@ -180,9 +180,9 @@ def driver(half: Store) -> Iterator[Driver]:
         counter = 0
         while not done.wait(0.1):
             counter += 1
-            write_driver(half.root, digest, replace(driver, counter=counter))
+            log_of(half, digest).write_driver(replace(driver, counter=counter))
 
-    write_driver(half.root, digest, driver)
+    log_of(half, digest).write_driver(driver)
     thread = threading.Thread(target=beat)
     thread.start()
     yield driver
@@ -201,7 +201,7 @@ def test_a_driver_at_work_gives_units_in_progress_and_time_left(half: Store, dri
 
 
 def test_a_driver_that_stands_still(half: Store) -> None:
-    write_driver(half.root, half.harvests[0].digest, Driver("host-2-dead", interval_s=0.2, in_flight=[3]))
+    log_of(half, half.harvests[0]).write_driver(Driver("host-2-dead", interval_s=0.2, in_flight=[3]))
     record = status_record(half)
     (h,) = record["harvests"]
     assert (h["drivers"], h["drivers_silent"], h["units_in_progress"]) == ([], ["host-2-dead"], [])
@@ -209,7 +209,7 @@ def test_a_driver_that_stands_still(half: Store) -> None:
 
 
 def test_a_driver_s_record_that_is_damaged_is_a_note(half: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    place = driver_path(half.root, half.harvests[0].digest, "x")
+    place = StoreLayout(half.root).driver(half.harvests[0].digest, "x")
     place.write(b"{}")
     assert main(["status", str(half.path)]) == 0
     text = capsys.readouterr().out
@@ -226,13 +226,14 @@ def test_presence_goes_on_beside_a_record_that_cannot_be_read(
 ) -> None:
     """The bitmap is written, and drivers see each other."""
     digest, units = half.harvests[0].digest, half.info.units
-    driver_path(half.root, digest, "x").write(content)
-    with Presence(half.root, digest, Driver("me"), units, committed_units(half.root, digest, units)) as presence:
+    StoreLayout(half.root).driver(digest, "x").write(content)
+    log = log_of(half, digest)
+    with Presence(log, Driver("me"), log.committed()) as presence:
         deadline = time.monotonic() + 60
         while presence.news is None and time.monotonic() < deadline:
             time.sleep(0.02)
         assert presence.news is not None
-    assert read_bitmap(half.root, digest, units) == {0, 1, 2}
+    assert HarvestLog(half.root, digest, units).bitmap() == {0, 1, 2}
     assert "cannot be kept up to date" not in capsys.readouterr().err
 
 

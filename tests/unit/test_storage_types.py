@@ -13,11 +13,11 @@ from lab import Lab
 from safetensors.numpy import load_file
 
 from pipeline.sites import STORED_TYPES
-from storage.commits import read_commit
 from storage.errors import CorruptChunk, StorageError, StoreMismatch
 from storage.findings import Fault
-from storage.harvests import row_bytes
-from storage.moments import MomentKey, merged_moments
+from storage.log import log_of
+from storage.merged_moments import merged_moments
+from storage.moments import MomentKey
 from storage.query import fetch
 from storage.store import Store, open_store
 from storage.verify import verify
@@ -92,14 +92,11 @@ def test_norms_and_moments_are_of_what_is_read(stores: dict[str, Store], stored:
 def test_commits_say_what_rounding_cost(stores: dict[str, Store], exact: np.ndarray, stored: str) -> None:
     store = stores[stored]
     (found,) = store.harvests
-    parts = [
-        read_commit(store.root, found.digest, store.info.units.name(u))["rounding"][SITE]
-        for u in range(store.info.num_units)
-    ]
+    parts = [log_of(store, found).read(u).figures.rounding[SITE] for u in range(store.info.num_units)]
     wide = store.read(SITE).astype(np.float64)
     error = ((exact.astype(np.float64) - wide) ** 2).sum()
-    assert sum(p["square_error"] for p in parts) == pytest.approx(error, rel=1e-4)
-    assert sum(p["square_norm"] for p in parts) == pytest.approx((wide**2).sum(), rel=1e-5)
+    assert sum(p.square_error for p in parts) == pytest.approx(error, rel=1e-4)
+    assert sum(p.square_norm for p in parts) == pytest.approx((wide**2).sum(), rel=1e-5)
     relative = error / (wide**2).sum()
     assert {"float32": 0, "bfloat16": 1e-7, "float16": 1e-9, "int8": 1e-6}[stored] <= relative
     assert relative <= {"float32": 0, "bfloat16": 4e-6, "float16": 1e-7, "int8": 1e-3}[stored]
@@ -110,7 +107,7 @@ def test_rounding_costs_nothing_where_the_model_computes_in_the_stored_type(
 ) -> None:
     store = harvest(tmp_path / "store", llama, corpus, [SITE], dtype="bfloat16", model_dtype="bfloat16")
     (found,) = store.harvests
-    assert read_commit(store.root, found.digest, store.info.units.name(0))["rounding"][SITE]["square_error"] == 0
+    assert log_of(store, found).read(0).figures.rounding[SITE].square_error == 0
 
 
 @pytest.mark.parametrize("batch_rows", [64, 777])
@@ -142,7 +139,7 @@ def test_every_chunk_of_scales_is_in_its_commit(stores: dict[str, Store]) -> Non
     store = stores["int8"]
     (found,) = store.harvests
     for unit in range(store.info.num_units):
-        checksums = read_commit(store.root, found.digest, store.info.units.name(unit))["sites"][SITE]["scales_crc32c"]
+        checksums = log_of(store, found).read(unit).sites[SITE]["scales_crc32c"]
         assert checksums == [store.array(SITE, "scales").read_checksum(unit)]
 
 
@@ -173,7 +170,7 @@ def test_damaged_scales_are_named(tmp_path: Path, llama: Path, corpus: Path) -> 
 def test_bytes_of_a_row(stores: dict[str, Store], stored: str) -> None:
     (found,) = stores[stored].harvests
     width = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}[stored] * 32
-    assert row_bytes(found.sites[SITE]) == width + (8 if stored == "int8" else 4)
+    assert found.sites[SITE].row_bytes == width + (8 if stored == "int8" else 4)
 
 
 def test_fetched_int8_is_float32(stores: dict[str, Store], tmp_path: Path) -> None:

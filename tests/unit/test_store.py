@@ -18,12 +18,12 @@ from conftest import corpus_info, harvest, plan_table, save_no_tokenizer, start_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.commits import commit_path, read_commit
 from storage.create import create_store
 from storage.errors import CorruptChunk, NotAStore, StorageError, StoreMismatch, UncommittedRows
 from storage.files import create_file
-from storage.harvests import moments_path
-from storage.moments import MomentKey, Moments, merged_moments, read_unit_moments, training_units
+from storage.log import log_of
+from storage.merged_moments import merged_moments, training_units
+from storage.moments import MomentKey, Moments, read_unit_moments
 from storage.records import encode_zarr, read_record
 from storage.store import Store, open_store
 
@@ -271,10 +271,7 @@ def test_a_unit_harvested_twice_has_the_same_bytes_and_one_commit(tmp_path: Path
     assert all(result.committed for result in first.run())
     store = first.store
     digest = store.harvests[0].digest
-    commits = [
-        commit_path(store.root, digest, store.info.units.name(unit)).path.read_bytes()
-        for unit in range(store.info.num_units)
-    ]
+    commits = [log_of(store, digest).commit_place(unit).path.read_bytes() for unit in range(store.info.num_units)]
     before = contents(store.path)
 
     again = start_harvest(tmp_path / "store", llama, corpus, sites)
@@ -283,8 +280,7 @@ def test_a_unit_harvested_twice_has_the_same_bytes_and_one_commit(tmp_path: Path
     assert not any(result.committed for result in results)
     assert contents(store.path) == before
     assert [
-        commit_path(store.root, digest, store.info.units.name(unit)).path.read_bytes()
-        for unit in range(store.info.num_units)
+        log_of(store, digest).commit_place(unit).path.read_bytes() for unit in range(store.info.num_units)
     ] == commits
 
 
@@ -313,14 +309,14 @@ def test_sites_added_later_leave_those_there_alone(tmp_path: Path, llama: Path, 
 def test_a_commit_says_what_was_written(harvested: Store) -> None:
     digest = harvested.harvests[0].digest
     for unit in range(harvested.info.num_units):
-        commit = read_commit(harvested.root, digest, harvested.info.units.name(unit))
-        assert (commit["row_start"], commit["row_stop"]) == harvested.info.unit_rows(unit)
+        commit = log_of(harvested, digest).read(unit)
+        assert (commit.row_start, commit.row_stop) == harvested.info.unit_rows(unit)
         for site in harvested.sites:
             array, norms = harvested.array(site), harvested.array(site, "norms")
-            first = commit["row_start"] // array.chunk_rows
-            chunks = range(first, -(-commit["row_stop"] // array.chunk_rows))
-            assert commit["sites"][site]["crc32c"] == [array.read_checksum(chunk) for chunk in chunks]
-            assert commit["sites"][site]["norms_crc32c"] == [norms.read_checksum(chunk) for chunk in chunks]
+            first = commit.row_start // array.chunk_rows
+            chunks = range(first, -(-commit.row_stop // array.chunk_rows))
+            assert commit.sites[site]["crc32c"] == [array.read_checksum(chunk) for chunk in chunks]
+            assert commit.sites[site]["norms_crc32c"] == [norms.read_checksum(chunk) for chunk in chunks]
 
 
 def test_create_file_is_create_only(tmp_path: Path) -> None:
@@ -529,7 +525,7 @@ def test_moments_that_are_not_the_committed_ones_are_refused(tmp_path: Path) -> 
     """Parquet itself has no checksum that is compared: a flipped bit would move every mean made from it."""
     store = write_store(tmp_path / "store")
     (harvest,) = store.harvests
-    path = moments_path(store.root, harvest.digest, store.info.units.name(0)).path
+    path = log_of(store, harvest).moments_place(0).path
     content = bytearray(path.read_bytes())
     content[60] ^= 1
     path.write_bytes(content)
