@@ -296,6 +296,7 @@ def test_anchors(lab: Lab, made: Store, shell: Shell, signum: signal.Signals) ->
     assert (status, out) == (0, "anchors: 1 means of conditions made (few)\n")
 
 
+@pytest.mark.slow  # test_training_writes_a_checkpoint_at_its_step stops a stage in the same way
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_evaluation(lab: Lab, made: Store, shell: Shell, signum: signal.Signals) -> None:
     shutil.copytree(made.path, lab.store)

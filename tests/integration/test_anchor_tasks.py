@@ -31,6 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return write_store(path, num_rows=3000, held_out_start=2976)
 
 
+@pytest.mark.slow  # test_the_command makes anchors on Ray too
 def test_tasks_write_the_same_bytes(store: Store, tmp_path: Path, ray: None) -> None:
     np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_normal((3, 5)))
     top = {"directions": str(tmp_path / "v.npy"), "site": SITES[0]}

@@ -161,7 +161,7 @@ def test_a_context_in_two_parts_counts_once_by_its_peak() -> None:
     assert one.with_(other, 3).score.tolist() == [7, 6, 5]
 
 
-@pytest.mark.parametrize("calls", [3, 7, 100])
+@pytest.mark.parametrize("calls", [7, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (3, 100))])
 def test_the_bytes_do_not_depend_on_the_number_of_calls(
     store: Store, tmp_path: Path, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def make_and_die(bucket: str) -> Iterator[Callable[[str, int], int]]:
         stdin.close()
 
 
+@pytest.mark.slow  # test_a_creation_that_is_killed_leaves_no_store_and_no_obstacle is the same on a local disk
 def test_a_process_that_is_killed_between_any_two_steps(
     bucket: str, whole: dict[str, bytes], make_and_die: Callable[[str, int], int]
 ) -> None:

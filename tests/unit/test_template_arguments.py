@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from corpora import plan, store_of, with_tokenizer, write
+from corpora import ensure_rows, plan, store_of, with_tokenizer, write
 from pydantic import ValidationError
 
 import workers.planning
 from pipeline.errors import InputError
 from workers.corpus_settings import CorpusSettings
-from workers.planning import ensure_store
 from workers.settings import ModelSettings
 
 CHATS = [[{"role": "user", "content": "count the grain"}, {"role": "assistant", "content": "three towns"}]]
@@ -85,7 +84,7 @@ def test_a_store_that_was_made_with_an_argument_that_is_not_read_goes_on(
         given = {"template_arguments": {"padding": True}, "messages": "messages", "context": 64}
         settings = CorpusSettings(path=(str(corpus),), rows=rows, **given)
         model = ModelSettings(id=str(folder))
-        return ensure_store(tmp_path / "store", settings, model, lambda done, total: None, grow=grow)[1]
+        return ensure_rows(tmp_path / "store", settings, model, grow=grow)[1]
 
     with pytest.raises(InputError, match="padding is about what transformers does"):
         ensure(20)
