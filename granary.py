@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jobs.report import write_report as write_report
-    from jobs.spec import Spec as Spec
-    from jobs.spec import load_spec as load_spec
-    from pipeline.sdl.dictionary import Dictionary as Dictionary
-    from pipeline.sdl.files import load_dictionary as load_dictionary
+    from jobs.spec.spec import Spec as Spec
+    from jobs.spec.spec import load_spec as load_spec
+    from pipeline.sdl.dictionary.dictionary import Dictionary as Dictionary
+    from pipeline.sdl.dictionary.files import load_dictionary as load_dictionary
     from storage.errors import StorageError as StorageError
     from storage.store import Store as Store
     from storage.store import open_store as open_store
 
 _HOMES = {
-    "Dictionary": "pipeline.sdl.dictionary",
-    "Spec": "jobs.spec",
+    "Dictionary": "pipeline.sdl.dictionary.dictionary",
+    "Spec": "jobs.spec.spec",
     "StorageError": "storage.errors",
     "Store": "storage.store",
-    "load_dictionary": "pipeline.sdl.files",
-    "load_spec": "jobs.spec",
+    "load_dictionary": "pipeline.sdl.dictionary.files",
+    "load_spec": "jobs.spec.spec",
     "open_store": "storage.store",
     "write_report": "jobs.report",
 }

@@ -39,16 +39,16 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jobs.demo.corpus import standard_library_documents
-from pipeline.models import describe_model
+from pipeline.model.describe import describe_model
 from pipeline.precision import TYPES, faster_type
-from workers.cluster import connected
-from workers.corpus_settings import CorpusSettings
-from workers.harvester import Harvester, HarvesterSetup, UnitResult
-from workers.harvesting import declare, prepare_harvests
+from workers.cluster.connect import connected
+from workers.harvest.harvester import Harvester, HarvesterSetup, UnitResult
+from workers.harvest.schedule import UNITS_IN_FLIGHT
+from workers.harvest.stage import declare, prepare_harvests
 from workers.machine import machine
-from workers.planning import ensure_store
-from workers.schedule import UNITS_IN_FLIGHT
-from workers.settings import HarvestSettings, ModelSettings
+from workers.plan.stage import ensure_store
+from workers.settings.corpus import CorpusSettings
+from workers.settings.experiment import HarvestSettings, ModelSettings
 
 HIDDEN, LAYERS, CONTEXT, BATCH_TOKENS, ROWS_PER_UNIT = 512, 8, 256, 4096, 32768
 SITES = [f"resid_post.{LAYERS - 1}", f"mlp_in.{LAYERS - 1}", f"mlp_out.{LAYERS - 1}"]

@@ -1,8 +1,9 @@
 """Time and memory of encoding one long text: whole, and in windows: python -m benchmarks.long_texts
 
 Every kind of tokenizer (trained on Python's standard library) times every kind of text, in a process of its own, which
-says its seconds, its peak memory above what it had before, and a checksum of the ids: those of `pipeline.long_texts`
-must be those of the tokenizer by itself (but for ties of Unigram's, which the rounding of a long sum decides).
+says its seconds, its peak memory above what it had before, and a checksum of the ids: those of
+`pipeline.tokens.long_texts` must be those of the tokenizer by itself (but for ties of Unigram's, which the rounding of
+a long sum decides).
 """
 
 import argparse
@@ -24,7 +25,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jobs.demo.corpus import standard_library_documents
-from pipeline import long_texts
+from pipeline.tokens import long_texts
 from workers.machine import machine
 
 TRAINED_ON_CHARS = 400_000

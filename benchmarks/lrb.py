@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import mean
 
 from jobs.bench.lrb_page import ABSORPTION, SPURIOUS, defined, differences, shown, told_apart, verdict
-from pipeline.sdl.lrb_recipes import ARMS, SIZES, TRUTH, Cell, described, full, methods, resolve
-from storage.records import Record, digest
-from workers.benching import identity_of, run_cells
-from workers.cluster import connected
+from pipeline.lrb.methods import ARMS, SIZES, TRUTH, Cell, described, full, methods, resolve
+from storage.format.records import Record, digest
+from workers.bench.cells import identity_of, run_cells
+from workers.cluster.connect import connected
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "lrb_results.jsonl", HERE.parent / "docs" / "lrb.md"

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from storage.arrays import DTYPES, RowArray
-from storage.backend import Backend
-from storage.harvests import chunk_rows_for
-from storage.objects import PART_BYTES, ObjectStore
-from storage.places import Place
-from storage.remote import FsspecFiles
-from storage.threads import in_threads
+from storage.backends.backend import Backend
+from storage.backends.fsspec_files import FsspecFiles
+from storage.backends.objects import PART_BYTES, ObjectStore
+from storage.backends.place import Place
+from storage.backends.threads import in_threads
+from storage.format.arrays import DTYPES, RowArray
+from storage.harvest.harvest import chunk_rows_for
 from workers.machine import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from jobs.demo.corpus import standard_library_documents
 from jobs.demo.demo import HERE
-from pipeline.batches import batches_of
-from pipeline.rows import ContextRows
+from pipeline.capture.batches import batches_of
+from pipeline.capture.contexts import ContextRows
 
 BATCH_TOKENS, ROWS_PER_UNIT = 4096, 65536
 

@@ -11,7 +11,7 @@ position counts as a row, BOS too), no shuffling, one shard, no hub. By default 
 HookedTransformer and stores float32; the model as transformers has it (AutoModelForCausalLM), and float16, are faster.
 It does not flush to disk, and its hooks on every module rule out compiling.
 
-It is installed once, with its dependencies, into .bench-venv/saelens (see benchmarks.environments).
+It is installed once, with its dependencies, into .bench-venv/saelens (see benchmarks.peer_libraries.environments).
 """
 
 import argparse
@@ -29,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from benchmarks.environments import SAELENS, PeerProcess, environment_python, peer_process
 from benchmarks.harvest import (
     BATCH_TOKENS,
     CONTEXT,
@@ -45,9 +44,10 @@ from benchmarks.harvest import (
     ratio_of,
     start,
 )
+from benchmarks.peer_libraries.environments import SAELENS, PeerProcess, environment_python, peer_process
 from pipeline.precision import faster_type
 from storage.store import open_store
-from workers.cluster import connected
+from workers.cluster.connect import connected
 from workers.machine import machine
 
 SAELENS_ROWS = 4 * ROWS_PER_UNIT

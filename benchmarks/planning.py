@@ -88,11 +88,11 @@ def plan(folder: Path) -> dict[str, Any]:
     """In a process of its own: plan and write, and say how long it took once Ray was up."""
     import ray
 
-    from pipeline.models import describe_model
-    from workers import source
-    from workers.corpus_settings import CorpusSettings
-    from workers.planning import ensure_store
-    from workers.settings import ModelSettings
+    from pipeline.model.describe import describe_model
+    from workers.plan import source
+    from workers.plan.stage import ensure_store
+    from workers.settings.corpus import CorpusSettings
+    from workers.settings.experiment import ModelSettings
 
     shutil.copytree(HERE / "model", folder / "model")
     source.SMALL_BYTES = 0  # on Ray, however small

@@ -1,7 +1,7 @@
 """Resampling dead latents: python -m benchmarks.resampling
 
 Runs that end with many dead latents, with and without resampling (Bricken et al. 2023), on the Linear Representation
-Bench and on activations of the demo's model (benchmarks.frontier_rows): the paper's figure 7 in small. Everything else
+Bench and on activations of the demo's model (benchmarks.frontier.rows): the paper's figure 7 in small. Everything else
 is equal: first weights, batches, steps. AuxK is off in both, as it also revives latents; a third run has it instead.
 """
 
@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.frontier_rows import prepare_rows
-from pipeline.sdl.activations import TopK
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Initialisation
-from pipeline.sdl.lrb import Bench, make_coefficients, make_features, make_rows
-from pipeline.sdl.metrics import measure_code
-from pipeline.sdl.normalisation import Normalisation
-from pipeline.sdl.objective import Objective
-from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import Resampling, TrainingConfig
+from benchmarks.frontier.rows import prepare_rows
+from pipeline.lrb.data import Bench, make_coefficients, make_features, make_rows
+from pipeline.sdl.dictionary.activations import TopK
+from pipeline.sdl.dictionary.dictionary import Dictionary, Initialisation
+from pipeline.sdl.dictionary.normalisation import Normalisation
+from pipeline.sdl.dictionary.shape import DictionaryConfig
+from pipeline.sdl.measure.metrics import measure_code
+from pipeline.sdl.train.config import Resampling, TrainingConfig
+from pipeline.sdl.train.objective import Objective
+from pipeline.sdl.train.trainer import DictionaryTrainer
 from workers.machine import machine
 
 FOLDER = Path(__file__).parents[1] / ".bench-venv" / "frontier"

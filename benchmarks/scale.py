@@ -26,27 +26,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-import workers.crew
+import workers.harvest.pool
 from benchmarks.harvest import make_model
-from pipeline.models import describe_model
-from storage.commits import Commit, UnitFigures
-from storage.files import LocalFiles
-from storage.harvests import Harvest
-from storage.log import log_of
-from storage.places import Place
-from storage.records import encode
+from pipeline.model.describe import describe_model
+from storage.backends.local import LocalFiles
+from storage.backends.place import Place
+from storage.format.records import encode
+from storage.format.units import UnitSet
+from storage.harvest.commits import Commit, UnitFigures
+from storage.harvest.harvest import Harvest
+from storage.harvest.log import log_of
 from storage.store import Store, open_store
-from storage.unitsets import UnitSet
-from workers.actor import HarvesterProcess
-from workers.cluster import connected
-from workers.corpus_settings import CorpusSettings
-from workers.harvester import HarvesterSetup, UnitResult
-from workers.harvesting import declare, prepare_harvests
+from workers.cluster.connect import connected
+from workers.harvest.actor import HarvesterProcess
+from workers.harvest.harvester import HarvesterSetup, UnitResult
+from workers.harvest.schedule import UNITS_IN_FLIGHT
+from workers.harvest.stage import declare, prepare_harvests
+from workers.harvest.supervisor import Supervisor
 from workers.machine import machine
-from workers.planning import ensure_store
-from workers.schedule import UNITS_IN_FLIGHT
-from workers.settings import ClusterSettings, HarvestSettings, ModelSettings, WorkerRange
-from workers.supervisor import Supervisor
+from workers.plan.stage import ensure_store
+from workers.settings.corpus import CorpusSettings
+from workers.settings.experiment import ClusterSettings, HarvestSettings, ModelSettings, WorkerRange
 
 ROWS_PER_UNIT = 8
 CONTEXT = 9
@@ -104,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as name, connected("local", cpus=2):
         make_model(Path(name) / "model")
         stub = ray.remote(max_restarts=0, max_concurrency=UNITS_IN_FLIGHT, concurrency_groups={"pulse": 1})
-        setattr(workers.crew, "HarvesterActor", stub(StubProcess))  # noqa: B010
+        setattr(workers.harvest.pool, "HarvesterActor", stub(StubProcess))  # noqa: B010
         plan(Path(name), 64)  # loads libraries
         started = time.perf_counter()
         plan(Path(name), 65)  # what a plan costs however small it is

@@ -1,6 +1,6 @@
 """What makes short runs good: python -m benchmarks.short_runs
 
-TopK on rows of the demo's model (benchmarks.frontier_rows), one pass in batches of 4,096: held-out FVU without clipping
+TopK on rows of the demo's model (benchmarks.frontier.rows), one pass in batches of 4,096: held-out FVU without clipping
 gradients and with it, with other schedules, decoders of a free norm, other optimisers, and rates around the default one
 for other widths and lengths. Everything else is equal: first weights (but where they are the question), batches.
 """
@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.environments import ENVIRONMENTS
-from benchmarks.frontier_rows import NOT_MEASURED, batches, prepare_rows
-from pipeline.sdl.activations import TopK
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary, Initialisation
-from pipeline.sdl.metrics import measure_code
-from pipeline.sdl.normalisation import Normalisation
-from pipeline.sdl.training import ADAM_BETAS, DictionaryTrainer
-from pipeline.sdl.training_config import TrainingConfig, default_dead_after_rows, default_learning_rate
+from benchmarks.frontier.rows import NOT_MEASURED, batches, prepare_rows
+from benchmarks.peer_libraries.environments import ENVIRONMENTS
+from pipeline.sdl.dictionary.activations import TopK
+from pipeline.sdl.dictionary.dictionary import Dictionary, Initialisation
+from pipeline.sdl.dictionary.normalisation import Normalisation
+from pipeline.sdl.dictionary.shape import DictionaryConfig
+from pipeline.sdl.measure.metrics import measure_code
+from pipeline.sdl.train.config import TrainingConfig, default_dead_after_rows, default_learning_rate
+from pipeline.sdl.train.trainer import ADAM_BETAS, DictionaryTrainer
 from workers.machine import machine
 
 BATCH_ROWS = 4096

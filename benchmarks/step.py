@@ -9,7 +9,7 @@ Then our variants: BatchTopK, a transcoder, a crosscoder of three sites, each pe
 arithmetic (d_in + d_out, in units of the autoencoder's). Peers run in processes of their own that wait while others
 are timed. Figures are medians over rounds of a round's median; ratios are medians of the rounds' ratios.
 
-`--curve` compares losses instead of times: see benchmarks.step_curve.
+`--curve` compares losses instead of times: see benchmarks.dictionary_steps.curve.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.environments import DICTIONARIES, PeerProcess, environment_python, peer_process
-from benchmarks.synthetic_rows import sparse_rows
+from benchmarks.dictionary_steps.curve import compare_curves
+from benchmarks.dictionary_steps.sizes import Size, autoencoder, make_trainer
+from benchmarks.dictionary_steps.synthetic_rows import sparse_rows
+from benchmarks.peer_libraries.environments import DICTIONARIES, PeerProcess, environment_python, peer_process
 from pipeline.precision import TYPES, faster_type
-from pipeline.sdl.activations import BatchTopK, Products, TopK
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary
-from pipeline.sdl.losses import reconstruction_loss
-from pipeline.sdl.normalisation import Normalisation
-from pipeline.sdl.selection import select_top_k
-from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import TrainingConfig, default_learning_rate
+from pipeline.sdl.dictionary.activations import BatchTopK, Products, TopK
+from pipeline.sdl.dictionary.selection import select_top_k
+from pipeline.sdl.dictionary.shape import DictionaryConfig
+from pipeline.sdl.train.losses import reconstruction_loss
+from pipeline.sdl.train.trainer import DictionaryTrainer
 from workers.machine import machine
 
 BATCHES = 4
@@ -71,14 +69,6 @@ if faster_type() == "bfloat16":  # where it is emulated, one such step takes min
 PRODUCT_LIMIT, VARIANT_LIMIT = 3.3, 1.3
 
 
-@dataclass(frozen=True)
-class Size:
-    batch_rows: int = 4096
-    d: int = 512
-    latents: int = 16384
-    k: int = 32
-
-
 Steps = Callable[[int], list[float]]
 """Takes a number of steps and returns the seconds of each."""
 
@@ -96,8 +86,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.curve:
-        from benchmarks.step_curve import compare_curves
-
         result = compare_curves(arguments.curve_steps, arguments.seeds)
     else:
         size = Size(1024, 256, 8192, 32) if arguments.small else Size()
@@ -175,26 +163,6 @@ def table(taken: dict[str, list[float]], peers: dict[str, Any]) -> str:
 
 
 # ---- what is timed
-
-
-def autoencoder(size: Size, activation: TopK | BatchTopK | None = None) -> DictionaryConfig:
-    return DictionaryConfig(("x",), ("x",), (size.d,), (size.d,), size.latents, activation or TopK(size.k))
-
-
-def make_trainer(
-    config: DictionaryConfig, products: Products | None = None, seed: int = 0, steps: int = 10**9
-) -> DictionaryTrainer:
-    """A trainer with our defaults, on rows that are normalised already; a schedule only where `steps` is given."""
-    training = TrainingConfig(
-        steps=steps,
-        batch_rows=4096,
-        learning_rate=default_learning_rate(config.latents, steps),
-        products=products or Products(),
-        warmup_share=0.05 if steps < 10**9 else 0.0,
-        seed=seed,
-    )
-    x_norm, y_norm = (Normalisation(torch.zeros(d), torch.ones(d)) for d in (config.d_in, config.d_out))
-    return DictionaryTrainer(Dictionary(config), training, x_norm, y_norm)
 
 
 def peer_steps(peer: PeerProcess) -> Steps:

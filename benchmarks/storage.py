@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from storage.arrays import DTYPES, RowArray, StagedRows
-from storage.files import publish
-from storage.harvests import chunk_rows_for
-from storage.places import open_place
+from storage.backends.local import publish
+from storage.backends.place import open_place
+from storage.format.arrays import DTYPES, RowArray, StagedRows
+from storage.harvest.harvest import chunk_rows_for
 from workers.machine import machine
 
 ROWS, WIDTH = 65536, 1024

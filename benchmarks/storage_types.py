@@ -4,7 +4,7 @@ The demo's text through the demo's model, computed in float32 and stored as ever
 type: the relative error of the stored rows, E||x - stored(x)||^2 / E||x||^2, at three sites; and for the residual
 stream what it does to a sparse autoencoder (TopK, k = 32, 1,024 latents): the FVU on held-out rows of one that was
 trained on the exact rows and now reads the rounded ones, and of one that was trained on the rounded rows. `--write`
-puts the figures into jobs/storage_types.yaml, which `granary plan` and `status` show.
+puts the figures into jobs/plan/storage_types.yaml, which `granary plan` and `status` show.
 """
 
 import argparse
@@ -21,28 +21,28 @@ from torch import Tensor
 
 from jobs.demo.corpus import write_corpus
 from jobs.demo.demo import HERE
-from pipeline.models import describe_model
-from pipeline.sdl.dictionary import Dictionary
-from pipeline.sdl.files import load_dictionary
-from pipeline.sdl.metrics import measure_code
+from pipeline.model.describe import describe_model
+from pipeline.sdl.dictionary.dictionary import Dictionary
+from pipeline.sdl.dictionary.files import load_dictionary
+from pipeline.sdl.measure.metrics import measure_code
 from pipeline.sites import STORED_TYPES
-from storage.log import log_of
+from storage.harvest.log import log_of
 from storage.store import Store
-from workers.corpus_settings import CorpusSettings
-from workers.dictionary_settings import ActivationSettings, DictionarySettings
-from workers.harvester import Harvester
-from workers.harvesting import declare, prepare_harvests
+from workers.harvest.harvester import Harvester
+from workers.harvest.stage import declare, prepare_harvests
 from workers.machine import machine
-from workers.planning import ensure_store
-from workers.settings import HarvestSettings, ModelSettings, TrainSettings
+from workers.plan.stage import ensure_store
+from workers.settings.corpus import CorpusSettings
+from workers.settings.dictionaries import ActivationSettings, DictionarySettings
+from workers.settings.experiment import HarvestSettings, ModelSettings, TrainSettings
 from workers.tensors import to_torch
-from workers.trainer import Trainer
-from workers.training_plan import plan_training
+from workers.train.plan import plan_training
+from workers.train.trainer import Trainer
 
 PLACES = ("resid_post.2", "mlp_in.2", "mlp_out.2")
 PLACE = PLACES[0]
 READ_ROWS = 8192
-TABLE = Path(__file__).parents[1] / "jobs" / "storage_types.yaml"
+TABLE = Path(__file__).parents[1] / "jobs" / "plan" / "storage_types.yaml"
 
 
 def main() -> None:

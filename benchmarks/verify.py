@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from storage.arrays import DTYPES
-from storage.create import Table, create_store
-from storage.findings import Fault
-from storage.harvests import Harvest, SiteLayout, declare_harvest
-from storage.moments import MomentKey, Moments
-from storage.root import CorpusInfo
+from storage.format.arrays import DTYPES
+from storage.harvest.harvest import Harvest, SiteLayout, declare_harvest
+from storage.harvest.moments import MomentKey, Moments
+from storage.harvest.write_unit import UnitBlock, write_unit
+from storage.make.create import Table, create_store
 from storage.store import Store
-from storage.units import UnitBlock, write_unit
-from storage.verify import verify
+from storage.table.root import CorpusInfo
+from storage.verify.findings import Fault
+from storage.verify.verify import verify
 from workers.machine import machine
 
 UNITS, ROWS_PER_UNIT, WIDTH, CONTEXT = 2, 65536, 1024, 256

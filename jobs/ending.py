@@ -19,7 +19,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises Terminated, except where a stage waits for Ray (`workers.stopping`)."""
+    """Within the block SIGTERM raises Terminated, except where a stage waits for Ray (`workers.cluster.stopping`)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -60,11 +60,11 @@ def refusal(error: BaseException) -> str | None:
         return f"{error.strerror}{where}: put that right and run the same command again; what is committed stays"
     # These live beside torch and Ray, which are only loaded if they could have been raised at all.
     known = [
-        ("jobs.spec", "SpecError"),
+        ("jobs.spec.spec", "SpecError"),
         ("pipeline.errors", "InputError"),
-        ("workers.giving_up", "HarvestFailed"),
-        ("workers.stopping", "Stopped"),
-        ("jobs.addresses", "ClusterError"),
+        ("workers.harvest.failure_limits", "HarvestFailed"),
+        ("workers.cluster.stopping", "Stopped"),
+        ("jobs.submit.addresses", "ClusterError"),
     ]
     classes = tuple(getattr(sys.modules[m], name) for m, name in known if m in sys.modules)
     return str(error) if isinstance(error, classes) else None

@@ -6,14 +6,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from jobs.progress import size
-from jobs.spec import Spec
-from pipeline.models import ModelInfo
+from jobs.spec.spec import Spec
+from pipeline.model.describe import ModelInfo
+from storage.backends.place import Place, open_place
 from storage.errors import StorageError
-from storage.harvests import SiteLayout
-from storage.layout import StoreLayout
-from storage.places import Place, open_place
+from storage.format.layout import StoreLayout
+from storage.harvest.harvest import SiteLayout
 from storage.store import open_store
-from workers.settings import TrainSettings
+from workers.settings.experiment import TrainSettings
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Cluster:
     def connect(self) -> None:
         """Bring up Ray. Raises InputError when it lacks GPUs that a stage which is left will ask for: of hours of
         harvesting, the training that cannot follow is better known before than after."""
-        from workers.cluster import connected, require_gpus
+        from workers.cluster.connect import connected, require_gpus
 
         harvest, train = self.spec.harvest, self.spec.train
         workers = harvest.workers if isinstance(harvest.workers, int) else harvest.worker_range.minimum
@@ -50,7 +50,7 @@ class Cluster:
 
 
 def _are_trained(url: str, train: TrainSettings) -> bool:
-    from storage.runs import open_run
+    from storage.results.runs import open_run
 
     if not StoreLayout(open_place(url)).root_record.exists():
         return False

@@ -4,17 +4,17 @@ import time
 
 from jobs.preflight import Cluster, bytes_of_rows, check_place, check_room, cluster_for, unit_bytes
 from jobs.progress import ProgressLine, duration, extreme_norms, left_out, loss_recovered, no_held_out_rows
-from jobs.spec import Spec, SpecError
+from jobs.spec.spec import Spec, SpecError
 from jobs.status import found_extreme
-from pipeline.models import ModelInfo, adapter_notice, describe_model
-from storage.held_out import values_without_held_out_rows
-from storage.layout import StoreLayout
-from storage.places import open_place
-from storage.records import Record
+from pipeline.model.describe import ModelInfo, adapter_notice, describe_model
+from storage.backends.place import open_place
+from storage.format.layout import StoreLayout
+from storage.format.records import Record
+from storage.format.units import UnitSet
+from storage.read.held_out import values_without_held_out_rows
 from storage.store import Store, open_store
-from storage.unitsets import UnitSet
-from workers.anchor_settings import AnchorSettings
-from workers.environment import values_of
+from workers.cluster.environment import values_of
+from workers.settings.anchors import AnchorSettings
 
 STAGES = ("harvest", "anchors", "train", "evaluate")
 
@@ -37,7 +37,7 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
     if "anchors" in stages:
         _check_anchor_files(spec)
 
-    from workers.harvesting import name_in_store
+    from workers.harvest.stage import name_in_store
 
     did = False
     with cluster_for(spec) as cluster:
@@ -48,7 +48,7 @@ def run_stages(spec: Spec, stages: tuple[str, ...], *, grow: bool = False) -> bo
             store, info = _open_harvested(spec)
         store = store.for_model(name_in_store(store, info))
         if "evaluate" in stages and spec.train is not None:
-            from workers.evaluator import first_held_out_row
+            from workers.evaluate.evaluator import first_held_out_row
 
             first_held_out_row(store)  # raises now what would otherwise come after hours of training
         cluster.stages = tuple(stage for stage in stages if stage != "harvest")
@@ -76,8 +76,8 @@ def note(text: str | None) -> None:
 def _open_harvested(spec: Spec) -> tuple[Store, ModelInfo]:
     """Open the store of a spec whose harvest is done already, and describe its model. Raises StoreMismatch if it is not
     the spec's."""
-    from workers.harvesting import require_harvested
-    from workers.matching import check_settings
+    from workers.harvest.stage import require_harvested
+    from workers.plan.match import check_settings
 
     store = open_store(spec.store)
     check_settings(store, spec.corpus)
@@ -90,8 +90,9 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
     """Run what is left of the harvest. Return the store, its model as it was described once, and whether anything was
     done."""
     from workers import stages
-    from workers.harvester import UnitResult
-    from workers.harvesting import (
+    from workers.harvest.harvester import UnitResult
+    from workers.harvest.known_models import check_not_replaced
+    from workers.harvest.stage import (
         check_compiling,
         check_gpus,
         check_harvest,
@@ -99,9 +100,8 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
         name_in_store,
         prepare_harvests,
     )
-    from workers.known_models import check_not_replaced
-    from workers.planning import ensure_store
-    from workers.settings import compile_layers
+    from workers.plan.stage import ensure_store
+    from workers.settings.experiment import compile_layers
 
     info = describe_model(spec.model.id, spec.model.revision)
     # Before the plan, so that a refused spec leaves nothing.
@@ -191,7 +191,7 @@ def _check_anchor_files(spec: Spec) -> None:
     """Raise InputError for files of vectors that cannot be read: before a harvest, which can take hours."""
     files = [file for anchors in spec.anchors for file in anchors.files]
     if files:
-        from workers.vector_files import read_vectors
+        from workers.anchors.vector_files import read_vectors
 
         for file in files:
             read_vectors(file)
@@ -214,8 +214,8 @@ def _anchors(spec: Spec, settings: AnchorSettings, store: Store, cluster: Cluste
 
 def _train(spec: Spec, store: Store, cluster: Cluster) -> bool:
     from workers import stages
-    from workers.trainer import Progress
-    from workers.training_plan import emulated_products, plan_training, unfinished
+    from workers.train.plan import emulated_products, plan_training, unfinished
+    from workers.train.trainer import Progress
 
     assert spec.train is not None
     plan = plan_training(store, spec.train)
@@ -239,15 +239,15 @@ def _train(spec: Spec, store: Store, cluster: Cluster) -> bool:
 
 
 def _last_point(store: Store, name: str) -> Record:
-    from storage.runs import open_run
+    from storage.results.runs import open_run
 
     return open_run(store, name).curve()[-1]
 
 
 def _evaluate(spec: Spec, store: Store, info: ModelInfo, cluster: Cluster) -> bool:
     from workers import stages
-    from workers.evaluator import first_held_out_row
-    from workers.harvesting import emulation_notice
+    from workers.evaluate.evaluator import first_held_out_row
+    from workers.harvest.stage import emulation_notice
 
     assert spec.train is not None
     first_held_out_row(store)  # raises, before anything starts, when there is none

@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from jobs.plan.price_tables import storage_costs
 from jobs.progress import counted, duration, extreme_norms, left_out, loss_recovered, size
-from jobs.tables import storage_costs
 from jobs.token_rows import chat_words, token_rows_of, token_words
-from storage.anchors import anchor_names, read_anchors
 from storage.errors import StorageError
-from storage.harvests import Harvest
-from storage.history import read_history
-from storage.log import log_of
-from storage.progress import harvest_progress
-from storage.records import Record
-from storage.runs import list_runs
-from storage.sinks import extreme_rows
+from storage.format.records import Record
+from storage.harvest.harvest import Harvest
+from storage.harvest.history import read_history
+from storage.harvest.log import log_of
+from storage.harvest.progress import harvest_progress
+from storage.read.sinks import extreme_rows
+from storage.results.anchors import anchor_names, read_anchors
+from storage.results.runs import list_runs
 from storage.store import Store
 
 
@@ -58,7 +58,7 @@ def status_record(store: Store) -> Record:
 
 
 def found_extreme(store: Store, sites: Sequence[str]) -> list[Record]:
-    """What `storage.sinks` finds at some sites. Damage there is said, and keeps nothing else from being shown."""
+    """What `storage.read.sinks` finds at some sites. Damage there is said, and keeps nothing else from being shown."""
     try:
         return [asdict(found) for found in extreme_rows(store, sites)]
     except StorageError as error:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from storage.errors import StorageError
-from storage.records import Record
+from storage.format.records import Record
 from storage.store import Store
-from storage.token_pieces import token_pieces
+from storage.table.token_pieces import token_pieces
 
 MOST_SHOWN = 8
 """Excluded tokens that are told one by one."""

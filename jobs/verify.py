@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jobs.progress import ProgressLine, counted, size
+from storage.backends.place import Place, open_place
 from storage.errors import StorageError
-from storage.findings import Fault, Note, Remake
-from storage.places import Place, open_place
-from storage.records import Record
+from storage.format.records import Record
 from storage.store import open_store
-from storage.verify import Units, stored_bytes, verify
+from storage.verify.findings import Fault, Note, Remake
+from storage.verify.verify import Units, stored_bytes, verify
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a plain `verify` needs none
-    from pipeline.placement import Placement
+    from pipeline.model.placement import Placement
 
 MIB = 2**20
 
@@ -116,7 +116,7 @@ def _verify(report: Report, only: Units | None) -> Iterable[Fault | Note]:
 def _audit(
     report: Report, models: list[tuple[str, str]], placement: "Placement | None", number: int, seed: int
 ) -> None:
-    from workers.rerun import Rerunner, find_model, sample_units
+    from workers.check.rerun import Rerunner, find_model, sample_units
 
     faulty = {(f.remedy.harvest, f.remedy.unit) for f in report.faults if isinstance(f.remedy, Remake)}
     store = open_store(report.root)
@@ -146,7 +146,7 @@ def _audit(
 
 def _repair(report: Report, models: list[tuple[str, str]], placement: "Placement | None") -> int:
     """Repair, look again at what was repaired, and return how many faults are left."""
-    from workers.repair import repair
+    from workers.check.repair import repair
 
     def on_repair(what: str) -> None:
         report.repaired.append(what)
@@ -175,7 +175,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[Place, list[tuple[str, str]],
     models = [_model(name) for name in arguments.model]
     if not arguments.store.endswith((".yaml", ".yml")):
         return open_place(arguments.store), models, None
-    from jobs.spec import load_spec
+    from jobs.spec.spec import load_spec
 
     spec = load_spec(arguments.store)
     return open_place(spec.store), [*models, (spec.model.id, spec.model.revision)], spec.harvest.placement
@@ -188,7 +188,7 @@ def _model(name: str) -> tuple[str, str]:
 
 
 def _require_models(root: Place, models: list[tuple[str, str]]) -> None:
-    from workers.rerun import find_model
+    from workers.check.rerun import find_model
 
     for harvest in open_store(root).harvests:
         find_model(harvest, models)

@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_in", "mlp_out", "attn_out")
 STORED_TYPES = ("bfloat16", "float16", "float32", "int8")
-"""What activations may be stored as; see pipeline.rounding."""
+"""What activations may be stored as; see pipeline.capture.rounding."""
 
 
 @dataclass(frozen=True, order=True)

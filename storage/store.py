@@ -4,15 +4,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.arrays import Array
-from storage.patience import Waiting
-from storage.places import Place, open_place
-from storage.reader import StoreReader
-from storage.root import read_root
-from storage.stream import stream
+from storage.backends.place import Place, open_place
+from storage.backends.retry import Waiting
+from storage.format.arrays import Array
+from storage.read.reader import StoreReader
+from storage.read.stream import stream
+from storage.table.root import read_root
 
 if TYPE_CHECKING:
-    from storage.answer import Answer
+    from storage.sql.answer import Answer
 
 
 def open_store(url: str | Path | Place, *, waiting: Waiting | None = None) -> "Store":
@@ -38,7 +38,7 @@ class Store(StoreReader):
         max_norm: float | None = None,
         norm_site: str | None = None,
     ) -> Iterator[dict[str, Array]]:
-        """Yield shuffled batches {site: [batch_rows, d_model]} of rows that are not held out; see storage.stream.
+        """Yield shuffled batches {site: [batch_rows, d_model]} of rows that are not held out; see storage.read.stream.
 
         `max_norm`: leave out rows whose norm is above this many times the median; 10, say, leaves out attention sinks.
         """
@@ -54,11 +54,11 @@ class Store(StoreReader):
         )
 
     def sql(self, query: str, **bounds: Any) -> "Answer":
-        """Run SQL over the tables documents, rows, tokens, units and sites: a DuckDB relation; see storage.query.
+        """Run SQL over the tables documents, rows, tokens, units and sites: a DuckDB relation; see storage.sql.query.
 
         A query only reads, ends within 30 s (`timeout_s`), and takes 1 GiB at most (`memory_bytes`), which all threads
         of the process share while it works. `allow_files=True` lets it read local files.
         """
-        from storage.query import sql  # duckdb is slow to import, and few who open a store ask it anything
+        from storage.sql.query import sql  # duckdb is slow to import, and few who open a store ask it anything
 
         return sql(self, query, **bounds)

@@ -19,19 +19,19 @@ import transformers
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pipeline.models import ModelInfo, describe_model
-from storage.arrays import DTYPES
-from storage.create import Table, create_store
-from storage.harvests import Harvest, SiteLayout, declare_harvest
-from storage.moments import MomentKey, Moments
-from storage.root import CorpusInfo
+from pipeline.model.describe import ModelInfo, describe_model
+from storage.format.arrays import DTYPES
+from storage.harvest.harvest import Harvest, SiteLayout, declare_harvest
+from storage.harvest.moments import MomentKey, Moments
+from storage.harvest.write_unit import UnitBlock, write_unit
+from storage.make.create import Table, create_store
 from storage.store import Store
-from storage.units import UnitBlock, write_unit
-from workers.corpus_settings import CorpusSettings
-from workers.harvester import Harvester, UnitResult
-from workers.harvesting import HarvestJob, declare, prepare_harvests
-from workers.planning import ensure_store
-from workers.settings import HarvestSettings, ModelSettings
+from storage.table.root import CorpusInfo
+from workers.harvest.harvester import Harvester, UnitResult
+from workers.harvest.stage import HarvestJob, declare, prepare_harvests
+from workers.plan.stage import ensure_store
+from workers.settings.corpus import CorpusSettings
+from workers.settings.experiment import HarvestSettings, ModelSettings
 
 pytest_plugins = ("harvests", "hub", "lab", "whole", "s3", "tokens", "web")
 

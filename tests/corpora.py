@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import transformers
 
-from pipeline.corpora.messages import messages_of
-from pipeline.corpora.open import open_corpus
-from pipeline.corpora.records import Columns
-from pipeline.models import describe_model
-from pipeline.tokenizer import load_tokenizer
-from storage.create import TableSizes
+from pipeline.corpus.chats.messages import messages_of
+from pipeline.corpus.formats.open import open_corpus
+from pipeline.corpus.formats.records import Columns
+from pipeline.model.describe import describe_model
+from pipeline.tokens.tokenizer import load_tokenizer
+from storage.make.create import TableSizes
 from storage.store import Store
-from workers.corpus_settings import CorpusSettings
-from workers.planning import ensure_store, plan_rows, write_plan
-from workers.settings import ModelSettings
-from workers.source import open_source
-from workers.table_calls import Cuts
-from workers.tabling import TablePlan
-from workers.tasks import Here
+from workers.cluster.tasks import Here
+from workers.plan.calls import Cuts
+from workers.plan.source import open_source
+from workers.plan.stage import ensure_store, plan_rows, write_plan
+from workers.plan.table_plan import TablePlan
+from workers.settings.corpus import CorpusSettings
+from workers.settings.experiment import ModelSettings
 
 VOCABULARY = 400
 """More than the test tokenizer's."""
@@ -68,7 +68,7 @@ def plan(path: Any, model: Path, cuts: Cuts | None = None, **settings: Any) -> T
 
 def store_of(place: Path, path: Any, model: Path, cuts: Cuts | None = None, **settings: Any) -> Store:
     """Plan a corpus in this process and write it."""
-    from storage.places import open_place
+    from storage.backends.place import open_place
 
     source = open_source(CorpusSettings(path=str(path), **settings), ModelSettings(id=str(model)), VOCABULARY, "main")
     table = plan_rows(source, lambda done, total: None, Here(), cuts)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.sdl.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary
-from pipeline.sdl.objective import Anchors, Objective
+from pipeline.sdl.dictionary.activations import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from pipeline.sdl.dictionary.dictionary import Dictionary
+from pipeline.sdl.dictionary.shape import DictionaryConfig
+from pipeline.sdl.train.objective import Anchors, Objective
 
 LATENTS, K, ROWS = 14, 3, 20
 ACTIVATIONS: dict[str, Activation] = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from storage.create import Table, corpus_digest
-from storage.growth import grown_table
-from storage.root import CorpusInfo
+from storage.make.create import Table, corpus_digest
+from storage.make.grow import grown_table
 from storage.store import Store
+from storage.table.root import CorpusInfo
 
 
 def first_rows(table: Table, rows: int) -> Table:
@@ -50,7 +50,7 @@ def save_no_tokenizer(folder: Path) -> None:
 
 
 def grow(store: Store, table: Table) -> Store:
-    """Put a table in place of the store's, as `workers.planning` does."""
+    """Put a table in place of the store's, as `workers.plan.stage` does."""
     with grown_table(store) as draft:
         files = draft.begin_table(table.sizes)
         digests: dict[str, Sequence[str]] = {n: files.write_chunks(n, 0, v) for n, v in table.arrays.items()}

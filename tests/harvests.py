@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from jobs.demo.corpus import write_corpus
-from storage.log import HarvestLog
-from storage.places import open_place
+from storage.backends.place import open_place
+from storage.format.units import UnitRanges
+from storage.harvest.log import HarvestLog
 from storage.store import open_store
-from storage.unitsets import UnitRanges
 
 MODEL = Path(__file__).parents[1] / "jobs" / "demo" / "model"
 ROWS, ROWS_PER_UNIT = 40_000, 2048

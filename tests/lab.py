@@ -22,7 +22,7 @@ import yaml
 from conftest import write_corpus
 from safetensors.torch import load_file, save_file
 
-from jobs.cli import main
+from jobs.cli.main import main
 from storage.store import Store
 
 SITES = ["resid_post.1", "mlp_in.0", "mlp_out.0"]

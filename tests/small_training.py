@@ -4,12 +4,12 @@ import torch
 from formulas import VARIANTS, randn
 from torch import Tensor
 
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary
-from pipeline.sdl.normalisation import Normalisation
-from pipeline.sdl.objective import Anchors, Objective
-from pipeline.sdl.training import DictionaryTrainer, StepMetrics
-from pipeline.sdl.training_config import TrainingConfig
+from pipeline.sdl.dictionary.dictionary import Dictionary
+from pipeline.sdl.dictionary.normalisation import Normalisation
+from pipeline.sdl.dictionary.shape import DictionaryConfig
+from pipeline.sdl.train.config import TrainingConfig
+from pipeline.sdl.train.objective import Anchors, Objective
+from pipeline.sdl.train.trainer import DictionaryTrainer, StepMetrics
 
 ROWS, STEPS = 40, 10
 SPARSE = {

@@ -10,9 +10,9 @@ import numpy as np
 import transformers
 from conftest import WORDS
 
-from storage.findings import Fault
 from storage.store import Store
-from storage.verify import verify
+from storage.verify.findings import Fault
+from storage.verify.verify import verify
 
 ENTITIES = ("LOC", "ORG", "PER")
 Span = tuple[int, int, str]

@@ -8,18 +8,18 @@ import pytest
 import torch
 from conftest import sentence, start_harvest, write_corpus
 
-from storage.drivers import Driver
-from storage.failures import Failure
-from storage.log import HarvestLog, log_of
-from storage.runs import open_run
+from storage.harvest.failures import Failure
+from storage.harvest.heartbeats import Driver
+from storage.harvest.log import HarvestLog, log_of
+from storage.results.runs import open_run
 from storage.store import Store
-from workers.anchor_settings import AnchorSettings
-from workers.anchoring import make_anchors
-from workers.dictionary_settings import DictionarySettings
-from workers.evaluator import EvaluationPlan, evaluate
-from workers.settings import EvaluateSettings, TrainSettings
-from workers.trainer import Trainer
-from workers.training_plan import plan_training
+from workers.anchors.stage import make_anchors
+from workers.evaluate.evaluator import EvaluationPlan, evaluate
+from workers.settings.anchors import AnchorSettings
+from workers.settings.dictionaries import DictionarySettings
+from workers.settings.experiment import EvaluateSettings, TrainSettings
+from workers.train.plan import plan_training
+from workers.train.trainer import Trainer
 
 SITES, MORE_SITES = ("resid_post.1", "mlp_out.0"), ("attn_out.0",)
 

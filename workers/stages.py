@@ -13,32 +13,32 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from pipeline.models import ModelInfo, describe_model
-from storage.anchors import AnchorSet, anchor_names, check_identity, read_anchors
+from pipeline.model.describe import ModelInfo, describe_model
 from storage.errors import StorageError
-from storage.failures import Failure
-from storage.harvests import sweep
-from storage.records import Record
-from storage.runs import open_run
+from storage.format.records import Record
+from storage.format.units import UnitSet, shown
+from storage.harvest.failures import Failure
+from storage.harvest.harvest import sweep
+from storage.results.anchors import AnchorSet, anchor_names, check_identity, read_anchors
+from storage.results.runs import open_run
 from storage.store import Store
-from storage.unitsets import UnitSet, shown
-from workers.anchor_settings import AnchorSettings
-from workers.anchoring import make_anchors, plan_anchors, tasks_for
-from workers.cluster import require_gpus
-from workers.evaluator import EvaluationPlan, check_model, evaluate_remotely, is_evaluated
-from workers.giving_up import HarvestFailed
-from workers.harvester import UnitResult
-from workers.harvesting import HarvestJob, declare, run_harvest
-from workers.settings import (
+from workers.anchors.stage import make_anchors, plan_anchors, tasks_for
+from workers.cluster.connect import require_gpus
+from workers.cluster.stopping import GOES_ON, POLL_S, Stopped, StopRequest, results, stop_requests
+from workers.evaluate.evaluator import EvaluationPlan, check_model, evaluate_remotely, is_evaluated
+from workers.harvest.failure_limits import HarvestFailed
+from workers.harvest.harvester import UnitResult
+from workers.harvest.stage import HarvestJob, declare, run_harvest
+from workers.settings.anchors import AnchorSettings
+from workers.settings.experiment import (
     ClusterSettings,
     EvaluateSettings,
     HarvestSettings,
     ModelSettings,
     TrainSettings,
 )
-from workers.stopping import GOES_ON, POLL_S, Stopped, StopRequest, results, stop_requests
-from workers.trainer import Progress, TrainerActor
-from workers.training_plan import TrainPlan, plan_training, unfinished
+from workers.train.plan import TrainPlan, plan_training, unfinished
+from workers.train.trainer import Progress, TrainerActor
 
 NO_CHECKPOINT = ": training is cut off in the middle of a step; the same command goes on from the last checkpoint"
 TRAINER_STARTS = 3

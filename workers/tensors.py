@@ -2,7 +2,7 @@
 
 import torch
 
-from storage.arrays import DTYPES, Array
+from storage.format.arrays import DTYPES, Array
 
 
 def to_numpy(acts: torch.Tensor) -> Array:

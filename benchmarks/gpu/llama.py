@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel, LlamaConfig
 
 from benchmarks.gpu.plan import Shape
-from pipeline.layers import decoder_layers
+from pipeline.model.layers import decoder_layers
 
 
 def random_llama(shape: Shape, device: torch.device) -> nn.Module:

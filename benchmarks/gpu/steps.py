@@ -16,14 +16,14 @@ from benchmarks.gpu.harvesting import begin_memory, peak_gib
 from benchmarks.gpu.plan import StepCase
 from benchmarks.gpu.rounds import in_turn, ratio, repeated
 from pipeline.precision import TYPES
-from pipeline.sdl.activations import TopK
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary
-from pipeline.sdl.losses import reconstruction_loss
-from pipeline.sdl.normalisation import Normalisation
-from pipeline.sdl.selection import select_top_k
-from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import TrainingConfig, default_learning_rate
+from pipeline.sdl.dictionary.activations import TopK
+from pipeline.sdl.dictionary.dictionary import Dictionary
+from pipeline.sdl.dictionary.normalisation import Normalisation
+from pipeline.sdl.dictionary.selection import select_top_k
+from pipeline.sdl.dictionary.shape import DictionaryConfig
+from pipeline.sdl.train.config import TrainingConfig, default_learning_rate
+from pipeline.sdl.train.losses import reconstruction_loss
+from pipeline.sdl.train.trainer import DictionaryTrainer
 
 BATCHES = 4
 """Batches that are given again and again."""

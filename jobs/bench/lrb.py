@@ -12,9 +12,9 @@ from typing import Any
 
 from jobs.bench.lrb_page import page
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_recipes import ARMS, SIZES, Cell, methods, resolve
-from storage.places import home_expanded
-from storage.records import Record
+from pipeline.lrb.methods import ARMS, SIZES, Cell, methods, resolve
+from storage.backends.place import home_expanded
+from storage.format.records import Record
 
 IN_TABLE = ("relu", "jumprelu", "topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")
 """The methods of the paper's table, which are run if none are named."""
@@ -65,8 +65,8 @@ def run_lrb(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     cells = cells_of(arguments.size, arguments.method, arguments.arm, arguments.seeds, arguments.set)
     folder = home_expanded(arguments.out or f"granary-lrb-{arguments.size}").absolute()
 
-    from workers.benching import read_cell, run_cells
-    from workers.cluster import connected
+    from workers.bench.cells import read_cell, run_cells
+    from workers.cluster.connect import connected
 
     missing = [cell for cell in cells if read_cell(folder, cell) is None]
     say(f"{len(cells)} cells, {len(cells) - len(missing)} of them done, in {folder}")
@@ -81,7 +81,7 @@ def run_lrb(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 
 def write_table(folder: Path, cells: list[Cell]) -> None:
-    from workers.benching import read_cell
+    from workers.bench.cells import read_cell
 
     records = [record for cell in cells if (record := read_cell(folder, cell)) is not None]
     for name, content in page(cells[0], records).items():

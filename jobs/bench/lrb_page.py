@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from statistics import mean, stdev
 from textwrap import wrap
 
-from pipeline.sdl.lrb_recipes import ARMS, TRUTH, Cell, described, resolve
-from storage.records import Record
+from pipeline.lrb.methods import ARMS, TRUTH, Cell, described, resolve
+from storage.format.records import Record
 
 ARM_COLOURS = {"plain": "#888", "anchored": "#2a7", "random": "#c73", TRUTH: "#36c"}
 FIGURES = tuple((side, figure) for side in ("decoder", "encoder") for figure in ("m_gt", "m_ip", "mcc"))

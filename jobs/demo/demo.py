@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jobs.demo.corpus import write_split
 from jobs.progress import duration
-from jobs.spec import load_spec
+from jobs.spec.spec import load_spec
 
 HERE = Path(__file__).parent
 

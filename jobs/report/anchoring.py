@@ -19,8 +19,8 @@ from jobs.report.html import (
     table,
     text,
 )
-from jobs.report.runs import RunView, control_line, control_of
-from storage.records import Record
+from jobs.report.run_view import RunView, control_line, control_of
+from storage.format.records import Record
 
 MANY_ROWS = 1000
 """Below this many held-out rows, which come from few documents, a difference says little."""

@@ -5,8 +5,8 @@ from statistics import median
 
 from jobs.report.html import NO_DICTIONARY, count, figure, listed, missing, number, percent, section, table, text
 from jobs.report.plots import Series, density_bins, histogram, legend, line_plot, percent_tick
-from jobs.report.runs import RunView
-from storage.records import Record
+from jobs.report.run_view import RunView
+from storage.format.records import Record
 from storage.store import Store
 
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 
 from jobs.report.html import NO_DICTIONARY, count, missing, number, percent, section, text
-from jobs.report.runs import RunView
-from storage.records import Record
+from jobs.report.run_view import RunView
+from storage.format.records import Record
 
 OPEN_LATENTS = 4
 """Latents of each kind of a run that are open when the page is; the others open with a click."""

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from jobs.report.anchoring import anchoring_section
 from jobs.report.dictionaries import density_section, dictionaries_section
+from jobs.report.harvest_section import harvested_section, subpopulations_section
 from jobs.report.html import count, text
 from jobs.report.latents import latents_section
-from jobs.report.runs import RunView, read_runs
-from jobs.report.store import harvested_section, subpopulations_section
+from jobs.report.run_view import RunView, read_runs
 from jobs.status import status_record
+from storage.backends.place import Place, open_place
 from storage.errors import StorageError
-from storage.places import Place, open_place
-from storage.records import Record
+from storage.format.records import Record
 from storage.store import Store
 
 CONTENTS = {

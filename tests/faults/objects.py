@@ -12,7 +12,7 @@ from pathlib import Path
 from processes import KINDS, QUICK, Run, write_spec
 from s3 import S3Server, running_proxy
 
-from storage.places import Place, open_place
+from storage.backends.place import Place, open_place
 from storage.store import open_store
 
 STALL_S = 0.5

@@ -22,7 +22,7 @@ import psutil
 import yaml
 from disks import mounted
 
-from storage.log import log_of
+from storage.harvest.log import log_of
 from storage.store import open_store
 
 MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"

@@ -14,10 +14,10 @@ import pytest
 from conftest import write_store
 from s3 import S3Server
 
-from storage.findings import Fault
-from storage.places import open_place
+from storage.backends.place import open_place
 from storage.store import Store
-from storage.verify import verify
+from storage.verify.findings import Fault
+from storage.verify.verify import verify
 
 CASES = int(os.environ.get("GRANARY_CORRUPTIONS", "330"))
 FEW = 60

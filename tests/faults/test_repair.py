@@ -16,18 +16,18 @@ from lab import SITE, Lab, snapshot
 from torch import nn
 from whole import SITES
 
-from jobs.cli import main
-from pipeline.loading import load_base_model
-from pipeline.models import ModelInfo
-from pipeline.placement import Offload, Placement
-from pipeline.rounding import Rounded
-from storage.log import log_of
-from storage.places import Place
-from storage.records import decode, encode, read_record
+from jobs.cli.main import main
+from pipeline.capture.rounding import Rounded
+from pipeline.model.describe import ModelInfo
+from pipeline.model.load import load_base_model
+from pipeline.model.placement import Offload, Placement
+from storage.backends.place import Place
+from storage.format.records import decode, encode, read_record
+from storage.harvest.log import log_of
+from storage.harvest.write_unit import UnitBlock, rewrite_unit
 from storage.store import Store, open_store
-from storage.units import UnitBlock, rewrite_unit
-from workers.harvester import read_groups, unit_block
-from workers.rerun import placement_for
+from workers.check.rerun import placement_for
+from workers.harvest.harvester import read_groups, unit_block
 from workers.tensors import to_torch
 
 INFORMATIVE = ("writer", "started_at", "seconds", "committed_at")
@@ -352,7 +352,7 @@ def test_a_spec_says_where_a_large_model_runs(stored: Lab, monkeypatch: pytest.M
         loaded.append(sum(on_disk) / len(on_disk))
         return model
 
-    monkeypatch.setattr("workers.harvester.load_base_model", load)
+    monkeypatch.setattr("workers.harvest.harvester.load_base_model", load)
     spec = stored.spec({"harvest.offload": {"folder": "weights", "cpu_memory_gib": 40_000 / 2**30}})
     assert "2 bit-exact" in stored.run("verify", spec, "--audit", "2")
     flip(stored.store / "activations" / open_store(stored.store).harvests[0].model / SITE / "c" / "1" / "0")

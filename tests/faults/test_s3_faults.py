@@ -9,7 +9,7 @@ from processes import DEADLINE_S, Run, until, write_spec
 from s3 import KEY_ID, SECRET, S3Server, running_proxy
 
 from jobs.demo.corpus import write_corpus
-from storage.places import Place, open_place
+from storage.backends.place import Place, open_place
 from storage.store import open_store
 
 ROWS = 24_000

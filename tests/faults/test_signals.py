@@ -22,12 +22,12 @@ from conftest import harvest
 from lab import Lab, snapshot
 from safetensors.numpy import load
 
-from storage.runs import open_run
+from storage.results.runs import open_run
 from storage.store import Store, open_store
-from workers import trainer as trainer_module
-from workers.settings import TrainSettings
-from workers.trainer import Trainer
-from workers.training_plan import plan_training
+from workers.settings.experiment import TrainSettings
+from workers.train import trainer as trainer_module
+from workers.train.plan import plan_training
+from workers.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SITES = ["resid_post.1", "mlp_in.0"]
@@ -41,9 +41,9 @@ TRAIN = {"rows": 256 * STEPS, "batch_rows": 256, "checkpoint_every": 20, "thread
 SHELL = """
 import contextlib, io, json, signal, sys, time, traceback
 from pathlib import Path
-from jobs.cli import main
-from workers.cluster import connected
-import ray, workers.anchoring, workers.benching, workers.planning, workers.stages, workers.tasks
+from jobs.cli.main import main
+from workers.cluster.connect import connected
+import ray, workers.anchors.stage, workers.bench.cells, workers.plan.stage, workers.stages, workers.cluster.tasks
 
 BEGUN = Path(sys.argv[1])
 
@@ -59,7 +59,7 @@ class DeafTrainer:
         while True:
             time.sleep(0.1)
     def progress(self):
-        from workers.trainer import Progress
+        from workers.train.trainer import Progress
         self.asked += 1
         if self.asked > 1:  # the driver has heard the first answer
             BEGUN.touch()
@@ -70,18 +70,19 @@ class DeafTrainer:
 def stream_for_ever(*arguments):
     yield wait_for_ever()
 
-CHANGED = (workers.anchoring, workers.benching, workers.planning, workers.stages, workers.tasks)
+CHANGED = (workers.anchors.stage, workers.bench.cells, workers.plan.stage, workers.stages, workers.cluster.tasks)
 calm = {module: dict(vars(module)) for module in CHANGED}
 with connected("local", cpus=2):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "Ray's own handler ends the process with a dump"
     for line in sys.stdin:
         command, hold = json.loads(line)
         if hold:
-            workers.anchoring.SMALL_BYTES = workers.source.SMALL_BYTES = 0
-            workers.tasks._single_threaded, workers.tasks._single_threaded_stream = wait_for_ever, stream_for_ever
+            workers.anchors.stage.SMALL_BYTES = workers.plan.source.SMALL_BYTES = 0
+            workers.cluster.tasks._single_threaded = wait_for_ever
+            workers.cluster.tasks._single_threaded_stream = stream_for_ever
             workers.stages.evaluate_remotely = ray.remote(wait_for_ever)
             workers.stages.TrainerActor = ray.remote(max_restarts=0, max_concurrency=2)(DeafTrainer)
-            workers.benching._run = wait_for_ever
+            workers.bench.cells._run = wait_for_ever
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             try:

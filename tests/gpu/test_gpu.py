@@ -5,18 +5,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.language import loss_recovered
-from pipeline.rounding import round_rows, square_error
-from pipeline.rows import ContextRows
-from pipeline.sdl.activations import BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
-from pipeline.sdl.config import DictionaryConfig
-from pipeline.sdl.dictionary import Dictionary
-from pipeline.sdl.normalisation import Normalisation
-from pipeline.sdl.objective import Anchors, Objective
-from pipeline.sdl.training import DictionaryTrainer
-from pipeline.sdl.training_config import TrainingConfig
+from pipeline.capture.contexts import ContextRows
+from pipeline.capture.rounding import round_rows, square_error
+from pipeline.capture.unit import UnitRunner
+from pipeline.sdl.dictionary.activations import BatchTopK, Gated, JumpReLU, Products, ReLU, TopK
+from pipeline.sdl.dictionary.dictionary import Dictionary
+from pipeline.sdl.dictionary.normalisation import Normalisation
+from pipeline.sdl.dictionary.shape import DictionaryConfig
+from pipeline.sdl.measure.loss_recovered import loss_recovered
+from pipeline.sdl.train.config import TrainingConfig
+from pipeline.sdl.train.objective import Anchors, Objective
+from pipeline.sdl.train.trainer import DictionaryTrainer
 from pipeline.sites import KINDS, STORED_TYPES, Site
-from pipeline.unit import UnitRunner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import placement
-from pipeline.capture import capture
-from pipeline.loading import load_base_model
-from pipeline.models import describe_model
-from pipeline.placement import Offload, Placement, check_dtype
-from pipeline.rows import ContextRows
+from pipeline.capture.contexts import ContextRows
+from pipeline.capture.taps import capture
+from pipeline.capture.unit import UnitRunner
+from pipeline.model import placement
+from pipeline.model.describe import describe_model
+from pipeline.model.load import load_base_model
+from pipeline.model.placement import Offload, Placement, check_dtype
 from pipeline.sites import KINDS, Site
-from pipeline.unit import UnitRunner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
 

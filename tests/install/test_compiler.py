@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from lab import Lab, RayStarted
 
-from jobs.cli import main
-from pipeline.compilers import check_compiler
+from jobs.cli.main import main
+from pipeline.capture.compilers import check_compiler
 from pipeline.errors import InputError
 
 NO_COMPILER = (
@@ -29,7 +29,9 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_said_before_a_plan_is_written_and_before_ray_starts(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, given: bool | str
 ) -> None:
-    monkeypatch.setattr("workers.settings.COMPILE_FROM_FLOPS", {"cpu": 0, "cuda": 0})  # so that auto compiles
+    monkeypatch.setattr(
+        "workers.settings.experiment.COMPILE_FROM_FLOPS", {"cpu": 0, "cuda": 0}
+    )  # so that auto compiles
     spec = lab.spec({"harvest.compile": given})
     assert NO_COMPILER in lab.refused("harvest", spec)
     assert not lab.store.exists()

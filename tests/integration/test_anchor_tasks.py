@@ -8,13 +8,13 @@ import pytest
 from conftest import write_store
 from lab import Lab, snapshot
 
-from storage.anchors import anchor_names
+from storage.results.anchors import anchor_names
 from storage.store import Store
-from workers import anchoring
-from workers.anchor_settings import AnchorSettings
-from workers.anchoring import make_anchors
-from workers.cluster import connected
-from workers.tasks import OnRay
+from workers.anchors import stage as anchoring
+from workers.anchors.stage import make_anchors
+from workers.cluster.connect import connected
+from workers.cluster.tasks import OnRay
+from workers.settings.anchors import AnchorSettings
 
 SITES = ("resid_post.0", "mlp_out.0")
 

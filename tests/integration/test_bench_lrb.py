@@ -9,12 +9,12 @@ import pytest
 import ray as ray_itself
 
 from jobs.bench.lrb import cells_of
-from jobs.cli import main
+from jobs.cli.main import main
 from pipeline.errors import InputError
-from pipeline.sdl.lrb_cells import train_cell
-from pipeline.sdl.lrb_recipes import Cell
-from workers.benching import file_of, read_cell, run_cells
-from workers.cluster import connected
+from pipeline.lrb.cells import train_cell
+from pipeline.lrb.methods import Cell
+from workers.bench.cells import file_of, read_cell, run_cells
+from workers.cluster.connect import connected
 
 TINY = {
     "features": 40,

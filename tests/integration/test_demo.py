@@ -26,7 +26,11 @@ pytestmark = pytest.mark.slow
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *command], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        [sys.executable, "-m", "jobs.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

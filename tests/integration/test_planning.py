@@ -11,17 +11,19 @@ from conftest import sentence
 from corpora import ensure_rows, store_of
 from lab import snapshot
 
-from pipeline.corpora import lines
-from pipeline.models import describe_model
-from storage import create
-from storage import table as tables
+from pipeline.corpus.formats import json_lines as lines
+from pipeline.model.describe import describe_model
+from storage.make import create
 from storage.store import Store
-from workers import source, table_writing, tabling
-from workers.cluster import connected
-from workers.corpus_settings import CorpusSettings
-from workers.planning import ensure_store
-from workers.settings import ModelSettings
-from workers.table_calls import Cuts
+from storage.table import table as tables
+from workers.cluster.connect import connected
+from workers.plan import source
+from workers.plan import table_plan as tabling
+from workers.plan import write_table as table_writing
+from workers.plan.calls import Cuts
+from workers.plan.stage import ensure_store
+from workers.settings.corpus import CorpusSettings
+from workers.settings.experiment import ModelSettings
 
 RECORDS = 400
 

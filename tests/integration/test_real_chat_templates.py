@@ -18,9 +18,9 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.corpora.chat import ChatEncoder, needs_day
-from pipeline.corpora.chat_roles import UNCLEAR_ROLE
-from pipeline.corpora.messages import WithTools
+from pipeline.corpus.chats.encode import ChatEncoder, needs_day
+from pipeline.corpus.chats.messages import WithTools
+from pipeline.corpus.chats.roles import UNCLEAR_ROLE
 
 pytestmark = pytest.mark.slow
 

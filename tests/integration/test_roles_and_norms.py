@@ -11,12 +11,12 @@ import torch
 import transformers
 from conftest import harvest
 
-from pipeline.sdl.files import load_dictionary
+from pipeline.sdl.dictionary.files import load_dictionary
 from storage.errors import StoreMismatch
 from storage.store import Store, open_store
-from workers.settings import TrainSettings
-from workers.trainer import Trainer
-from workers.training_plan import plan_training
+from workers.settings.experiment import TrainSettings
+from workers.train.plan import plan_training
+from workers.train.trainer import Trainer
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
 

@@ -14,21 +14,21 @@ from spans import ENTITIES, faults, records, stored_values, write_lines
 from jobs.report import report_page
 from jobs.status import status_record, status_text
 from pipeline.errors import InputError
-from pipeline.models import describe_model
-from storage.anchors import AnchorSet
-from storage.held_out import values_without_held_out_rows
-from storage.log import log_of
-from storage.merged_moments import merged_moments, training_units
-from storage.moments import MomentKey
+from pipeline.model.describe import describe_model
+from storage.harvest.log import log_of
+from storage.harvest.moments import MomentKey
+from storage.read.held_out import values_without_held_out_rows
+from storage.read.moments import merged_moments, training_units
+from storage.results.anchors import AnchorSet
 from storage.store import Store, open_store
-from workers.anchor_settings import AnchorSettings
-from workers.anchoring import make_anchors
-from workers.dictionary_settings import DictionarySettings
-from workers.evaluator import EvaluationPlan, evaluate
-from workers.rerun import Rerunner, find_model, repair_from_rows
-from workers.settings import EvaluateSettings, TrainSettings
-from workers.trainer import Trainer
-from workers.training_plan import plan_training
+from workers.anchors.stage import make_anchors
+from workers.check.rerun import Rerunner, find_model, repair_from_rows
+from workers.evaluate.evaluator import EvaluationPlan, evaluate
+from workers.settings.anchors import AnchorSettings
+from workers.settings.dictionaries import DictionarySettings
+from workers.settings.experiment import EvaluateSettings, TrainSettings
+from workers.train.plan import plan_training
+from workers.train.trainer import Trainer
 
 SITES = ("resid_post.1", "mlp_out.0")
 OPTIONS: dict[str, Any] = {"labels": ("language", "entities"), "rows_per_unit": 1024, "holdout": 0.3, "context": 32}

@@ -17,8 +17,8 @@ from objects import objects_of
 from processes import Run, write_spec
 from s3 import SECRET, S3Server
 
-from jobs.cli import main
-from storage.places import open_place
+from jobs.cli.main import main
+from storage.backends.place import open_place
 from storage.store import Store, open_store
 
 ROWS, ROWS_PER_UNIT = 24_000, 2048

@@ -21,10 +21,10 @@ import pytest
 import yaml
 from conftest import write_corpus
 
-from jobs.addresses import ADDRESS_VARIABLE, CLUSTER_VARIABLE
-from jobs.cli import main
-from jobs.spec import load_spec
-from jobs.submit import jobs_text
+from jobs.cli.main import main
+from jobs.spec.spec import load_spec
+from jobs.submit.addresses import ADDRESS_VARIABLE, CLUSTER_VARIABLE
+from jobs.submit.submit import jobs_text
 from storage.store import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +36,8 @@ START_S = 90
 
 SHELL = """
 import contextlib, io, json, sys
-from jobs.cli import main
-import jobs.run, jobs.submit, ray.job_submission
+from jobs.cli.main import main
+import jobs.run, jobs.submit.submit, ray.job_submission
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -261,7 +261,7 @@ def test_variables_that_are_named_reach_the_workers_and_their_values_nothing_els
 
 JOIN = """
 import os, sys, ray
-from workers.cluster import connected
+from workers.cluster.connect import connected
 with connected(sys.argv[1], env=["HF_TOKEN"]):
     print(ray.get(ray.remote(lambda: os.environ.get("HF_TOKEN")).remote()) == os.environ["HF_TOKEN"])
 """

@@ -22,7 +22,7 @@ from harvests import DEADLINE_S, UNITS, assert_same, commits, granary, rows_of, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from storage.log import HarvestLog, log_of
+from storage.harvest.log import HarvestLog, log_of
 from storage.store import open_store
 
 pytestmark = pytest.mark.slow  # real harvests that are disturbed, half a minute each

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
-from pipeline import batches
-from pipeline.batches import BATCH_COST, Batch, batch_size, batches_of, full_shapes
-from pipeline.rows import ContextRows
+from pipeline.capture import batches
+from pipeline.capture.batches import BATCH_COST, Batch, batch_size, batches_of, full_shapes
+from pipeline.capture.contexts import ContextRows
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=100)
 BATCH_TOKENS = st.integers(1, 8192)

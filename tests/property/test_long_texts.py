@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from benchmarks.long_texts import KINDS, TEXTS, make_text, make_tokenizer
-from pipeline import long_texts
-from pipeline.tokenizer import encode_texts
+from pipeline.tokens import long_texts
+from pipeline.tokens.tokenizer import encode_texts
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"LONG_CHARS": 300, "WINDOW_CHARS": 400, "OVERLAP_CHARS": 160, "MOST_VARIED_CHARS": 3200}

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.rounding import Rounded, round_rows
-from pipeline.unit import RawMoments, group_moments, summarise, value_moments
-from storage.moments import MomentKey, Moments, encode_moments
+from pipeline.capture.rounding import Rounded, round_rows
+from pipeline.capture.unit import RawMoments, group_moments, summarise, value_moments
+from storage.harvest.moments import MomentKey, Moments, encode_moments
 
 WIDTH = 3
 rows = hnp.arrays(np.float32, st.tuples(st.integers(1, 40), st.just(WIDTH)), elements=st.floats(-100, 100, width=32))

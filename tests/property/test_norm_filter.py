@@ -8,10 +8,10 @@ from conftest import write_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import norm_filter as filters
 from storage.errors import StorageError
+from storage.read import norm_filter as filters
+from storage.read.stream import Order
 from storage.store import Store
-from storage.stream import Order
 
 SITES = ["resid_post.0", "mlp_out.0"]
 MAX_NORM = 1.4

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.capture.rounding import LARGEST, is_exact, round_rows, square_error
+from pipeline.capture.unit import summarise
 from pipeline.errors import InputError
-from pipeline.rounding import LARGEST, is_exact, round_rows, square_error
 from pipeline.sites import STORED_TYPES
-from pipeline.unit import summarise
-from storage.scaled import unscaled
+from storage.format.int8 import unscaled
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 9))
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)

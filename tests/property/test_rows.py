@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.columns import context_starts, documents_table, row_column
-from pipeline.corpora.contents import TokensEncoder
-from pipeline.corpora.files import CorpusFile
-from pipeline.corpora.open import Corpus
-from pipeline.corpora.recipe import Recipe
-from pipeline.corpora.records import FILE_SHIFT, Chunk, Piece
+from pipeline.capture.contexts import ContextPolicy, ContextRows, contexts_of_rows
+from pipeline.corpus.columns import context_starts, documents_table, row_column
+from pipeline.corpus.documents import Sizes, document_keys
+from pipeline.corpus.encode import TokensEncoder
+from pipeline.corpus.formats.open import Corpus
+from pipeline.corpus.formats.records import FILE_SHIFT, Chunk, Piece
+from pipeline.corpus.recipe import Recipe
+from pipeline.corpus.sources.files import CorpusFile
 from pipeline.errors import InputError
-from pipeline.layout import Sizes, document_keys
-from pipeline.rows import ContextPolicy, ContextRows, contexts_of_rows
-from workers.table_calls import Cuts
-from workers.tabling import plan_table
-from workers.tasks import Here
+from workers.cluster.tasks import Here
+from workers.plan.calls import Cuts
+from workers.plan.table_plan import plan_table
 
 BOS = 99
 
@@ -172,7 +172,7 @@ def context_tokens(table: RowTable) -> list[np.ndarray]:
 
 
 def unit_contexts(table: RowTable, start: int, stop: int) -> list[ContextRows]:
-    """As workers.harvester.read_contexts does."""
+    """As workers.harvest.harvester.read_contexts does."""
     position, context = table.columns["position"][start:stop], table.columns["context"][start:stop]
     return contexts_of_rows(position, context, context_tokens(table)[context[0] : context[-1] + 1])
 

@@ -8,15 +8,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
-from pipeline.columns import row_column
-from pipeline.corpora.aligned import AlignedLabel
-from pipeline.corpora.contents import TextEncoder, TokensEncoder
-from pipeline.corpora.extents import encode_with_extents, trimmed
-from pipeline.corpora.spans import innermost, labelled
-from pipeline.layout import Sizes, cut, document_keys
-from pipeline.rows import ContextPolicy
-from pipeline.token_labels import NONE, TokenLabels, joined_labels
-from pipeline.tokenizer import encode_texts
+from pipeline.capture.contexts import ContextPolicy
+from pipeline.corpus.columns import row_column
+from pipeline.corpus.documents import Sizes, cut, document_keys
+from pipeline.corpus.encode import TextEncoder, TokensEncoder
+from pipeline.corpus.extents import encode_with_extents, trimmed
+from pipeline.corpus.formats.aligned import AlignedLabel
+from pipeline.corpus.spans import innermost, labelled
+from pipeline.corpus.token_labels import NONE, TokenLabels, joined_labels
+from pipeline.tokens.tokenizer import encode_texts
 
 CHARACTERS = st.text(st.sampled_from("ab cé雨😀\u0301\n\u00a0\u3000ﬁ.") | st.characters(codec="utf-8"), max_size=30)
 MARKS = st.lists(st.sampled_from(["<s>", "</s>", "ab ", " é", "<0x41>"]), max_size=6).map("".join)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import StorageError, UncommittedRows
+from storage.read.stream import Order
+from storage.read.stream import _read_pool as read_pool
 from storage.store import Store
-from storage.stream import Order
-from storage.stream import _read_pool as read_pool
 
 SITES = ["resid_post.0", "mlp_out.0"]
 orders = st.builds(Order, st.integers(1, 200), st.integers(1, 30), st.integers(0, 5), st.integers(1, 100))
@@ -81,8 +81,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.stream.Order", partial(Order, pool_rows=24))
-    monkeypatch.setattr("storage.stream.BLOCK_ROWS", 8)
+    monkeypatch.setattr("storage.read.stream.Order", partial(Order, pool_rows=24))
+    monkeypatch.setattr("storage.read.stream.BLOCK_ROWS", 8)
 
 
 def assert_same_batch(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def test_no_pool_is_read_that_is_not_asked_for(
         read.append(arguments[-1])
         return read_pool(*arguments)
 
-    monkeypatch.setattr("storage.stream._read_pool", recorded)
+    monkeypatch.setattr("storage.read.stream._read_pool", recorded)
     assert len(list(store.stream(SITES, batch_rows=10, seed=3, start_step=start, steps=steps))) == steps
     assert read == pools
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.commits import Commit
-from storage.layout import UNITS_PER_BLOCK, StoreLayout
-from storage.log import HarvestLog
-from storage.places import Place, open_place
-from storage.unitsets import UnitRanges, UnitSet, shown
+from storage.backends.place import Place, open_place
+from storage.format.layout import UNITS_PER_BLOCK, StoreLayout
+from storage.format.units import UnitRanges, UnitSet, shown
+from storage.harvest.commits import Commit
+from storage.harvest.log import HarvestLog
 
 TOTAL = 3 * UNITS_PER_BLOCK + 7
 RANGES = UnitRanges(TOTAL * 4 - 1, 4)

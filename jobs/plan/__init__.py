@@ -1,0 +1,1 @@
+"""What a spec will cost: rows, bytes, hours, money."""

@@ -1,0 +1,1 @@
+"""Reading a spec: YAML, variables, paths, rules between sections, messages."""

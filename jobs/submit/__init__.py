@@ -1,0 +1,1 @@
+"""Submitting a spec to a cluster."""

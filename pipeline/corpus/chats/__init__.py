@@ -1,0 +1,1 @@
+"""Chats: messages, templates, and which token belongs to which role."""

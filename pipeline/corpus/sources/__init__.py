@@ -1,0 +1,1 @@
+"""Where a corpus lies: files here and at URLs, what identifies them, retries."""

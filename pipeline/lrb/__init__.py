@@ -1,0 +1,1 @@
+"""The Linear Representation Bench: its data, methods and cells."""

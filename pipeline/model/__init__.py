@@ -1,0 +1,1 @@
+"""A model: its family and shape, loading it, on which devices it runs."""

@@ -1,0 +1,1 @@
+"""A dictionary: its shape, activations, selection of latents, codes, normalisation, files."""

@@ -1,0 +1,1 @@
+"""Measuring a dictionary: metrics, diagnostics, the loss that a spliced model recovers."""

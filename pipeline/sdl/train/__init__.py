@@ -1,0 +1,1 @@
+"""Training a dictionary: objective, losses, optimiser steps, resampling, anchor controls."""

@@ -1,0 +1,1 @@
+"""Tokenizers: loading one, telling two apart, long texts."""

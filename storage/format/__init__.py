@@ -1,0 +1,1 @@
+"""The store's format: names, records, arrays, int8 rows, units."""

@@ -1,0 +1,1 @@
+"""Harvests of a table: their log of commits, failures and drivers, writing units, moments, progress."""

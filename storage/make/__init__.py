@@ -1,0 +1,1 @@
+"""Making a store whole in one step, and growing its table."""

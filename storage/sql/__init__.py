@@ -1,0 +1,1 @@
+"""SQL over a store, in a sandbox; conditions of rows."""

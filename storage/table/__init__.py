@@ -1,0 +1,1 @@
+"""The table of rows: its root record, tokens and documents."""

@@ -1,0 +1,1 @@
+"""Checking a store against FORMAT.md: findings and their remedies."""

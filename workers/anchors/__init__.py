@@ -1,0 +1,1 @@
+"""Subpopulations' means, top rows and vectors from files as anchors."""

@@ -1,0 +1,1 @@
+"""Cells of the Linear Representation Bench on workers."""

@@ -1,0 +1,1 @@
+"""Running stored units again, and repairing damaged ones."""

@@ -1,0 +1,1 @@
+"""Ray: connecting, tasks, the environment of workers, stopping."""

@@ -1,0 +1,1 @@
+"""Evaluating dictionaries on held-out rows."""

@@ -1,0 +1,1 @@
+"""What a person writes, a module a section. Validated values; no torch, no Ray."""

@@ -1,0 +1,1 @@
+"""Training dictionaries on a store's rows."""
