@@ -329,7 +329,7 @@ from pipeline.precision import faster_type
 from pipeline.lrb.cells import train_cell
 from pipeline.lrb.methods import Cell
 from small_training import SETTINGS, batch, make_trainer
-from unit.test_precision import QUICK
+from unit.capture.test_precision import QUICK
 plain, made = selection._slabs, []
 selection._slabs = lambda *given: made.append(str(given[-1])) or plain(*given)
 trainer = make_trainer()
@@ -376,7 +376,7 @@ import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from pipeline.sites import Site
-from unit.test_attention import activations
+from unit.capture.test_attention import activations
 torch.save(activations(1, [Site(0, "mlp_in")], torch.float32, compiled=True)[Site(0, "mlp_in")], sys.argv[2])
 """
 
