@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from storage.format.arrays import DTYPES
 from storage.harvest.harvest import Harvest, SiteLayout, declare_harvest
+from storage.harvest.identity import HarvestIdentity
 from storage.harvest.moments import MomentKey, Moments
 from storage.harvest.write_unit import UnitBlock, write_unit
 from storage.make.create import Table, create_store
@@ -78,7 +79,9 @@ def make_store(path: Path) -> Store:
     num_rows = UNITS * ROWS_PER_UNIT
     store = create_store(path, table(num_rows), lambda digest: info(num_rows, digest), lambda folder: None)
     layout = SiteLayout.of(WIDTH, "bfloat16", ROWS_PER_UNIT)
-    harvest = Harvest.of({"rows_per_unit": ROWS_PER_UNIT, "sites": {SITE: "bfloat16"}}, "made-up", {SITE: layout}, {})
+    harvest = Harvest.of(
+        HarvestIdentity.made_up(ROWS_PER_UNIT, sites={SITE: "bfloat16"}), "made-up", {SITE: layout}, {}
+    )
     declare_harvest(store.root, num_rows, harvest)
     for unit in range(UNITS):
         rows = np.random.default_rng(unit).standard_normal((ROWS_PER_UNIT, WIDTH), dtype=np.float32)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from pipeline.model.describe import ModelInfo, describe_model
 from storage.format.arrays import DTYPES
 from storage.harvest.harvest import Harvest, SiteLayout, declare_harvest
+from storage.harvest.identity import HarvestIdentity
 from storage.harvest.moments import MomentKey, Moments
 from storage.harvest.write_unit import UnitBlock, write_unit
 from storage.make.create import Table, create_store
@@ -299,7 +300,7 @@ def write_store(
     store = create_store(path, table, info, save_no_tokenizer)
     chunks = chunk_rows if isinstance(chunk_rows, Mapping) else dict.fromkeys(sites, chunk_rows)
     layouts = {site: SiteLayout(width, dtype, chunks[site]) for site in sites}
-    identity = {"sites": sorted(sites), "rows_per_unit": rows_per_unit, "model": {"fingerprint": "made-up"}}
+    identity = HarvestIdentity.made_up(rows_per_unit, sites=sorted(sites), model={"fingerprint": "made-up"})
     made = Harvest.of(identity, "made-up", layouts, {})
     declare_harvest(store.root, num_rows, made)
     for unit in range(store.info.num_units) if units is None else units:

@@ -33,6 +33,7 @@ from storage.format.records import Record
 from storage.format.units import UnitRanges
 from storage.harvest.harvest import Harvest, SiteLayout
 from storage.harvest.history import read_history
+from storage.harvest.identity import HarvestIdentity
 from storage.make.create import refuse_if_taken
 from storage.store import Store, open_store
 from workers.cluster.environment import values_of
@@ -211,7 +212,7 @@ def _arrays(spec: Spec, info: ModelInfo, rows: int, per_unit: int) -> dict[str, 
     layouts = {
         site: SiteLayout.of(info.d_model, stored, per_unit) for site, stored in spec.harvest.stored_types().items()
     }
-    harvest = Harvest.of({"rows_per_unit": per_unit}, info.name, layouts, {})
+    harvest = Harvest.of(HarvestIdentity.made_up(per_unit), info.name, layouts, {})
     place = open_place(spec.store)
     return {site: list(harvest.arrays(place, rows, site).values()) for site in layouts}
 

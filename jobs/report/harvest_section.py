@@ -104,14 +104,14 @@ def _harvests(store: Store, harvests: Sequence[Record]) -> str:
         identity = identities[h["harvest"]]
         done, of = h["units_committed"], h["units"]
         bar = "" if done == of else f'<br><progress value="{done}" max="{of}">{percent(done / of)}</progress>'
-        how = identity.get("harvest", {})
-        device = f"{how.get('device', '')}, {how.get('attention', '')} attention".strip(", ")
+        how = identity.computation
+        device = "attention" if how is None else f"{how.device}, {how.attention} attention"
         rows.append(
             [
                 text(h["model"]),
                 text(", ".join(h["sites"])),
                 f"{text(h['dtype'])} &times; {count(h['d_model'])}",
-                f'{text(identity.get("model", {}).get("dtype", ""))}<br><span class="muted">{text(device)}</span>',
+                f'{text(identity.dtype or "")}<br><span class="muted">{text(device)}</span>',
                 f"{count(done)} of {count(of)}{bar}",
                 size(h["bytes"]).replace(" ", "\u202f"),
             ]

@@ -18,7 +18,8 @@ from storage.backends.place import Place
 from storage.errors import StorageError, StoreMismatch
 from storage.format.arrays import DTYPES, RowArray, write_group
 from storage.format.layout import StoreLayout
-from storage.format.records import Record, differences, digest, encode, read_record
+from storage.format.records import Record, encode, read_record
+from storage.harvest.identity import HarvestIdentity
 
 CHECKSUMS = {"activations": "crc32c", "norms": "norms_crc32c", "scales": "scales_crc32c"}
 """Kind of array, which is the name of its group -> the key of its chunks' checksums in a commit."""
@@ -58,30 +59,30 @@ class Harvest:
     model: str
     """The name under activations/ and norms/."""
     sites: dict[str, SiteLayout]
-    identity: Record
+    identity: HarvestIdentity
     """What determines the bytes; `digest` is its digest."""
     made_with: Record
     """Library versions and device at the start: for the reader's information, not part of the identity."""
 
     @classmethod
-    def of(cls, identity: Record, model: str, sites: dict[str, SiteLayout], made_with: Record) -> "Harvest":
-        return cls(digest(identity)[:16], model, sites, identity, made_with)
+    def of(cls, identity: HarvestIdentity, model: str, sites: dict[str, SiteLayout], made_with: Record) -> "Harvest":
+        return cls(identity.digest, model, sites, identity, made_with)
 
     @classmethod
-    def from_record(cls, record: Record) -> "Harvest":
-        """Raises StorageError that says what it lacks."""
-        if lacking := [name for name in cls.__dataclass_fields__ if name not in record]:
+    def from_record(cls, record: Record, *others: str) -> "Harvest":
+        """Raises StorageError that says what it lacks, of the harvest's own fields or of `others`."""
+        if lacking := [name for name in (*others, *cls.__dataclass_fields__) if name not in record]:
             raise StorageError(f"it lacks {', '.join(lacking)}")
         sites = {site: SiteLayout(**layout) for site, layout in record["sites"].items()}
-        return cls(record["digest"], record["model"], sites, record["identity"], record["made_with"])
+        return cls(record["digest"], record["model"], sites, HarvestIdentity(record["identity"]), record["made_with"])
 
     def to_record(self) -> Record:
-        return asdict(self)
+        return {**asdict(self), "identity": self.identity.record}
 
     def arrays(self, store: Place, num_rows: int, site: str) -> dict[str, RowArray]:
         """The arrays of a site by kind: activations, norms, and for int8 the scales of its rows."""
         layout, places = self.sites[site], StoreLayout(store)
-        rows_per_unit = self.identity["rows_per_unit"]
+        rows_per_unit = self.identity.rows_per_unit
         about = {"harvest": self.digest, "model": self.model, "site": site, "rows_per_unit": rows_per_unit}
         attributes = {"granary": about}
         activations = RowArray(
@@ -129,18 +130,19 @@ def read_harvest(store: Place, name: str) -> tuple[float, Harvest]:
     path = StoreLayout(store).harvest(name)
     record = read_record(path)
     try:
-        return record.get("created", 0.0), Harvest.from_record(record)
+        harvest = Harvest.from_record(record, "created")
+        return record["created"], harvest
     except StorageError as error:
         raise StorageError(f"the record {path} is damaged: {error}") from None
 
 
 def match_harvests(
-    store: Place, identity: Record, model: str, sites: Mapping[str, str], by_machine: Collection[str] = ()
+    store: Place, identity: HarvestIdentity, model: str, sites: Mapping[str, str], by_machine: Collection[str] = ()
 ) -> tuple[list[Harvest], list[str]]:
     """Find which of `sites` (with the types to store them as) the store has, or is getting: return their harvests, and
     the sites no harvest holds.
 
-    `identity` is a harvest's without its sites; `by_machine` are the keys of its section `harvest` that were chosen for
+    `identity` is a harvest's without its sites; `by_machine` are the fields of its computation that were chosen for
     this machine, of which the stored ones stand. Raises StoreMismatch, showing both values, when a site of the same
     model is stored under another identity, or as another type.
     """
@@ -150,8 +152,7 @@ def match_harvests(
         shared = [s for s in sites if s in harvest.sites]
         if harvest.model != model or not shared:
             continue
-        stored, wanted = (_comparable(of, by_machine) for of in (harvest.identity, identity))
-        otherwise = differences(stored, wanted)
+        otherwise = harvest.identity.differences(identity, by_machine)
         types = {site: (harvest.sites[site].dtype, sites[site]) for site in shared}
         if other_types := dict.fromkeys((a, b) for a, b in types.values() if a != b):
             otherwise += [f"harvest.dtype: {a!r} in the store, {b!r} in the spec" for a, b in other_types]
@@ -165,14 +166,6 @@ def match_harvests(
         matching.append(harvest)
         missing = [s for s in missing if s not in shared]
     return matching, missing
-
-
-def _comparable(identity: Record, by_machine: Collection[str]) -> Record:
-    """An identity without its sites and what was chosen for a machine."""
-    compared = {k: v for k, v in identity.items() if k != "sites"}
-    if "harvest" in compared:
-        compared["harvest"] = {k: v for k, v in compared["harvest"].items() if k not in by_machine}
-    return compared
 
 
 def declare_harvest(store: Place, num_rows: int, harvest: Harvest) -> None:
@@ -189,8 +182,7 @@ def declare_harvest(store: Place, num_rows: int, harvest: Harvest) -> None:
 
 def model_attributes(harvest: Harvest) -> Record:
     """The attributes of a model's groups, as the model's first harvest writes them."""
-    about = {k: v for k, v in harvest.identity.items() if k in ("model", "tokenizer_digest")}
-    return {"granary": {**about, "made_with": harvest.made_with}}
+    return {"granary": {**harvest.identity.of_model, "made_with": harvest.made_with}}
 
 
 def sweep(store: Place, harvest: Harvest) -> None:

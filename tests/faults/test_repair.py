@@ -23,6 +23,7 @@ from pipeline.model.load import load_base_model
 from pipeline.model.placement import Offload, Placement
 from storage.backends.place import Place
 from storage.format.records import decode, encode, read_record
+from storage.harvest.identity import Computation, HarvestIdentity
 from storage.harvest.log import log_of
 from storage.harvest.write_unit import UnitBlock, rewrite_unit
 from storage.store import Store, open_store
@@ -185,7 +186,7 @@ def test_another_model_is_refused_and_the_right_one_is_found_where_it_is_now(
     status, report = verify(mended, "--repair", "--model", other)
     assert status == 1
     assert f"{other} has the fingerprint" in report["refused"][0]["reason"]
-    assert harvest.identity["model"]["fingerprint"] in report["refused"][0]["reason"]
+    assert harvest.identity.fingerprint in report["refused"][0]["reason"]
     assert snapshot(mended.store) == before
     shutil.copytree(llama, tmp_path / "moved")
     status, report = verify(mended, "--repair", "--model", tmp_path / "moved")
@@ -384,8 +385,9 @@ def test_models_run_on_the_device_of_their_harvest(
     offload = Offload("weights")
 
     def placed(device: str, compiled: bool, given: Placement | None) -> Placement:
-        how = {"device": device, "compile": compiled}
-        return placement_for(replace(harvested.harvests[0], identity={"harvest": how}), given)
+        how = Computation(1, 64, "sdpa", compiled, device, 1)
+        identity = HarvestIdentity({"harvest": how.to_record()})
+        return placement_for(replace(harvested.harvests[0], identity=identity), given)
 
     gpu = "cuda" if on_gpu else "cpu"
     assert placed("cuda", False, None) == Placement(gpu)

@@ -21,6 +21,7 @@ from pipeline.sites import layers_up_to, parse_site
 from storage.format.arrays import Array
 from storage.format.int8 import SiteRows, unscaled
 from storage.harvest.harvest import Harvest
+from storage.harvest.identity import Computation
 from storage.harvest.log import log_of
 from storage.harvest.moments import read_unit_moments, same_moments
 from storage.harvest.write_unit import UnitBlock, rewrite_unit
@@ -28,7 +29,6 @@ from storage.store import Store
 from storage.verify.findings import ByHand, Fault, Remake
 from workers.harvest.harvester import Harvester, HarvesterSetup, read_groups, unit_block
 from workers.harvest.known_models import is_of_model
-from workers.harvest.stage import blocks_of
 from workers.tensors import to_torch
 from workers.versions import versions
 
@@ -41,7 +41,7 @@ their norm: other devices and libraries add in other orders, through all layers.
 
 def find_model(harvest: Harvest, names: Sequence[ModelName]) -> ModelInfo:
     """The harvest's model, among `names` or where it was at the harvest. Raises InputError, with what was tried."""
-    wanted = harvest.identity["model"]["fingerprint"]
+    wanted = harvest.identity.fingerprint
     recorded = (harvest.made_with.get("model"), harvest.made_with.get("revision", "main"))
     tried = []
     for name, revision in dict.fromkeys([*names, recorded]):
@@ -66,13 +66,25 @@ def placement_for(harvest: Harvest, given: Placement | None) -> Placement:
 
     `given`: where a spec has it; whole on one device, if there is none. Layers that were compiled cannot be moved.
     """
-    how = harvest.identity["harvest"]
-    on_gpu = how["device"] != "cpu" and torch.cuda.is_available()
-    if given is None or how["compile"]:
-        return Placement(how["device"] if on_gpu else "cpu")
+    how = _computation(harvest)
+    on_gpu = how.device != "cpu" and torch.cuda.is_available()
+    if given is None or how.compile:
+        return Placement(how.device if on_gpu else "cpu")
     if on_gpu:
-        return given if given.device != "cpu" else replace(given, device=how["device"])
+        return given if given.device != "cpu" else replace(given, device=how.device)
     return replace(given, device="cpu")
+
+
+def _computation(harvest: Harvest) -> Computation:
+    computation = harvest.identity.computation
+    assert computation is not None, f"no model made the harvest {harvest.digest}"
+    return computation
+
+
+def _dtype(harvest: Harvest) -> str:
+    dtype = harvest.identity.dtype
+    assert dtype is not None, f"no model made the harvest {harvest.digest}"
+    return dtype
 
 
 class Rerunner:
@@ -80,22 +92,22 @@ class Rerunner:
 
     def __init__(self, store: Store, harvest: Harvest, info: ModelInfo, given: Placement | None = None):
         """`given`: see `placement_for`. Raises InputError when the model cannot be loaded."""
-        how = harvest.identity["harvest"]
+        how = _computation(harvest)
         placement = placement_for(harvest, given)
         self.store, self.harvest = store, harvest
-        self.on_its_device = placement.input_device == how["device"]
+        self.on_its_device = placement.input_device == how.device
         setup = HarvesterSetup(
             store=store.url,
             harvest=harvest,
             model=info,
             layers=layers_up_to(map(parse_site, harvest.sites)),
-            model_dtype=harvest.identity["model"]["dtype"],
-            attention=how["attention"],
-            compile=how["compile"] and self.on_its_device,
-            batch_tokens=how["batch_tokens"],
-            threads=how["threads_per_worker"] or os.cpu_count() or 1,
+            model_dtype=_dtype(harvest),
+            attention=how.attention,
+            compile=how.compile and self.on_its_device,
+            batch_tokens=how.batch_tokens,
+            threads=how.threads_per_worker or os.cpu_count() or 1,
             placement=placement,
-            blocks=blocks_of(harvest),
+            blocks=how.attention_in_blocks,
         )
         try:
             self.harvester = Harvester(setup)
@@ -139,7 +151,7 @@ class Rerunner:
             for name in ("torch", "transformers")
             if made_with.get(name) != here[name]
         ]
-        batches = self.harvest.identity["harvest"]["batches"]
+        batches = _computation(self.harvest).batches
         if batches != COMPOSITION:
             found.append(f"batches {batches} there, {COMPOSITION} here")
         figures = log_of(self.store, self.harvest).read(unit).figures
@@ -150,7 +162,7 @@ class Rerunner:
 
     def _compare_rows(self, unit: int, block: UnitBlock, differing: str) -> Iterator[Fault]:
         start, stop = self.store.info.unit_rows(unit)
-        computed_in = self.harvest.identity["model"]["dtype"]
+        computed_in = _dtype(self.harvest)
         for site, layout in self.harvest.sites.items():
             tolerance = TOLERANCE_ULPS * max(_epsilon(computed_in), _epsilon(layout.dtype))
             arrays = self.harvest.arrays(self.store.root, self.store.num_rows, site)
@@ -198,7 +210,7 @@ def repair_from_rows(store: Store, harvest: Harvest, unit: int, writer: str) -> 
 
     Raises UnitConflict when they come out otherwise than the commit says, and CorruptChunk; then nothing was written.
     """
-    threads = harvest.identity["harvest"]["threads_per_worker"]
+    threads = _computation(harvest).threads_per_worker
     if threads is not None:
         torch.set_num_threads(threads)
     start, stop = store.info.unit_rows(unit)

@@ -27,7 +27,7 @@ def made_from(info: ModelInfo) -> dict[str, str]:
 def is_of_model(harvest: Harvest, info: ModelInfo) -> bool:
     """Return whether a harvest is of a model. Those made when a fingerprint held the commit alone are, with that
     commit."""
-    fingerprint = harvest.identity["model"]["fingerprint"]
+    fingerprint = harvest.identity.fingerprint
     if fingerprint == info.fingerprint:
         return True
     of = harvest.made_with
@@ -37,7 +37,7 @@ def is_of_model(harvest: Harvest, info: ModelInfo) -> bool:
 
 def fingerprint_in_store(store: Store, info: ModelInfo) -> str:
     """The fingerprint under which a store knows a model: its own, unless an earlier one is there."""
-    known: list[str] = [h.identity["model"]["fingerprint"] for h in store.refresh().harvests if is_of_model(h, info)]
+    known: list[str] = [h.identity.fingerprint for h in store.refresh().harvests if is_of_model(h, info)]
     return known[0] if known else info.fingerprint
 
 
@@ -52,7 +52,7 @@ def check_not_replaced(store: Store, info: ModelInfo) -> None:
         for harvest in of_name:
             raise StoreMismatch(
                 f"model.id: {info.id} has the fingerprint {info.fingerprint}, and {harvest.model} in the store at "
-                f"{store.url} was harvested from it with {harvest.identity['model']['fingerprint']}: its weights or "
+                f"{store.url} was harvested from it with {harvest.identity.fingerprint}: its weights or "
                 "config were replaced. Put those back, or give the new ones a folder of their own: then they are "
                 "another model, with columns of their own; or name another store"
             )

@@ -16,9 +16,9 @@ from pipeline.model.quantised import check_quantised
 from pipeline.precision import FASTER, faster_type, slowdown
 from pipeline.sites import layers_up_to, parse_site
 from storage.errors import StorageError
-from storage.format.records import Record
 from storage.format.units import UnitSet
 from storage.harvest.harvest import Harvest, SiteLayout, declare_harvest, match_harvests
+from storage.harvest.identity import BLOCKS, Computation, HarvestIdentity
 from storage.harvest.log import HarvestLog, log_of
 from storage.store import Store
 from workers.cluster.connect import is_started_here, require_gpus
@@ -29,9 +29,6 @@ from workers.settings.experiment import ClusterSettings, HarvestSettings, ModelS
 from workers.versions import versions
 
 GPU_TRIAL_S = 60
-BLOCKS = "attention_in_blocks"
-"""Key of a harvest's identity: false where layers were compiled for a processor that emulates bfloat16, on which they
-do not attend in blocks (`pipeline.capture.attention`); not there otherwise."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,9 @@ def prepare_harvests(
         layouts = {site: SiteLayout.of(info.d_model, types[site], store.info.rows_per_unit) for site in missing}
         made_with = {**made_from(info), **versions()}
         matching.append(
-            Harvest.of({**identity, "sites": {site: types[site] for site in missing}}, name, layouts, made_with)
+            Harvest.of(identity.with_sites({site: types[site] for site in missing}), name, layouts, made_with)
         )
-    return [_job(store, model, info, settings, harvest, identity) for harvest in matching]
+    return [_job(store, model, info, settings, harvest) for harvest in matching]
 
 
 def check_harvest(
@@ -181,39 +178,35 @@ def run_harvest(
     return supervisor.run(on_unit, on_elsewhere)
 
 
-def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings) -> Record:
+def _identity(store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings) -> HarvestIdentity:
     """Everything but the sites that determines the bytes of a harvest. Of the table it is what the store was made with,
     as a store that has grown keeps what it has."""
     layers, first = info.num_layers, store.info.first_table
     compiled = compile_layers(settings, info, first["num_rows"], layers)
     attends_in_blocks = compiled and not settings.gpus_per_worker and model.dtype == "bfloat16"
-    return {
-        "corpus_digest": first["corpus_digest"],
-        "tokenizer_digest": store.info.tokenizer_digest,
-        "model": {"fingerprint": fingerprint_in_store(store, info), "dtype": model.dtype},
-        "rows_per_unit": store.info.rows_per_unit,
-        "harvest": {
-            "batches": COMPOSITION,
-            "batch_tokens": settings.batch_tokens,
-            "attention": settings.attention,
-            "compile": compiled,
-            "device": "cuda" if settings.gpus_per_worker else "cpu",
-            "threads_per_worker": None if settings.gpus_per_worker else settings.threads_per_worker,
-            **({BLOCKS: False} if attends_in_blocks and faster_type() == "float32" else {}),
-        },
-    }
-
-
-def blocks_of(harvest: Harvest) -> bool:
-    """Return whether the compiled layers of a harvest may attend in blocks."""
-    blocks: bool = harvest.identity["harvest"].get(BLOCKS, True)
-    return blocks
+    return HarvestIdentity.of(
+        corpus_digest=first["corpus_digest"],
+        tokenizer_digest=store.info.tokenizer_digest,
+        fingerprint=fingerprint_in_store(store, info),
+        dtype=model.dtype,
+        rows_per_unit=store.info.rows_per_unit,
+        computation=Computation(
+            batches=COMPOSITION,
+            batch_tokens=settings.batch_tokens,
+            attention=settings.attention,
+            compile=compiled,
+            device="cuda" if settings.gpus_per_worker else "cpu",
+            threads_per_worker=None if settings.gpus_per_worker else settings.threads_per_worker,
+            attention_in_blocks=not (attends_in_blocks and faster_type() == "float32"),
+        ),
+    )
 
 
 def _job(
-    store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings, harvest: Harvest, identity: Record
+    store: Store, model: ModelSettings, info: ModelInfo, settings: HarvestSettings, harvest: Harvest
 ) -> HarvestJob:
-    log = log_of(store, harvest)
+    log, computation = log_of(store, harvest), harvest.identity.computation
+    assert computation is not None, "it matches the spec's"
     setup = HarvesterSetup(
         store=store.url,
         harvest=harvest,
@@ -221,10 +214,10 @@ def _job(
         layers=layers_up_to(map(parse_site, harvest.sites)),
         model_dtype=model.dtype,
         attention=settings.attention,
-        compile=identity["harvest"]["compile"],
+        compile=computation.compile,
         batch_tokens=settings.batch_tokens,
         threads=settings.threads_per_worker,
         placement=settings.placement,
-        blocks=blocks_of(harvest),
+        blocks=computation.attention_in_blocks,
     )
     return HarvestJob(harvest, setup, log, log.committed().complement())

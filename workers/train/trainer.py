@@ -188,7 +188,7 @@ def models_of(store: Store, config: DictionaryConfig) -> Record:
     for harvest in harvests:
         revision = str(harvest.made_with.get("revision"))
         models[harvest.model] = {
-            **harvest.identity["model"],
+            **harvest.identity.model,
             "id": harvest.made_with.get("model", harvest.model),
             **({"revision": revision} if is_commit(revision) else {}),
         }

@@ -27,10 +27,11 @@ from pipeline.model.load import linear_shapes
 from pipeline.precision import faster_type, slowdown
 from pipeline.sdl.dictionary.activations import Products
 from storage.harvest.harvest import Harvest, declare_harvest
+from storage.harvest.identity import BLOCKS
 from storage.results.runs import Run, open_run
 from storage.store import Store, open_store
 from workers.bench.cells import file_of, identity_of, recorded_products
-from workers.harvest.stage import BLOCKS, blocks_of, emulation_notice, prepare_harvests
+from workers.harvest.stage import emulation_notice, prepare_harvests
 from workers.settings.experiment import HarvestSettings, ModelSettings, TrainSettings
 from workers.train.plan import emulated_products, plan_training
 from workers.train.trainer import Trainer
@@ -253,11 +254,14 @@ def test_layers_attend_in_blocks_where_that_is_faster(planned: tuple[Store, Path
     (fast,) = harvests_of(planned)
     be("float32")
     (slow,) = harvests_of(planned)
-    assert (blocks_of(fast), blocks_of(slow)) == (True, False)
-    assert BLOCKS not in fast.identity["harvest"]  # so that harvests of before keep their names
+    assert (fast.identity.computation.attention_in_blocks, slow.identity.computation.attention_in_blocks) == (
+        True,
+        False,
+    )
+    assert BLOCKS not in fast.identity.record["harvest"]  # so that harvests of before keep their names
     assert fast.digest != slow.digest
     for other in ({"compile": False}, {"model_dtype": "float32"}, {"gpus_per_worker": 1}):
-        assert all(BLOCKS not in harvest.identity["harvest"] for harvest in harvests_of(planned, **other))
+        assert all(BLOCKS not in harvest.identity.record["harvest"] for harvest in harvests_of(planned, **other))
 
 
 @pytest.mark.parametrize("began", TWO)
@@ -269,7 +273,7 @@ def test_a_harvest_goes_on_as_it_began(tmp_path: Path, llama: Path, corpus: Path
     be(TWO[began])
     (second,) = harvests_of((open_store(store.url), llama))
     assert second.digest == first.digest
-    assert blocks_of(second) == (began == "bfloat16")
+    assert second.identity.computation.attention_in_blocks == (began == "bfloat16")
 
 
 def test_a_type_that_is_emulated_is_said_before_the_work(llama: Path, be: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +347,7 @@ print(json.dumps({
     "trainer": trainer.products.selection,
     "slabs": sorted(set(made)),
     "cell": train_cell(Cell(QUICK, "topk", "plain", 0))["products"],
-    "blocks": compiled.jobs[0].harvest.identity["harvest"].get("attention_in_blocks", True),
+    "blocks": compiled.jobs[0].harvest.identity.computation.attention_in_blocks,
     "attention": compiled.harvesters[0]._runner.model.config._attn_implementation,
     "rows": int(whole.read("mlp_in.0", slice(0, 100)).shape[0]),
 }))

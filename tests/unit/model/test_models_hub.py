@@ -25,6 +25,7 @@ from pipeline.model.describe import ModelInfo, describe_model
 from pipeline.model.load import check_weights, load_base_model
 from pipeline.tokens.tokenizer import load_tokenizer
 from storage.errors import StoreMismatch
+from storage.harvest.identity import HarvestIdentity
 from storage.store import open_store
 from workers.check.rerun import find_model
 from workers.harvest.harvester import Harvester
@@ -224,7 +225,8 @@ def made_before(store: Path, revision: str, model: str = "a/tiny") -> str:
     opened = open_store(store)
     (harvest,) = read_harvests(opened.root)
     fingerprint = hashlib.sha256(revision.encode()).hexdigest()[:16]
-    identity = {**harvest.identity, "model": {**harvest.identity["model"], "fingerprint": fingerprint}}
+    stored = harvest.identity.record
+    identity = HarvestIdentity({**stored, "model": {**stored["model"], "fingerprint": fingerprint}})
     made_with = {**{k: v for k, v in harvest.made_with.items() if k != "ref"}, "model": model, "revision": revision}
     old = Harvest.of(identity, f"tiny-{fingerprint[:8]}", harvest.sites, made_with)
     for kind in ("commits", "activations", "norms"):

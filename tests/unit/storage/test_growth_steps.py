@@ -25,6 +25,7 @@ from storage.errors import CorruptChunk, StorageError, StoreGrown, StoreMismatch
 from storage.format.arrays import DTYPES, RowArray, group_metadata
 from storage.format.units import UnitRanges
 from storage.harvest.harvest import Harvest, SiteLayout, declare_harvest
+from storage.harvest.identity import HarvestIdentity
 from storage.harvest.log import HarvestLog, log_of
 from storage.harvest.moments import MomentKey, Moments
 from storage.harvest.write_unit import UnitBlock, rewrite_unit, write_unit
@@ -246,7 +247,7 @@ def block_of(store: Store, unit: int) -> UnitBlock:
 
 
 def declare(store: Store) -> Harvest:
-    identity = {"sites": [SITE], "rows_per_unit": UNIT, "model": {"fingerprint": "made-up"}}
+    identity = HarvestIdentity.made_up(UNIT, sites=[SITE], model={"fingerprint": "made-up"})
     made = Harvest.of(identity, "made-up", {SITE: SiteLayout(WIDTH, "bfloat16", 8)}, {})
     declare_harvest(store.root, store.num_rows, made)
     return made
