@@ -91,7 +91,7 @@ def no_held_out_rows(lacking: Mapping[str, Sequence[str]], most: int = 5) -> str
 
 
 def extreme_norms(found: Mapping[str, Any]) -> str:
-    """What `storage.read.sinks.ExtremeRows` found, and the keys that leave such rows out."""
+    """What `storage.read.extreme_rows.ExtremeRows` found, and the keys that leave such rows out."""
 
     def most(parts: Sequence[tuple[Any, float]]) -> str:
         return ", ".join(f"{value!r} ({100 * share:.0f} %)" for value, share in parts)

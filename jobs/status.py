@@ -12,7 +12,7 @@ from storage.harvest.harvest import Harvest
 from storage.harvest.history import read_history
 from storage.harvest.log import log_of
 from storage.harvest.progress import harvest_progress
-from storage.read.sinks import extreme_rows
+from storage.read.extreme_rows import extreme_rows
 from storage.results.anchors import anchor_names, read_anchors
 from storage.results.runs import list_runs
 from storage.store import Store
@@ -58,7 +58,7 @@ def status_record(store: Store) -> Record:
 
 
 def found_extreme(store: Store, sites: Sequence[str]) -> list[Record]:
-    """What `storage.read.sinks` finds at some sites. Damage there is said, and keeps nothing else from being shown."""
+    """Rows of extreme norm at some sites. Damage there is said, and keeps nothing else from being shown."""
     try:
         return [asdict(found) for found in extreme_rows(store, sites)]
     except StorageError as error:

@@ -116,7 +116,7 @@ def _verify(report: Report, only: Units | None) -> Iterable[Fault | Note]:
 def _audit(
     report: Report, models: list[tuple[str, str]], placement: "Placement | None", number: int, seed: int
 ) -> None:
-    from workers.check.rerun import Rerunner, find_model, sample_units
+    from workers.check.recompute import Recomputer, find_model, sample_units
 
     faulty = {(f.remedy.harvest, f.remedy.unit) for f in report.faults if isinstance(f.remedy, Remake)}
     store = open_store(report.root)
@@ -127,7 +127,7 @@ def _audit(
     with ProgressLine("auditing", "units", total) as line:
         line.update(0)
         for digest, units in chosen.items():
-            rerunner = Rerunner(store, harvests[digest], find_model(harvests[digest], models), placement)
+            rerunner = Recomputer(store, harvests[digest], find_model(harvests[digest], models), placement)
             for unit in units:
                 outcome = "damaged"
                 if (digest, unit) not in faulty:
@@ -188,7 +188,7 @@ def _model(name: str) -> tuple[str, str]:
 
 
 def _require_models(root: Place, models: list[tuple[str, str]]) -> None:
-    from workers.check.rerun import find_model
+    from workers.check.recompute import find_model
 
     for harvest in open_store(root).harvests:
         find_model(harvest, models)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import sentence, start_harvest, write_corpus
 
+from storage.harvest.driver_records import Driver
 from storage.harvest.failures import Failure
-from storage.harvest.heartbeats import Driver
 from storage.harvest.log import HarvestLog, log_of
 from storage.results.runs import open_run
 from storage.store import Store

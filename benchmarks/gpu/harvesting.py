@@ -1,4 +1,4 @@
-"""A harvest without a store: units through `pipeline.capture.computing`, as a harvester runs them, beside their limits.
+"""A harvest without a store: units through `capture.unit_computer`, as a harvester runs them, beside their limits.
 
 Two units are in flight: while one is run, the rows of the one before are on the host, where their norms and moments are
 computed. Nothing is written. What it is compared with runs the same batches, one after the other, without waiting.
@@ -19,10 +19,10 @@ from benchmarks.gpu.llama import matrix_products, twin
 from benchmarks.gpu.plan import HarvestCase
 from benchmarks.gpu.rounds import Timed, in_turn, ratio, repeated
 from pipeline.capture.batches import batches_of
-from pipeline.capture.computing import UnitComputer
 from pipeline.capture.contexts import ContextRows
 from pipeline.capture.taps import model_inputs
 from pipeline.capture.unit import Activations, UnitRunner, group_moments, summarise
+from pipeline.capture.unit_computer import UnitComputer
 from pipeline.precision import faster_type
 from pipeline.sites import Site
 

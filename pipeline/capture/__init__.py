@@ -1,1 +1,1 @@
-"""Running contexts through a model and taking the rows that sites give: batches, taps, transfer, rounding."""
+"""Running contexts through a model and collecting activations at sites: batches, taps, rounding, moments."""

@@ -1,1 +1,1 @@
-"""A model's files: on the hub, in a cache or a folder; whether they are whole and fit; their fingerprint."""
+"""A model's files: where they are, whether they are complete and match the config, their fingerprint."""

@@ -1,0 +1,1 @@
+"""Sparse dictionary learning: dictionaries, their training, and measuring them."""

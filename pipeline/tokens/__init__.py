@@ -1,1 +1,1 @@
-"""Tokenizers: loading one, telling two apart, long texts."""
+"""Tokenizers: loading one, comparing two, long texts."""

@@ -1,1 +1,1 @@
-"""The store's format: names, records, arrays, int8 rows, units."""
+"""The format of a store: names, records, arrays, units. Its number is in `storage.table.root`."""

@@ -12,8 +12,8 @@ BLOCKS = "attention_in_blocks"
 class Computation:
     """How a harvest's model computes, as far as that can change the last bits of a row."""
 
-    batches: int
-    """The number of the way in which contexts are packed into batches."""
+    batches: str
+    """Names the way in which contexts are packed into batches (`pipeline.capture.batches.COMPOSITION`)."""
     batch_tokens: int
     attention: str
     compile: bool

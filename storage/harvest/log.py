@@ -18,9 +18,9 @@ from storage.format.layout import BLOCK_DIGITS, UNITS_PER_BLOCK, StoreLayout
 from storage.format.records import encode, read_record
 from storage.format.units import UnitRanges, UnitSet
 from storage.harvest.commits import Commit
+from storage.harvest.driver_records import Driver, DriverRecords
 from storage.harvest.failures import Failure
 from storage.harvest.harvest import Harvest
-from storage.harvest.heartbeats import Driver, DriverRecords
 from storage.table.table import StoredTable
 
 

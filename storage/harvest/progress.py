@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 
 from storage.format.units import UnitSet
+from storage.harvest.driver_records import Driver, DriverWatch
 from storage.harvest.failures import Failure
-from storage.harvest.heartbeats import Driver, DriverWatch
 from storage.harvest.log import HarvestLog
 
 

@@ -1,1 +1,1 @@
-"""Making a store whole in one step, and growing its table."""
+"""Creating a store in one step, and growing its table."""

@@ -1,1 +1,1 @@
-"""Reading rows: a site's rows, shuffled streams, moments, rows that are held out or of extreme norm."""
+"""Reading rows: of one site, in shuffled streams; moments over units; rows of extreme norm; held-out rows."""

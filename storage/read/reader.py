@@ -13,8 +13,8 @@ import numpy as np
 from storage.backends.place import Place
 from storage.errors import StorageError, UncommittedRows
 from storage.format.arrays import Array, RowArray
-from storage.format.int8 import SiteRows
 from storage.format.layout import StoreLayout
+from storage.format.site_rows import SiteRows
 from storage.format.units import UnitSet, shown
 from storage.harvest.harvest import CHECKSUMS, Harvest, read_harvests
 from storage.harvest.log import log_of

@@ -17,7 +17,7 @@ import numpy as np
 
 from storage.errors import StorageError
 from storage.format.arrays import Array
-from storage.format.int8 import SiteRows, unscaled
+from storage.format.site_rows import SiteRows, unscaled
 from storage.read.norm_filter import NormFilter, norm_filter
 from storage.read.reader import StoreReader
 

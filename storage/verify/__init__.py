@@ -1,1 +1,1 @@
-"""Checking a store against FORMAT.md: findings and their remedies."""
+"""Checking a store against its own records and checksums: findings and their remedies."""

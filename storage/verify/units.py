@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from storage.backends.threads import in_threads
 from storage.errors import CorruptChunk, NotAStore, StorageError
 from storage.format.arrays import CRC_BYTES, Array, RowArray, checksum
-from storage.format.int8 import SiteRows
+from storage.format.site_rows import SiteRows
 from storage.harvest.commits import Commit
 from storage.harvest.harvest import CHECKSUMS, Harvest
 from storage.harvest.log import log_of

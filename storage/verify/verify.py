@@ -3,7 +3,7 @@
 Every record carries its own checksum, chunks carry theirs and are in the commits as well, and files of other formats
 are named with their sha256 by the record that was written after them. So a store needs nothing but itself to be
 checked, and what is found is a list of faults that name the object; what to do about each is in its remedy
-(`workers.check.repair`). What this cannot find is a store that is consistent and false: `workers.check.rerun` runs
+(`workers.check.repair`). What this cannot find is a store that is consistent and false: `workers.check.recompute` runs
 the model again.
 
 Reads everything once, in the memory of a few requests; changes nothing.

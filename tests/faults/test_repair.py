@@ -27,7 +27,7 @@ from storage.harvest.identity import Computation, HarvestIdentity
 from storage.harvest.log import log_of
 from storage.harvest.write_unit import UnitBlock, rewrite_unit
 from storage.store import Store, open_store
-from workers.check.rerun import placement_for
+from workers.check.recompute import placement_for
 from workers.harvest.harvester import read_groups, unit_block
 from workers.tensors import to_torch
 
@@ -385,7 +385,7 @@ def test_models_run_on_the_device_of_their_harvest(
     offload = Offload("weights")
 
     def placed(device: str, compiled: bool, given: Placement | None) -> Placement:
-        how = Computation(1, 64, "sdpa", compiled, device, 1)
+        how = Computation("1", 64, "sdpa", compiled, device, 1)
         identity = HarvestIdentity({"harvest": how.to_record()})
         return placement_for(replace(harvested.harvests[0], identity=identity), given)
 

@@ -22,7 +22,7 @@ from storage.read.moments import merged_moments, training_units
 from storage.results.anchors import AnchorSet
 from storage.store import Store, open_store
 from workers.anchors.stage import make_anchors
-from workers.check.rerun import Rerunner, find_model, repair_from_rows
+from workers.check.recompute import Recomputer, find_model, repair_from_rows
 from workers.evaluate.evaluator import EvaluationPlan, evaluate
 from workers.settings.anchors import AnchorSettings
 from workers.settings.dictionaries import DictionarySettings
@@ -179,7 +179,7 @@ def test_units_are_repaired_and_audited_with_them(store: Store, llama: Path) -> 
     repair_from_rows(store, harvest, 1, "test")
     assert moments[1].read_bytes() == content
     assert faults(store) == []
-    rerunner = Rerunner(store, harvest, find_model(harvest, [(str(llama), "main")]))
+    rerunner = Recomputer(store, harvest, find_model(harvest, [(str(llama), "main")]))
     assert list(rerunner.audit(2)) == ["bit-exact"]
 
 

@@ -11,7 +11,7 @@ from pipeline.capture.rounding import LARGEST, is_exact, round_rows, square_erro
 from pipeline.capture.unit import summarise
 from pipeline.errors import InputError
 from pipeline.sites import STORED_TYPES
-from storage.format.int8 import unscaled
+from storage.format.site_rows import unscaled
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 9))
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)

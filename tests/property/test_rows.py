@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.capture.contexts import ContextPolicy, ContextRows, contexts_of_rows
-from pipeline.corpus.columns import context_starts, documents_table, row_column
 from pipeline.corpus.documents import Sizes, document_keys
 from pipeline.corpus.encode import TokensEncoder
 from pipeline.corpus.formats.open import Corpus
 from pipeline.corpus.formats.records import FILE_SHIFT, Chunk, Piece
 from pipeline.corpus.recipe import Recipe
 from pipeline.corpus.sources.files import CorpusFile
+from pipeline.corpus.table_columns import context_starts, documents_table, row_column
 from pipeline.errors import InputError
 from workers.cluster.tasks import Here
 from workers.plan.calls import Cuts

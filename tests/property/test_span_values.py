@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
 from pipeline.capture.contexts import ContextPolicy
-from pipeline.corpus.columns import row_column
 from pipeline.corpus.documents import Sizes, cut, document_keys
 from pipeline.corpus.encode import TextEncoder, TokensEncoder
 from pipeline.corpus.extents import encode_with_extents, trimmed
 from pipeline.corpus.formats.aligned import AlignedLabel
 from pipeline.corpus.spans import innermost, labelled
+from pipeline.corpus.table_columns import row_column
 from pipeline.corpus.token_labels import NONE, TokenLabels, joined_labels
 from pipeline.tokens.tokenizer import encode_texts
 

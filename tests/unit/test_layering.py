@@ -28,7 +28,7 @@ FLOORS = {
         "corpus.encode",
         "corpus.chats",
         "corpus.formats corpus.round_trip corpus.documents",
-        "corpus.columns corpus.spans",
+        "corpus.table_columns corpus.spans",
         "corpus.recipe",
         "sdl.dictionary",
         "sdl.train",

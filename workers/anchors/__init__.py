@@ -1,1 +1,1 @@
-"""Subpopulations' means, top rows and vectors from files as anchors."""
+"""Making anchors from means of subpopulations, top rows or files of vectors."""

@@ -1,1 +1,1 @@
-"""Running stored units again, and repairing damaged ones."""
+"""Recomputing stored units, to audit them or to repair them."""

@@ -15,7 +15,7 @@ from storage.harvest.harvest import Harvest, writer_id
 from storage.harvest.log import log_of
 from storage.store import Store, open_store
 from storage.verify.findings import ByHand, Fault, Remake, Remove, Rewrite
-from workers.check.rerun import ModelName, Rerunner, find_model, repair_from_rows
+from workers.check.recompute import ModelName, Recomputer, find_model, repair_from_rows
 
 OnRepair = Callable[[str], None]
 """Told what was written."""
@@ -74,7 +74,7 @@ def _repair_units(
     on_repair: OnRepair,
     placement: Placement | None,
 ) -> Iterator[Refused]:
-    rerunner: Rerunner | None = None
+    rerunner: Recomputer | None = None
     refusal = ""
     for unit, faults in units.items():
         remedies = [fault.remedy for fault in faults if isinstance(fault.remedy, Remake)]
@@ -83,7 +83,7 @@ def _repair_units(
             continue
         if rerunner is None and not refusal:
             try:
-                rerunner = Rerunner(store, harvest, find_model(harvest, models), placement)
+                rerunner = Recomputer(store, harvest, find_model(harvest, models), placement)
             except InputError as error:
                 refusal = str(error)
         if rerunner is None:

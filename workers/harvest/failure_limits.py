@@ -11,23 +11,23 @@ class HarvestFailed(RuntimeError):
     """The harvest cannot go on, or has left units out. What is committed stays."""
 
 
-class Losses:
-    """Each method but the first two raises HarvestFailed when it was called once too often in a row."""
+class FailureLimits:
+    """Count failures that follow one another; raise HarvestFailed at the limit."""
 
     def __init__(self) -> None:
         self._loads = self._useless = 0
         self._most_useless = USELESS_AT_FIRST
 
-    def a_worker_loaded(self) -> None:
+    def reset_loads(self) -> None:
         self._loads = 0
 
-    def a_unit_is_settled(self, *, finished: bool) -> None:
+    def count_settled_unit(self, *, finished: bool) -> None:
         """It is finished, or set aside."""
         self._useless = 0
         if finished:
             self._most_useless = USELESS_IN_A_ROW
 
-    def a_load_failed(self, why: str) -> None:
+    def count_failed_load(self, why: str) -> None:
         self._loads += 1
         if self._loads >= LOADS_IN_A_ROW:
             raise HarvestFailed(
@@ -35,7 +35,7 @@ class Losses:
                 f"last: {why}. Committed units are safe; start again to go on"
             )
 
-    def a_worker_was_useless(self, why: str) -> None:
+    def count_useless_worker(self, why: str) -> None:
         """It was replaced because units raised in it, and had finished none."""
         self._useless += 1
         if self._useless >= self._most_useless:

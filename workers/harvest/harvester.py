@@ -1,7 +1,7 @@
 """The harvester: it holds the model and computes, writes and commits one unit after another.
 
 Two units are in flight at once: while one is computed, the one before is written by the thread of its own call
-(pipeline.capture.computing). The memory of a harvester is the model and two units, whatever the corpus.
+(pipeline.capture.unit_computer). The memory of a harvester is the model and two units, whatever the corpus.
 """
 
 import time
@@ -14,10 +14,10 @@ from itertools import pairwise
 import torch
 
 from pipeline.capture.compilers import check_compiler
-from pipeline.capture.computing import UnitComputer
 from pipeline.capture.contexts import ContextRows, contexts_of_rows
 from pipeline.capture.rounding import Rounded
 from pipeline.capture.unit import Activations, RawMoments, UnitRunner, group_moments, summarise, value_moments
+from pipeline.capture.unit_computer import UnitComputer
 from pipeline.model.describe import ModelInfo
 from pipeline.model.finite import NotFinite, tensors_not_finite, words_of
 from pipeline.model.load import load_base_model

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from storage.errors import StorageError
 from storage.format.units import UnitSet
-from storage.harvest.heartbeats import INTERVAL_S, Driver, DriverWatch
+from storage.harvest.driver_records import INTERVAL_S, Driver, DriverWatch
 from storage.harvest.log import HarvestLog
 from workers.cluster.stopping import say
 
@@ -34,7 +34,7 @@ class News:
     """Every commit there was; only looked up while there are others, or when `look` was called."""
 
 
-class Presence:
+class Heartbeat:
     """Use as a context manager. `driver` may be replaced at any time with what is to be said next; `news` is what was
     last heard, a new object each time."""
 
@@ -49,9 +49,9 @@ class Presence:
         self._compacted: float | None = None
         self._silenced = False
         self._ends, self._wake = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._live, name="presence", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Presence":
+    def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 
@@ -60,7 +60,7 @@ class Presence:
         self._wake.set()
         self._thread.join(None if error is None else GOODBYE_S)
 
-    def look(self) -> None:
+    def refresh_now(self) -> None:
         """Do not wait for the next interval: a commit of another driver came before ours, so we know too little."""
         self._wake.set()
 

@@ -20,7 +20,7 @@ from workers.harvest.liveness import HangLimits, ListeningClock, PulseWatch
 
 Question = Literal["identity", "load", "pulse", "unit"]
 PULSE_S = 1.0
-NOT_BY_ITSELF = re.compile(r"SIGTERM|node has died|node was (terminated|drained|preempted)|preemption", re.IGNORECASE)
+EXTERNAL_DEATH = re.compile(r"SIGTERM|node has died|node was (terminated|drained|preempted)|preemption", re.IGNORECASE)
 """Deaths that Ray explains by something outside the actor."""
 
 
@@ -51,7 +51,7 @@ class Answer:
 
 
 @dataclass
-class Crew:
+class WorkerPool:
     """The workers of one run."""
 
     setup: HarvesterSetup
@@ -98,7 +98,7 @@ class Crew:
                 yield Answer(*self._asked.pop(reference), reference)
         self.clock.tick()
 
-    def placed_now(self, worker: Worker, identity: Identity) -> None:
+    def on_scheduled(self, worker: Worker, identity: Identity) -> None:
         """It runs: let it load the model, and listen to its pulse."""
         worker.identity = identity
         worker.watch = PulseWatch(self.clock.now)
@@ -110,7 +110,7 @@ class Crew:
                 worker.asked_at, worker.answered = self.clock.now, False
                 self._ask(worker.actor.pulse.remote(), worker, "pulse")
 
-    def heard_pulse(self, worker: Worker, pulse: Any, *, busy: bool) -> None:
+    def on_pulse(self, worker: Worker, pulse: Any, *, busy: bool) -> None:
         worker.answered = True
         self.outage.heard(f"worker {worker.number}", pulse.waiting_for)
         assert worker.watch is not None
@@ -155,7 +155,7 @@ def died_by_itself(error: RayActorError, worker: Worker) -> bool:
     """
     if isinstance(error, ActorUnavailableError) and not worker.is_ready:
         return False
-    return NOT_BY_ITSELF.search(str(error)) is None
+    return EXTERNAL_DEATH.search(str(error)) is None
 
 
 def reason_of(error: BaseException) -> str:

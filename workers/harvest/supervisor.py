@@ -19,17 +19,17 @@ from pipeline.errors import InputError
 from storage.backends.place import open_place
 from storage.errors import CannotWrite, NotAStore, StorageError, StoreGrown, UnitConflict, Unreachable
 from storage.format.units import UnitRanges, UnitSet
+from storage.harvest.driver_records import Driver
 from storage.harvest.failures import Failure
 from storage.harvest.harvest import writer_id
-from storage.harvest.heartbeats import Driver
 from storage.harvest.log import HarvestLog
 from workers.cluster.connect import room_for
 from workers.cluster.stopping import GOES_ON, Stopped, StopRequest, say, stop_requests
-from workers.harvest.failure_limits import HarvestFailed, Losses
+from workers.harvest.failure_limits import FailureLimits, HarvestFailed
 from workers.harvest.harvester import HarvesterSetup, UnitResult
-from workers.harvest.heartbeat import News, Presence
+from workers.harvest.heartbeat import Heartbeat, News
 from workers.harvest.liveness import HangLimits
-from workers.harvest.pool import Answer, Crew, Worker, died_by_itself, reason_of
+from workers.harvest.pool import Answer, Worker, WorkerPool, died_by_itself, reason_of
 from workers.harvest.schedule import FAILURES_IN_A_ROW, UNITS_IN_FLIGHT, Schedule
 from workers.harvest.todo import ToDo
 from workers.settings.experiment import ClusterSettings, WorkerRange
@@ -40,8 +40,8 @@ REVIEW_S = 5.0
 SILENCE_S = 60.0
 """Seconds between two words about a cluster that has no room."""
 LISTEN_S = 0.5
-ALIKE = (CannotWrite, Unreachable, NotAStore, StoreGrown, UnitConflict)
-"""What every unit would meet, or what no unit should: the run ends at once."""
+FATAL_FOR_RUN = (CannotWrite, Unreachable, NotAStore, StoreGrown, UnitConflict)
+"""Errors that end the run: every unit would fail in the same way, or the store is inconsistent."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class Supervisor:
         self.schedule = Schedule(ToDo(units, seed=self.id))
         self.committed = units.complement()
         resources: dict[str, float] = {"num_cpus": setup.threads, "num_gpus": gpus_per_worker}
-        self.crew = Crew(setup, resources, HangLimits(cluster.hang_s, cluster.load_s))
-        place = open_place(setup.store, waiting=partial(self.crew.outage.heard, "driver"))
+        self.pool = WorkerPool(setup, resources, HangLimits(cluster.hang_s, cluster.load_s))
+        place = open_place(setup.store, waiting=partial(self.pool.outage.heard, "driver"))
         self.log = HarvestLog(place, setup.harvest.digest, ranges)
         self.failed_before = set(self.log.failed())
-        self.losses = Losses()
+        self.limits = FailureLimits()
         self.rows = self.units = self.elsewhere = 0
         self._reviewed = self._said_no_room = float("-inf")
         self._short_since: float | None = None
         self._news: News | None = None
-        self._was_second = False
+        self._lost_commit_race = False
 
     def run(self, on_unit: Callable[[UnitResult], None], on_elsewhere: Callable[[UnitSet], None]) -> RunResult:
         """Call `on_unit` for each unit as it is done, `on_elsewhere` for units that another driver has done. Returns
@@ -96,17 +96,17 @@ class Supervisor:
         try:
             with (
                 stop_requests(in_flight) as stop,
-                Presence(self.log, driver, self.committed) as presence,
+                Heartbeat(self.log, driver, self.committed) as heartbeat,
             ):
                 while not self.schedule.is_done and stop.signum is None:
                     self._review()
                     self._hand_out()
                     self._step(on_unit)
-                    self._share(presence, on_elsewhere)
+                    self._share(heartbeat, on_elsewhere)
                 if stop.signum is not None:
                     self._stop(stop, on_unit)
         finally:
-            self.crew.close()
+            self.pool.close()
         return RunResult(self.units, self.elsewhere, self._left_out())
 
     def _left_out(self) -> list[Failure]:
@@ -120,51 +120,51 @@ class Supervisor:
 
     def _review(self) -> None:
         """Start the workers that are missing, and see whether there have been too few for too long."""
-        now = self.crew.clock.now
-        if now - self._reviewed < min(REVIEW_S, self.cluster.wait_s) and self.crew.workers:
+        now = self.pool.clock.now
+        if now - self._reviewed < min(REVIEW_S, self.cluster.wait_s) and self.pool.workers:
             return
         self._reviewed = now
         room = self.workers.maximum or room_for(self.setup.threads, self.gpus_per_worker)
         useful = self.schedule.most_useful_workers
-        while len(self.crew.workers) < min(room, useful):
-            self.crew.start()
-        if self.crew.placed >= min(self.workers.minimum, useful):
+        while len(self.pool.workers) < min(room, useful):
+            self.pool.start()
+        if self.pool.placed >= min(self.workers.minimum, useful):
             self._short_since = None
             return
         if self._short_since is None:
             self._short_since = self._said_no_room = now
         if now - self._said_no_room > SILENCE_S:
             self._said_no_room = now
-            say(f"waiting for the cluster to have room for a worker ({self.crew.resources})")
+            say(f"waiting for the cluster to have room for a worker ({self.pool.resources})")
         if now - self._short_since > self.cluster.wait_s:
             raise HarvestFailed(
-                f"for {self.cluster.wait_s:g} s the cluster had room for {self.crew.placed} workers of "
-                f"{self.crew.resources}, and harvest.workers asks for at least {self.workers.minimum}; what is "
+                f"for {self.cluster.wait_s:g} s the cluster had room for {self.pool.placed} workers of "
+                f"{self.pool.resources}, and harvest.workers asks for at least {self.workers.minimum}; what is "
                 "committed stays, start again when there is room (cluster.wait_s says how long to wait)"
             )
 
     def _hand_out(self) -> None:
         """Give every worker one unit before any gets its second."""
-        ready = [worker for worker in self.crew.workers.values() if worker.is_ready]
+        ready = [worker for worker in self.pool.workers.values() if worker.is_ready]
         for load in range(UNITS_IN_FLIGHT):
             for worker in ready:
                 has = len(self.schedule.in_flight.get(worker.number, ()))
                 if has == load and (unit := self.schedule.give(worker.number)) is not None:
-                    self.crew.harvest(worker, unit, was_idle=has == 0)
-        if self.schedule.waits_for_another_worker and ready and len(ready) == len(self.crew.workers):
+                    self.pool.harvest(worker, unit, was_idle=has == 0)
+        if self.schedule.waits_for_another_worker and ready and len(ready) == len(self.pool.workers):
             self._lose(ready[0], "it has failed at what is left", by_itself=False)  # a new process may do better
 
     def _step(self, on_unit: Callable[[UnitResult], None]) -> None:
         """Hear what has come, then look for workers that hang."""
-        for answer in self.crew.listen(LISTEN_S):
+        for answer in self.pool.listen(LISTEN_S):
             self._settle(answer, on_unit)
-        self.crew.ask_pulses()
-        for worker, why in self.crew.hung(self._is_busy):
+        self.pool.ask_pulses()
+        for worker, why in self.pool.hung(self._is_busy):
             say(f"a harvester hangs ({worker.writer} {why}) and is replaced; its units go to others")
             self._lose(worker, f"the worker {why}", by_itself=True)
 
     def _died(self, worker: Worker, error: RayError, *, by_itself: bool) -> None:
-        if worker.number in self.crew.workers:
+        if worker.number in self.pool.workers:
             say(f"a harvester died and is replaced; its units go to another ({reason_of(error)})")
             self._lose(worker, f"the worker died: {reason_of(error)}", by_itself=by_itself)
 
@@ -184,12 +184,12 @@ class Supervisor:
         else:
             match answer.question:
                 case "identity":
-                    self.crew.placed_now(worker, value)
+                    self.pool.on_scheduled(worker, value)
                 case "load":
                     worker.is_ready, worker.writer = True, value
-                    self.losses.a_worker_loaded()
+                    self.limits.reset_loads()
                 case "pulse":
-                    self.crew.heard_pulse(worker, value, busy=self._is_busy(worker))
+                    self.pool.on_pulse(worker, value, busy=self._is_busy(worker))
                 case "unit":
                     self._finished(worker, value)
                     on_unit(value)
@@ -197,13 +197,13 @@ class Supervisor:
     def _finished(self, worker: Worker, result: UnitResult) -> None:
         self.schedule.finished(worker.number, result.unit)
         self.committed.add(result.unit)
-        self.losses.a_unit_is_settled(finished=True)
+        self.limits.count_settled_unit(finished=True)
         if result.committed:
             self.units += 1
             self.rows += result.rows
         else:  # another driver's worker was faster: it counts there
             self.elsewhere += 1
-            self._was_second = True
+            self._lost_commit_race = True
         if result.unit in self.failed_before:
             self.log.clear_failure(result.unit)
 
@@ -212,7 +212,7 @@ class Supervisor:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if answer.question == "load" and isinstance(cause, (StorageError, InputError)):
             raise HarvestFailed(f"a harvester could not begin: {cause}") from cause
-        if isinstance(cause, ALIKE):
+        if isinstance(cause, FATAL_FOR_RUN):
             raise cause
         words = f"{type(cause).__name__}: {cause}".strip()
         if answer.question != "unit":
@@ -233,36 +233,36 @@ class Supervisor:
         has_worked = self.schedule.has_worked(worker.number)
         self._lose(worker, error, by_itself=False)
         if not has_worked:
-            self.losses.a_worker_was_useless(error)
+            self.limits.count_useless_worker(error)
 
     def _lose(self, worker: Worker, why: str, *, by_itself: bool) -> None:
-        self.crew.give_up(worker)
+        self.pool.give_up(worker)
         for failure in self.schedule.lost(worker.number, why, worker.writer, by_itself=by_itself):
             self._set_aside(failure)
         self._reviewed = float("-inf")  # its place is free: another may begin at once
         if not worker.is_ready and by_itself:
-            self.losses.a_load_failed(why)
+            self.limits.count_failed_load(why)
 
     def _set_aside(self, failure: Failure) -> None:
         say(f"unit {failure.unit} is set aside after {len(failure.errors)} attempts; the last: {failure.errors[-1]}")
         self.log.record_failure(replace(failure, made_with=dict(versions())))
-        self.losses.a_unit_is_settled(finished=False)
+        self.limits.count_settled_unit(finished=False)
 
     # ---- the store's other drivers, and the end
 
-    def _share(self, presence: Presence, on_elsewhere: Callable[[UnitSet], None]) -> None:
-        presence.driver = replace(
-            presence.driver,
-            workers=self.crew.placed,
+    def _share(self, heartbeat: Heartbeat, on_elsewhere: Callable[[UnitSet], None]) -> None:
+        heartbeat.driver = replace(
+            heartbeat.driver,
+            workers=self.pool.placed,
             units_done=self.units,
             rows_done=self.rows,
             in_flight=sorted(unit for units in self.schedule.in_flight.values() for unit in units),
             set_aside=sorted(self.schedule.set_aside),
         )
-        if self._was_second:
-            self._was_second = False
-            presence.look()
-        news = presence.news
+        if self._lost_commit_race:
+            self._lost_commit_race = False
+            heartbeat.refresh_now()
+        news = heartbeat.news
         if news is self._news or news is None:
             return
         known = {driver.id for driver in self._news.others} if self._news else set()

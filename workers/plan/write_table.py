@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pyarrow as pa
 
-from pipeline.corpus.columns import context_starts, documents_table, row_column, rows_between
 from pipeline.corpus.documents import Documents, Sizes
+from pipeline.corpus.table_columns import context_starts, documents_table, row_column, rows_between
 from pipeline.corpus.token_labels import LabelValues
 from storage.format.arrays import DTYPES
 from storage.make.create import TableFiles

@@ -1,1 +1,1 @@
-"""What a person writes, a module a section. Validated values; no torch, no Ray."""
+"""What a person may set, validated section by section. Starts no Ray."""

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from pipeline.capture.contexts import contexts_of_rows
 from pipeline.capture.unit import UnitRunner
-from pipeline.corpus.columns import context_starts, row_column
 from pipeline.corpus.documents import Sizes
+from pipeline.corpus.table_columns import context_starts, row_column
 from pipeline.model.describe import describe_model
 from pipeline.model.load import DTYPES, load_base_model
 from pipeline.sites import parse_site

@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from pipeline.capture.computing import UnitComputer
 from pipeline.capture.contexts import ContextRows
 from pipeline.capture.rounding import Rounded
 from pipeline.capture.unit import Activations, Buffers, UnitRunner
+from pipeline.capture.unit_computer import UnitComputer
 from pipeline.sites import Site
 
 SITE, ROWS, THREADS = Site(0, "resid_post"), 4, 1

@@ -13,8 +13,8 @@ import pytest
 import transformers
 from corpora import plan, store_of, write, write_chats
 
-from pipeline.corpus.columns import row_column
 from pipeline.corpus.documents import Documents
+from pipeline.corpus.table_columns import row_column
 from pipeline.errors import InputError
 from workers.settings.corpus import CorpusSettings
 

@@ -18,12 +18,12 @@ from storage.format.layout import StoreLayout
 from storage.format.records import Record, encode, read_record
 from storage.format.units import UnitSet
 from storage.harvest.commits import Commit, UnitFigures
+from storage.harvest.driver_records import Driver
 from storage.harvest.failures import Failure
-from storage.harvest.heartbeats import Driver
 from storage.harvest.history import COMMITS_READ, history_of, read_history
 from storage.harvest.log import HarvestLog, log_of
 from storage.store import Store, open_store
-from workers.harvest.heartbeat import Presence
+from workers.harvest.heartbeat import Heartbeat
 
 
 def commit(unit: int, at: float, writer: str = "a", **figures: Any) -> Commit:
@@ -141,8 +141,8 @@ def test_idle_gpus_are_told(half: Store) -> None:
 
 def test_the_rate_of_a_driver_has_no_loading_in_it(half: Store) -> None:
     """60 s of loading, then a unit of 1,000 rows every 10 s."""
-    presence = Presence(log_of(half, half.harvests[0]), Driver("me"), UnitSet(4))
-    rates = [presence._rate(now, 1000 * max(0, (now - 60) // 10)) for now in range(0, 100, 5)]
+    heartbeat = Heartbeat(log_of(half, half.harvests[0]), Driver("me"), UnitSet(4))
+    rates = [heartbeat._rate(now, 1000 * max(0, (now - 60) // 10)) for now in range(0, 100, 5)]
     assert rates[:15] == [0] * 15  # nothing yet at 65 s; at 70 s the first unit, from which on is counted
     assert rates[16:] == pytest.approx([100, 1000 / 15, 100, 2000 / 25])
 
@@ -228,11 +228,11 @@ def test_presence_goes_on_beside_a_record_that_cannot_be_read(
     digest, units = half.harvests[0].digest, half.info.units
     StoreLayout(half.root).driver(digest, "x").write(content)
     log = log_of(half, digest)
-    with Presence(log, Driver("me"), log.committed()) as presence:
+    with Heartbeat(log, Driver("me"), log.committed()) as heartbeat:
         deadline = time.monotonic() + 60
-        while presence.news is None and time.monotonic() < deadline:
+        while heartbeat.news is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert presence.news is not None
+        assert heartbeat.news is not None
     assert HarvestLog(half.root, digest, units).bitmap() == {0, 1, 2}
     assert "cannot be kept up to date" not in capsys.readouterr().err
 

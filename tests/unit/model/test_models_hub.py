@@ -27,7 +27,7 @@ from pipeline.tokens.tokenizer import load_tokenizer
 from storage.errors import StoreMismatch
 from storage.harvest.identity import HarvestIdentity
 from storage.store import open_store
-from workers.check.rerun import find_model
+from workers.check.recompute import find_model
 from workers.harvest.harvester import Harvester
 from workers.harvest.stage import prepare_harvests
 from workers.plan.source import open_source

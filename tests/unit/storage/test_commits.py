@@ -17,9 +17,9 @@ from storage.errors import CannotWrite, NotAStore, StorageError, UnitConflict
 from storage.format.layout import StoreLayout
 from storage.format.records import encode
 from storage.format.units import UnitRanges
+from storage.harvest.driver_records import ALIVE_S, GONE_S, Driver, DriverRecords, DriverWatch
 from storage.harvest.failures import Failure
 from storage.harvest.harvest import declare_harvest
-from storage.harvest.heartbeats import ALIVE_S, GONE_S, Driver, DriverRecords, DriverWatch
 from storage.harvest.log import HarvestLog, log_of
 from storage.harvest.moments import MomentKey, Moments
 from storage.harvest.progress import harvest_progress

@@ -15,7 +15,7 @@ from corpora import ensure_rows
 from lab import GONE, TRAIN, Lab, changed
 
 from jobs.spec.spec import load_spec
-from pipeline.corpus.columns import row_column
+from pipeline.corpus.table_columns import row_column
 from storage.backends.place import open_place
 from storage.errors import StoreMismatch
 from storage.format.records import read_record

@@ -11,7 +11,7 @@ from conftest import harvest
 
 from jobs.progress import extreme_norms
 from jobs.status import status_record, status_text
-from storage.read.sinks import extreme_rows
+from storage.read.extreme_rows import extreme_rows
 from storage.store import Store
 
 SITE = "resid_post.1"

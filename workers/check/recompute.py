@@ -19,7 +19,7 @@ from pipeline.model.describe import ModelInfo, describe_model
 from pipeline.model.placement import Placement
 from pipeline.sites import layers_up_to, parse_site
 from storage.format.arrays import Array
-from storage.format.int8 import SiteRows, unscaled
+from storage.format.site_rows import SiteRows, unscaled
 from storage.harvest.harvest import Harvest
 from storage.harvest.identity import Computation
 from storage.harvest.log import log_of
@@ -87,7 +87,7 @@ def _dtype(harvest: Harvest) -> str:
     return dtype
 
 
-class Rerunner:
+class Recomputer:
     """The units of one harvest, computed again. Holds the model: make one after the other."""
 
     def __init__(self, store: Store, harvest: Harvest, info: ModelInfo, given: Placement | None = None):
