@@ -73,14 +73,14 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
     history = read_history(log, progress.committed)
     rows_left = sum(b - a for a, b in map(info.unit_rows, progress.committed.complement()))
     rate = progress.rows_per_second or history.rows_per_second
-    layouts, computation = harvest.sites, harvest.identity.computation
+    layouts = harvest.sites
     return {
         "harvest": harvest.digest,
         "model": harvest.model,
         "sites": list(layouts),
         "dtype": ", ".join(dict.fromkeys(layout.dtype for layout in layouts.values())),
         "d_model": store.array(f"{harvest.model}/{next(iter(layouts))}").shape[1],  # raises if it is damaged
-        "computed": {"dtype": harvest.identity.dtype, **(computation.to_record() if computation else {})},
+        "computed": harvest.identity.computed,
         "bytes": info.num_rows * sum(layout.row_bytes for layout in layouts.values()),
         "units": info.num_units,
         "units_committed": len(progress.committed),

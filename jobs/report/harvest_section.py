@@ -104,8 +104,8 @@ def _harvests(store: Store, harvests: Sequence[Record]) -> str:
         identity = identities[h["harvest"]]
         done, of = h["units_committed"], h["units"]
         bar = "" if done == of else f'<br><progress value="{done}" max="{of}">{percent(done / of)}</progress>'
-        how = identity.computation
-        device = "attention" if how is None else f"{how.device}, {how.attention} attention"
+        how = identity.computed
+        device = f"{how.get('device', '')}, {how.get('attention', '')} attention".strip(", ")
         rows.append(
             [
                 text(h["model"]),

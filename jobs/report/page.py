@@ -20,6 +20,7 @@ from jobs.report.run_view import RunView, read_runs
 from jobs.status import status_record
 from storage.backends.place import Place, open_place
 from storage.errors import StorageError
+from storage.format.layout import StoreLayout
 from storage.format.records import Record
 from storage.store import Store
 
@@ -38,7 +39,7 @@ def write_report(store: Store, out: str | Path | None = None) -> Place:
 
     Raises StorageError when the place cannot be written.
     """
-    place = store.root / "report.html" if out is None else open_place(out)
+    place = StoreLayout(store.root).report if out is None else open_place(out)
     if place.backend.is_local:
         path = place.path
         if not path.parent.is_dir():

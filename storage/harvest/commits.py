@@ -50,7 +50,10 @@ class UnitFigures:
         return cls(
             record.get("positions_run", 0),
             record.get("padding", 0),
-            {site: RoundingCost(**cost) for site, cost in record.get("rounding", {}).items()},
+            {
+                site: RoundingCost(cost["square_error"], cost["square_norm"])
+                for site, cost in record.get("rounding", {}).items()
+            },
             record["device"],
             record.get("started_at", 0.0),
             record.get("seconds", 0.0),

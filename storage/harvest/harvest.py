@@ -40,6 +40,13 @@ class SiteLayout:
         """The layout of a new site: chunks of at most 4 MiB."""
         return cls(d, dtype, chunk_rows_for(rows_per_unit, d, DTYPES[dtype].itemsize))
 
+    @classmethod
+    def from_record(cls, record: Record) -> "SiteLayout":
+        """Raises StorageError that says what it lacks."""
+        if lacking := [name for name in cls.__dataclass_fields__ if name not in record]:
+            raise StorageError(f"the layout of a site lacks {', '.join(lacking)}")
+        return cls(**{name: record[name] for name in cls.__dataclass_fields__})
+
     @property
     def kinds(self) -> list[str]:
         """The kinds of arrays that the site has."""
@@ -73,7 +80,7 @@ class Harvest:
         """Raises StorageError that says what it lacks, of the harvest's own fields or of `others`."""
         if lacking := [name for name in (*others, *cls.__dataclass_fields__) if name not in record]:
             raise StorageError(f"it lacks {', '.join(lacking)}")
-        sites = {site: SiteLayout(**layout) for site, layout in record["sites"].items()}
+        sites = {site: SiteLayout.from_record(layout) for site, layout in record["sites"].items()}
         return cls(record["digest"], record["model"], sites, HarvestIdentity(record["identity"]), record["made_with"])
 
     def to_record(self) -> Record:

@@ -90,9 +90,16 @@ class HarvestIdentity:
 
     @property
     def computation(self) -> Computation | None:
-        """How the model computes; None of a harvest that no model made."""
-        record, known = self.record.get("harvest"), Computation.__dataclass_fields__
-        return None if record is None else Computation(**{k: v for k, v in record.items() if k in known})
+        """How the model computes; None of a harvest that no model made, or another version of Granary did."""
+        record, known = self.record.get("harvest", {}), Computation.__dataclass_fields__
+        if not known.keys() - {BLOCKS} <= record.keys():
+            return None
+        return Computation(**{name: value for name, value in record.items() if name in known})
+
+    @property
+    def computed(self) -> Record:
+        """What the record says of how rows were computed, to be shown."""
+        return {"dtype": self.dtype, **self.record.get("harvest", {})}
 
     @property
     def model(self) -> Record:
@@ -102,7 +109,7 @@ class HarvestIdentity:
     @property
     def of_model(self) -> Record:
         """What the groups of a model's arrays say of it."""
-        return {name: self.record[name] for name in ("model", "tokenizer_digest") if name in self.record}
+        return {name: self.record[name] for name in ("tokenizer_digest", "model") if name in self.record}
 
     def differences(self, other: "HarvestIdentity", by_machine: Collection[str]) -> list[str]:
         """Name what differs from what a spec gives, with both values. Sites are not compared, nor what of the

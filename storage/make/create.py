@@ -22,7 +22,7 @@ from storage.backends.backend import PROBE
 from storage.backends.place import Place, open_place
 from storage.errors import StorageError
 from storage.format.arrays import Array, RowArray, write_group
-from storage.format.layout import CLAIM, DOCUMENTS, GROUP, TABLE, TOKENIZER, documents_file
+from storage.format.layout import CLAIM, DOCUMENTS, TABLE, TOKENIZER, StoreLayout, documents_file
 from storage.format.records import Record, digest, encode, read_record
 from storage.harvest.harvest import writer_id
 from storage.store import Store, open_store
@@ -111,7 +111,8 @@ class Draft:
     def finish(self, info: CorpusInfo) -> Store:
         """Make it a store. Everything else must have been written."""
         files = file_digests(self.private / TABLE)
-        if self.private == self.place and not ((self.place / CLAIM).exists() or (self.place / GROUP).exists()):
+        layout = StoreLayout(self.place)
+        if self.private == self.place and not (layout.claim.exists() or layout.root_record.exists()):
             raise StorageError(
                 f"another process that was making the same store at {self.place} failed and removed what was written; "
                 "run the command again"
@@ -157,7 +158,7 @@ def _private_folder(place: Place) -> Iterator[Draft]:
 @contextmanager
 def _claimed(place: Place, plan: Record) -> Iterator[Draft]:
     """The steps, and what is there when the process dies between any two, are in docs/decisions/0009."""
-    claim = place / CLAIM
+    claim = StoreLayout(place).claim
     mine = encode({"writer": writer_id(), "plan": digest(plan)})
     if not claim.create(mine):
         held = read_record(claim)
@@ -181,10 +182,11 @@ def _claimed(place: Place, plan: Record) -> Iterator[Draft]:
 
 def _give_up(place: Place, claim: bytes) -> None:
     """Remove what was written for a store that will not be made, unless another process has claimed it since."""
-    if not (place / CLAIM).exists() or (place / CLAIM).read() != claim:
+    layout = StoreLayout(place)
+    if not layout.claim.exists() or layout.claim.read() != claim:
         return
-    (place / CLAIM).remove()  # first: a twin that comes to its end finds the claim gone and makes no store
-    if not (place / GROUP).exists():
+    layout.claim.remove()  # first: a twin that comes to its end finds the claim gone and makes no store
+    if not layout.root_record.exists():
         (place / TABLE).remove()
 
 
@@ -270,7 +272,7 @@ def file_digests(corpus: Place) -> dict[str, str]:
 
 def refuse_if_taken(place: Place) -> None:
     """Raise StorageError unless a store can be made at `place`."""
-    if (place / GROUP).exists():
+    if StoreLayout(place).root_record.exists():
         raise StorageError(f"there is a store at {place} already")
     if place.backend.is_local:
         path = place.path

@@ -110,7 +110,19 @@ def make_and_die(bucket: str) -> Iterator[Callable[[str, int], int]]:
         stdin.close()
 
 
-@pytest.mark.slow  # test_a_creation_that_is_killed_leaves_no_store_and_no_obstacle is the same on a local disk
+@pytest.mark.parametrize("at", [3, 14])
+def test_a_process_that_is_killed(
+    bucket: str, whole: dict[str, bytes], make_and_die: Callable[[str, int], int], at: int
+) -> None:
+    """At two of its steps: while it claims the place, and while it writes the table."""
+    url = f"{bucket}/once-{at}"
+    assert make_and_die(url, at) == -signal.SIGKILL
+    assert "zarr.json" not in contents(open_place(url))
+    make(url)
+    assert {k: v for k, v in contents(open_place(url)).items() if not k.startswith(PROBE)} == whole
+
+
+@pytest.mark.slow  # at every step; the test before is two of them
 def test_a_process_that_is_killed_between_any_two_steps(
     bucket: str, whole: dict[str, bytes], make_and_die: Callable[[str, int], int]
 ) -> None:
