@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from jobs.spec.yaml_text import NotYaml, read_yaml
 from pipeline.errors import InputError
 from storage.backends.place import home_expanded
 
@@ -62,11 +62,11 @@ def load_prices(path: str | Path | None = None) -> Prices:
     """Read a price table; the one that comes with Granary, if not given. Raises InputError."""
     file = PRICES if path is None else home_expanded(path)
     try:
-        raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw: Any = read_yaml(file.read_text(encoding="utf-8"))
+    except NotYaml as error:
+        raise InputError(f"the prices {file} are not valid YAML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prices {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"the prices {file} are not valid YAML: {' '.join(str(error).split())}") from None
     try:
         prices = Prices.model_validate(raw)
     except ValidationError as error:
@@ -81,4 +81,4 @@ def load_prices(path: str | Path | None = None) -> Prices:
 @cache
 def storage_costs() -> StorageCosts:
     """What each storage type costs, as it was measured on the reference model."""
-    return StorageCosts.model_validate(yaml.safe_load(STORAGE_TYPES.read_text(encoding="utf-8")))
+    return StorageCosts.model_validate(read_yaml(STORAGE_TYPES.read_text(encoding="utf-8")))

@@ -6,10 +6,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.spec.variables import expanded
+from jobs.spec.yaml_text import NotYaml, read_yaml
 from storage.backends.place import check_url, home_expanded
 from storage.errors import StorageError
 from workers.settings.anchors import FILE_ENDINGS, AnchorSets, AnchorSettings
@@ -102,17 +102,6 @@ class Spec(Settings):
         return tuple(anchors for anchors in self.anchors if anchors.source in ("by", "where"))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML where a key that is written twice is a mistake; by default the last one wins and the other is lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(keys):
-            if any(key.value == earlier.value for earlier in keys[:number]):
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_spec(path: str | Path) -> Spec:
     """Read and check a spec file. Relative paths in it are taken from its own folder. Raises SpecError."""
     file = home_expanded(path)
@@ -123,9 +112,9 @@ def load_spec(path: str | Path) -> Spec:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"the spec {file} cannot be read: {error}") from None
     try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{file} is not valid YAML: {_explain_yaml(error)}") from None
+        raw = read_yaml(text)
+    except NotYaml as error:
+        raise SpecError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise SpecError(f"{file} is not a spec: expected sections like store, model, corpus and harvest")
     return parse_spec(raw, file.absolute().parent, str(file))
@@ -195,17 +184,6 @@ def _resolve_corpus(corpus: CorpusSettings, resolve: Callable[[str], str]) -> tu
     """The name of a dataset is no path, unless there is such a folder."""
     resolved = [(path, resolve(path)) for path in corpus.path]
     return tuple(there if corpus.format != "datasets" or Path(there).exists() else path for path, there in resolved)
-
-
-def _explain_yaml(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
-    begun = f" ({error.context} at {_place(error.context_mark)})" if error.context and error.context_mark else ""
-    return f"{_place(error.problem_mark)}: {error.problem}{begun}"
-
-
-def _place(mark: yaml.Mark) -> str:
-    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _explain(error: ValidationError, raw: dict[str, Any]) -> list[str]:

@@ -286,6 +286,24 @@ def test_what_spans_sections_and_is_right() -> None:
 # ---- the file
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("2024-13-01", r"'2024-13-01' is no timestamp \(month must be in 1..12\); put it in quotes if it is text"),
+        ("2024-01-01 25:00:00", "is no timestamp"),
+        ("!!int x", "'x' is no int"),
+        ("!!float y", "'y' is no float"),
+        ("!!timestamp x", "'x' is no timestamp"),
+        ("-0x_", "'-0x_' is no int"),
+        ("[" * 3000, "it is nested too deeply"),
+    ],
+)
+def test_values_that_python_cannot_make(tmp_path: Path, value: str, said: str) -> None:
+    (tmp_path / "spec.yaml").write_text(f"store: acts\ncorpus: {{chat_date: {value}}}\n")
+    with pytest.raises(SpecError, match=rf"spec\.yaml is not valid YAML: (line 2, column \d+: )?.*{said}"):
+        load_spec(tmp_path / "spec.yaml")
+
+
 def test_yaml_s_own_merging_of_keys_is_no_key_given_twice(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(
         yaml.safe_dump(SHORTEST)
