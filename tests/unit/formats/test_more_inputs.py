@@ -2,9 +2,12 @@
 
 import gzip
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from corpora import contexts_of, ids, plan, read_corpus, store_of, with_tokenizer, write
@@ -13,7 +16,8 @@ from pipeline.corpus.chats.messages import NO_TEXT, read_chat
 from pipeline.corpus.formats import json_files
 from pipeline.corpus.formats import json_lines as lines
 from pipeline.corpus.formats.open import open_corpus
-from pipeline.corpus.formats.records import Columns
+from pipeline.corpus.formats.records import Columns, label_array
+from pipeline.corpus.sources.files import CorpusFile
 from pipeline.errors import InputError
 
 STRINGS = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
@@ -208,3 +212,11 @@ def test_lists_of_records_that_are_no_messages(tmp_path: Path, llama: Path) -> N
     pq.write_table(pa.table({"ids": [[{"id": 5}]]}), tmp_path / "c.parquet")
     with pytest.raises(InputError, match=r"holds lists of records with id .*, not lists of token ids$"):
         plan(tmp_path, llama, tokens="ids")
+
+
+@pytest.mark.parametrize("values", [["web", datetime(2026, 1, 2)], [5, b"bytes"], [Decimal("1.5"), "web"]])
+def test_values_of_python_that_json_has_not_are_shown(tmp_path: Path, values: list[Any]) -> None:
+    """`datasets` gives such values."""
+    file, numbers = CorpusFile(str(tmp_path / "c"), 0), np.arange(2)
+    with pytest.raises(InputError, match=r"different types in .*: .* in record 0 and .* in record 1; write"):
+        label_array("k", values, numbers, file)
