@@ -8,7 +8,7 @@ from corpora import plan, with_tokenizer, write
 
 from jobs.progress import left_out
 from jobs.report.harvest_section import _left_out
-from pipeline.corpus.skipped import MOST_LETTERS, Skipped, saying
+from pipeline.corpus.skipped import MOST_LETTERS, Skipped, with_words
 from pipeline.errors import InputError
 from workers.plan.calls import Cuts
 
@@ -84,4 +84,4 @@ def test_words_are_those_of_the_first_record_of_all_parts() -> None:
     three = Skipped({"a": 1}, {"a": [(5, "x:5")]}, {"a": (5, "early")})
     total = {"a": {"count": 4, "first": ["x:3", "x:5", "x:7"], "said": "early"}}
     assert Skipped.sum([one, two, three]).to_record() == Skipped.sum([three, one, two]).to_record() == total
-    assert saying("a", " \n ") == "a"
+    assert with_words("a", " \n ") == "a"
