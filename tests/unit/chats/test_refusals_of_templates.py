@@ -1,8 +1,11 @@
 """Why a chat template refuses a chat: its own words are told with the reason, which is counted as one."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpora import plan, with_tokenizer, write
 
@@ -85,3 +88,13 @@ def test_words_are_those_of_the_first_record_of_all_parts() -> None:
     total = {"a": {"count": 4, "first": ["x:3", "x:5", "x:7"], "said": "early"}}
     assert Skipped.sum([one, two, three]).to_record() == Skipped.sum([three, one, two]).to_record() == total
     assert with_words("a", " \n ") == "a"
+
+
+def test_a_call_with_a_time_that_the_template_cannot_write_is_counted(tmp_path: Path, make: Any) -> None:
+    """Such arguments come in Parquet and from `datasets`, and have no form in JSON."""
+    call = {"function": {"name": "f", "arguments": {"at": datetime(2026, 1, 2)}}}
+    calling = [{"role": "assistant", "content": "one", "tool_calls": [call]}]
+    pq.write_table(pa.table({"messages": [GOOD, calling]}), tmp_path / "c.parquet")
+    template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | default('') | tojson }}{% endfor %}"
+    record = plan(tmp_path / "c.parquet", make(template), messages="messages").skipped.to_record()
+    assert (record[REFUSED]["count"], record[REFUSED]["first"]) == (1, ["c.parquet:1"])
