@@ -18,7 +18,7 @@ _SAYING = "\n"
 """Stands between a reason, which is one line, and words."""
 
 
-def saying(reason: str, words: str) -> str:
+def with_words(reason: str, words: str) -> str:
     """A reason for leaving a record out, with words about it: made one line that any terminal can show, and
     shortened."""
     line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(words.split()))
@@ -48,9 +48,9 @@ class Skipped:
             found.first[reason] = list(
                 zip(head.column("record").to_pylist(), head.column("source").to_pylist(), strict=True)
             )
-            with_words = lines.filter(pc.match_substring(lines.column("reason"), _SAYING)).slice(0, 1).to_pylist()
-            if with_words:
-                found.said[reason] = with_words[0]["record"], with_words[0]["reason"].partition(_SAYING)[2]
+            told = lines.filter(pc.match_substring(lines.column("reason"), _SAYING)).slice(0, 1).to_pylist()
+            if told:
+                found.said[reason] = told[0]["record"], told[0]["reason"].partition(_SAYING)[2]
         return found
 
     @classmethod

@@ -71,7 +71,8 @@ class GrownFiles(TableFiles):
     def _other(self, what: str) -> StoreMismatch:
         return StoreMismatch(
             f"the rows of the store at {self.root} are not the first of those that the spec gives: {what}. The corpus "
-            "has changed, or the tokenizer's library; nothing was appended. Harvest into another store"
+            "has changed, or the tokenizer's library, or this version of Granary reads a record otherwise; nothing was "
+            "appended. Harvest into another store"
         )
 
 

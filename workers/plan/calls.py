@@ -21,7 +21,7 @@ from pipeline.corpus.documents import (
 )
 from pipeline.corpus.formats.named import NamedDataset
 from pipeline.corpus.formats.open import Corpus
-from pipeline.corpus.formats.records import Chunk, Piece
+from pipeline.corpus.formats.records import Chunk, Piece, no_value
 from pipeline.corpus.recipe import Recipe
 from pipeline.corpus.skipped import Skipped
 from pipeline.corpus.sources.files import CorpusFile
@@ -31,6 +31,10 @@ from pipeline.errors import InputError
 LABEL_VALUES = MOST_VALUES
 """A label has at most this many values: means are kept for each at every site, and a column of urls, of which every
 document has its own, would take more than the activations."""
+
+MOST_UNTOLD = 16_384
+"""So many records of a stream may come, without any value of a label, before it is refused. Spans of the records that
+have some may come later, and a record without gives no rows."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,38 @@ class Forms:
     """Labels that are of tokens."""
     untold: dict[str, str] = field(default_factory=dict)
     """Labels without a value in any record of some chunk, which may be of documents, and the first such record."""
+    plain: set[str] = field(default_factory=set)
+    """Labels that are of documents."""
 
     def note(self, chunk: Chunk, file: CorpusFile) -> None:
+        """Raise InputError for a label of documents that these records, or some before, have no value of."""
         self.told |= {*chunk.aligned}.difference(chunk.untold)
+        self.plain |= {*chunk.labels}
         for label in chunk.untold:
             self.untold.setdefault(label, f"{file.url}:{chunk.numbers[0]}")
+        self._check()
 
     def add(self, others: "Forms") -> None:
+        """Raise InputError as `note` does."""
         self.told |= others.told
+        self.plain |= others.plain
         self.untold = {**others.untold, **self.untold}
+        self._check()
+
+    def _check(self) -> None:
+        for label, where in self.untold.items():
+            if label in self.plain and label not in self.told:
+                raise no_value(label, where)
+
+    def check_told(self, read: int, name: str) -> None:
+        """Raise InputError for a label that nothing is known of after `read` records of a stream, which has no end that
+        one could wait for."""
+        for label in self.untold:
+            if read >= MOST_UNTOLD and label not in self.told:
+                raise InputError(
+                    f"corpus.labels: {label!r} has no value in the first {read:,} records of {name}; mend the name, "
+                    "leave the label out, or name a part of the dataset that has values (corpus.split)"
+                )
 
 
 @dataclass(frozen=True)
@@ -101,9 +128,11 @@ def read_stream(
     forms = Forms()
 
     def enough() -> Iterator[Documents]:
-        found = 0
+        found = read = 0
         for chunk in dataset.chunks():
             forms.note(chunk, dataset.file)
+            read += len(chunk.numbers) + len(chunk.broken)
+            forms.check_told(read, dataset.summary)
             documents = recipe.documents(chunk, 0, dataset.file, bounds[0], bounds[-1])
             yield documents
             found += documents.sizes.rows
@@ -121,7 +150,8 @@ def _parted(
     num_bytes = 0
     for documents in chunks:
         held.append(documents)
-        num_bytes += 4 * len(documents.tokens) + documents.about.nbytes  # tokens take about as much as their text
+        num_bytes += documents.about.nbytes + documents.left_out.nbytes
+        num_bytes += 4 * len(documents.tokens)  # tokens take about as much as their text
         if num_bytes >= cuts.task_bytes:
             yield from _give(held, bounds, labels, forms)
             held, num_bytes = [], 0

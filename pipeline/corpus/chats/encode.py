@@ -19,7 +19,7 @@ from pipeline.corpus.chats.roles import UNCLEAR_ROLE, Int32, Letters, letters, r
 from pipeline.corpus.chats.templates import DATE_TEXT, ChatTemplate, asks_for_the_day, check_template
 from pipeline.corpus.control_strings import ControlStrings, Int64
 from pipeline.corpus.encode import NOT_AS_TEXT, UNDECODABLE, Encoded, is_unicode
-from pipeline.corpus.skipped import saying
+from pipeline.corpus.skipped import with_words
 from pipeline.errors import InputError
 
 UNCLEAR = "the chat template does not show where each message ends"
@@ -96,7 +96,7 @@ class ChatEncoder:
         template = self._template(chat.tools)
         taken = rendered(template, chat)
         if isinstance(taken, str):
-            return saying(REFUSED, taken)
+            return with_words(REFUSED, taken)
         chat, text = taken
         if not all(map(is_unicode, [text, *(message["role"] for message in chat.messages)])):
             return UNDECODABLE

@@ -8,6 +8,7 @@ at every depth.
 
 import json
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,5 +242,6 @@ def _other_call(call: Message) -> Message:
     if isinstance(arguments, str) and isinstance(read := _from_json(arguments), dict):
         return {**call, "arguments": read}
     if isinstance(arguments, dict):
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        with suppress(TypeError):  # values that JSON has not, as times: there is no other form
+            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     return call

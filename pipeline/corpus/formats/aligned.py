@@ -41,20 +41,26 @@ class AlignedLabel:
         return replace(self, values=[self.values[i] for i in kept])
 
 
-def aligned_label(column: pa.Array | list[Any], kind: str) -> AlignedLabel | None:
-    """A column as a label of spans or tokens; None if it is something else. `kind`: what the content is."""
+def aligned_label(column: pa.Array | list[Any], kind: str, contents: Sequence[Any] = ()) -> AlignedLabel | None:
+    """A column as a label of spans or tokens; None if it is something else. `kind`: what the content is; `contents`:
+    that of each record."""
     if kind != "messages" and _has_nothing(column):
         return AlignedLabel([None] * len(column), are_tags=False, is_told=False)
     if isinstance(column, list):
         values = _from_json(column, kind)
         are_tags = _form_of_values(values, kind)
+        held_in: list[Any] | None = column
     elif (texts := _texts(column)) is not None:
         values = _from_json(texts, kind)
         are_tags = _form_of_values(values, kind)
+        held_in = texts
     else:
         are_tags = _form_of_type(column.type, kind)
         values = column.to_pylist() if are_tags is not None else []
+        held_in = None
     if are_tags is None or (are_tags and kind != "tokens"):
+        return None
+    if are_tags and held_in is not None and not _fit(held_in, values, contents):
         return None
     return AlignedLabel(values, are_tags)
 
@@ -85,6 +91,15 @@ def _from_json(values: list[Any], kind: str) -> list[Any]:
     if not texts or not is_spans or not all(value is None or isinstance(value, str) for value in values):
         return values
     return [None if value is None else _parsed(value) for value in values]
+
+
+def _fit(texts: Sequence[Any], values: Sequence[Any], contents: Sequence[Any]) -> bool:
+    """Whether texts that hold lists are values of token ids: all are lists in JSON, and one has its record's length. A
+    label of documents may look like a list, too (`[12]`)."""
+    told = [(value, ids) for text, value, ids in zip(texts, values, contents, strict=True) if isinstance(text, str)]
+    if not all(isinstance(value, list) for value, _ in told):
+        return False
+    return not told or any(hasattr(ids, "__len__") and len(value) == len(ids) for value, ids in told if value)
 
 
 def _parsed(text: str) -> Any:

@@ -61,8 +61,8 @@ def layout_of(head: bytes, file: CorpusFile) -> str:
     lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     if text.startswith("["):
         return "lines" if len(lines) > 1 and _parses(lines[0]) else "list"
-    if lines and _are_several(lines[0]):
-        return "objects"
+    if lines and _are_several(lines[0]) and not any(map(_is_record, lines[1:])):
+        return "objects"  # else one line of many is odd, and is counted
     return "objects" if len(lines) > 1 and _goes_on(lines[0]) and not _parses(lines[1]) else "lines"
 
 
@@ -72,6 +72,13 @@ def _parses(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line.lstrip(NOTHING)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _are_several(line: str) -> bool:

@@ -9,7 +9,7 @@ from pipeline.corpus.formats.aligned import OWN_COLUMNS
 from pipeline.corpus.formats.json_lines import JsonLines, TextFiles
 from pipeline.corpus.formats.parquet import Parquet, SavedDataset, saved_files
 from pipeline.corpus.formats.records import Chunk, Columns, Format, Piece
-from pipeline.corpus.sources.files import CorpusFile, find_files, told_apart
+from pipeline.corpus.sources.files import CorpusFile, distinguished, find_files
 from pipeline.errors import InputError
 
 ENDINGS = {
@@ -77,7 +77,7 @@ def open_corpora(paths: Sequence[str], columns: Columns, format: str = "auto") -
                     f"corpus.path: {file.url} is named by {paths[first]!r} and by {paths[number]!r}: its rows would be "
                     "there twice; give patterns that do not overlap"
                 )
-    files = iter(told_apart([file for corpus in corpora for file in corpus.files]))
+    files = iter(distinguished([file for corpus in corpora for file in corpus.files]))
     return [replace(corpus, files=tuple(islice(files, len(corpus.files)))) for corpus in corpora]
 
 

@@ -155,7 +155,7 @@ def chunk_of(
     labels: dict[str, pa.Array] = {}
     aligned: dict[str, AlignedLabel] = {}
     for name, values in beside.items() if len(numbers) else ():
-        label = aligned_label(values, columns.kind) if name in columns.labels else None
+        label = aligned_label(values, columns.kind, contents) if name in columns.labels else None
         if label is not None and (label.is_told or name not in partitions(file.url)):  # folders hold no spans
             check_name(name, columns.kind, file.url)
             aligned[name] = label
@@ -201,7 +201,7 @@ def _mixed(values: Sequence[Any], numbers: npt.NDArray[np.int64]) -> str | None:
         try:
             pa.array([given[0][1], value])
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            first, other = json.dumps(given[0][1])[:SHOWN], json.dumps(value)[:SHOWN]
+            first, other = (json.dumps(one, default=str)[:SHOWN] for one in (given[0][1], value))
             return f"{first} in record {given[0][0]} and {other} in record {number}"
     return None
 

@@ -6,6 +6,8 @@ Local files are opened as such, never through fsspec, which costs a copy of ever
 
 import glob
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ HASHED_WHOLE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS, SAMPLED_BYTES = 64, 2**18
 """The evenly spaced blocks by which, with its tail, a larger file is told, and the bytes of each."""
 READERS = 8
+_CREDENTIALS = re.compile(r"(?<=://)[^/]*@")
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,30 @@ def find_files(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:
     return sorted(found, key=lambda file: file.url)
 
 
-def told_apart(files: Sequence[CorpusFile]) -> list[CorpusFile]:
+def distinguished(files: Sequence[CorpusFile]) -> list[CorpusFile]:
     """The files of a corpus, so that no two have the same `source`: if any have the same name, all are called by their
-    paths (`lang=en/0.parquet`)."""
+    paths below the folder that they share (`lang=en/0.parquet`). Where they share none, each by as much of
+    the end of its path as no other has. Stores keep these, and credentials in a URL are no part of them."""
     if len({file.name for file in files}) == len(files):
         return list(files)
-    parts = [file.url.split("/") for file in files]
+    parts = [_CREDENTIALS.sub("", file.url).split("/") for file in files]
     levels = zip(*(of[:-1] for of in parts), strict=False)
-    shared = sum(1 for _ in takewhile(lambda level: len({*level}) == 1, levels))
-    return [replace(file, path="/".join(of[shared:])) for file, of in zip(files, parts, strict=True)]
+    shared = list(takewhile(lambda level: len({*level}) == 1, levels))
+    if all(level[0] == "" or level[0].endswith(":") for level in shared):  # the root, or the protocol, is no folder
+        return [replace(file, path=end) for file, end in zip(files, _shortest_ends(parts), strict=True)]
+    return [replace(file, path="/".join(of[len(shared) :])) for file, of in zip(files, parts, strict=True)]
+
+
+def _shortest_ends(paths: Sequence[Sequence[str]]) -> list[str]:
+    ends = ["/".join(path) for path in paths]
+    left = set(range(len(paths)))
+    for length in range(1, max(map(len, paths))):
+        times = Counter((*path[-length:],) for path in paths)
+        found = {i for i in left if times[(*paths[i][-length:],)] == 1}
+        left -= found
+        for i in found:
+            ends[i] = "/".join(paths[i][-length:])
+    return ends
 
 
 def _find_local(pattern: str, endings: Sequence[str]) -> list[CorpusFile]:

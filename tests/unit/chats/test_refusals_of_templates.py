@@ -1,14 +1,17 @@
 """Why a chat template refuses a chat: its own words are told with the reason, which is counted as one."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpora import plan, with_tokenizer, write
 
 from jobs.progress import left_out
 from jobs.report.harvest_section import _left_out
-from pipeline.corpus.skipped import MOST_LETTERS, Skipped, saying
+from pipeline.corpus.skipped import MOST_LETTERS, Skipped, with_words
 from pipeline.errors import InputError
 from workers.plan.calls import Cuts
 
@@ -84,4 +87,14 @@ def test_words_are_those_of_the_first_record_of_all_parts() -> None:
     three = Skipped({"a": 1}, {"a": [(5, "x:5")]}, {"a": (5, "early")})
     total = {"a": {"count": 4, "first": ["x:3", "x:5", "x:7"], "said": "early"}}
     assert Skipped.sum([one, two, three]).to_record() == Skipped.sum([three, one, two]).to_record() == total
-    assert saying("a", " \n ") == "a"
+    assert with_words("a", " \n ") == "a"
+
+
+def test_a_call_with_a_time_that_the_template_cannot_write_is_counted(tmp_path: Path, make: Any) -> None:
+    """Such arguments come in Parquet and from `datasets`, and have no form in JSON."""
+    call = {"function": {"name": "f", "arguments": {"at": datetime(2026, 1, 2)}}}
+    calling = [{"role": "assistant", "content": "one", "tool_calls": [call]}]
+    pq.write_table(pa.table({"messages": [GOOD, calling]}), tmp_path / "c.parquet")
+    template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | default('') | tojson }}{% endfor %}"
+    record = plan(tmp_path / "c.parquet", make(template), messages="messages").skipped.to_record()
+    assert (record[REFUSED]["count"], record[REFUSED]["first"]) == (1, ["c.parquet:1"])

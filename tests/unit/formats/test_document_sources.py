@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import plan, store_of
 
-from pipeline.corpus.sources.files import CorpusFile, told_apart
+from pipeline.corpus.sources.files import CorpusFile, distinguished
 from storage.store import Store
 
 
@@ -85,8 +85,16 @@ def test_what_is_left_out_is_told_so_too(tmp_path: Path, llama: Path) -> None:
         (["/d/ab/0.txt", "/d/ac/0.txt", "/d/ac/1.txt"], ["ab/0.txt", "ac/0.txt", "ac/1.txt"]),
         (["s3://b/x/0.gz", "s3://b/y/0.gz"], ["x/0.gz", "y/0.gz"]),
         (["s3://b/0.gz", "s3://c/0.gz"], ["b/0.gz", "c/0.gz"]),
-        (["/d/0.gz", "https://h/0.gz"], ["/d/0.gz", "https://h/0.gz"]),
+        (["/d/0.gz", "https://h/0.gz"], ["d/0.gz", "h/0.gz"]),
+        (["/h/0.gz", "https://h/0.gz"], ["/h/0.gz", "https://h/0.gz"]),
+        (["/home/me/a/0.gz", "/mnt/b/0.gz"], ["a/0.gz", "b/0.gz"]),
+        (["/home/me/x/0.gz", "/mnt/x/0.gz", "/mnt/1.gz"], ["me/x/0.gz", "mnt/x/0.gz", "1.gz"]),
+        (["https://me:se@cret@h/x/0.gz", "s3://b/y/0.gz"], ["x/0.gz", "y/0.gz"]),
+        (["https://me:secret@h/0.gz", "https://you:secret@i/0.gz"], ["h/0.gz", "i/0.gz"]),
+        (["https://me:secret@h/0.gz", "https://you:secret@h/0.gz"], ["0.gz", "0.gz"]),
+        (["https://me:secret@h/x/0.gz", "https://me:secret@h/y/0.gz"], ["x/0.gz", "y/0.gz"]),
+        (["/a/0.gz", "a/0.gz", "b/a/0.gz"], ["/a/0.gz", "a/0.gz", "b/a/0.gz"]),  # none is cut to what another has
     ],
 )
 def test_paths_below_what_all_files_share(urls: list[str], expected: list[str]) -> None:
-    assert [file.source for file in told_apart([CorpusFile(url, 1) for url in urls])] == expected
+    assert [file.source for file in distinguished([CorpusFile(url, 1) for url in urls])] == expected

@@ -96,3 +96,27 @@ def test_ids_below_zero_are_told_to_be_padding_or_masks(
         "input_ids, not labels",
     ):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+@pytest.mark.parametrize("labels", [["[12]", "[13]", "[12]"], ["[12]", "[8, 9]", "web"], ["[1,2,3]", "[broken", "[1]"]])
+def test_labels_of_documents_that_look_like_lists_stay_plain(
+    tmp_path: Path, llama: Path, labels: list[str], ending: str
+) -> None:
+    """They would have to be lists in all records, and as long as the ids in one."""
+    if ending == "parquet":
+        path = tmp_path / "c.parquet"
+        pq.write_table(pa.table({"ids": IDS, "k": labels}), path)
+    else:
+        path = write(tmp_path / "c.jsonl", [{"ids": ids, "k": k} for ids, k in zip(IDS, labels, strict=True)])
+    store = store_of(tmp_path / "store", path, llama, tokens="ids", labels=("k",))
+    assert sorted(store.documents["k"].to_pylist()) == sorted(labels)
+    assert store.info.skipped == {}
+
+
+def test_values_of_ids_in_texts_of_which_some_do_not_fit_are_counted(tmp_path: Path, llama: Path) -> None:
+    values = ['["A", "B", "C"]', '["A"]', "[]"]
+    path = write(tmp_path / "c.jsonl", [{"ids": ids, "k": k} for ids, k in zip(IDS, values, strict=True)])
+    store = store_of(tmp_path / "store", path, llama, tokens="ids", labels=("k",))
+    assert store.info.values_of_rows == {"k": ["A", "B", "C"]}
+    assert [entry["first"] for entry in store.info.skipped.values()] == [["c.jsonl:2"]]

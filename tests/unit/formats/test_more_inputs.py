@@ -2,16 +2,22 @@
 
 import gzip
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from corpora import contexts_of, ids, plan, store_of, with_tokenizer, write
+from corpora import contexts_of, ids, plan, read_corpus, store_of, with_tokenizer, write
 
 from pipeline.corpus.chats.messages import NO_TEXT, read_chat
 from pipeline.corpus.formats import json_files
 from pipeline.corpus.formats import json_lines as lines
+from pipeline.corpus.formats.open import open_corpus
+from pipeline.corpus.formats.records import Columns, label_array
+from pipeline.corpus.sources.files import CorpusFile
 from pipeline.errors import InputError
 
 STRINGS = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
@@ -76,7 +82,6 @@ LAYOUTS = {
     "JSON text sequence": "\x1e{0}\n\x1e{1}\n\x1e{2}\n",
     "no ends of lines": "{0}{1}{2}",
     "blanks between": "{0} {1}\t{2}\n",
-    "two in a line": "{0}{1}\n{2}",
     "marks before a list": "\ufeff\ufeff[{0},{1},{2}]",
     "marks between pretty ones": "pretty",
 }
@@ -107,6 +112,38 @@ def test_a_broken_first_line_is_counted_as_before(tmp_path: Path, llama: Path, l
     path = tmp_path / "c.jsonl"
     path.write_text(f'{line}\n{{"text": "three"}}\n')
     assert plan(path, llama).skipped.to_record() == {"broken JSON": {"count": 1, "first": ["c.jsonl:1"]}}
+
+
+TWO = '{"text": "a"}{"text": "b"}'
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("rest", ['{"text": "three"}\n{broken\n{"text": "four"}\n', '{broken\n\x1e{"text": "three"}'])
+def test_two_objects_in_the_first_of_many_lines_are_one_broken_line(
+    tmp_path: Path, llama: Path, ending: str, rest: str
+) -> None:
+    """The other lines are records with the numbers that they have in stores made before; a broken one is counted."""
+    path = tmp_path / f"c{ending}"
+    text = f"{TWO}\n{rest}".encode()
+    path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+    numbers = [number for number, line in enumerate(rest.split("\n"), 2) if "text" in line]
+    assert [number for _, number in read_corpus(path).numbers] == numbers
+    first = [f"c{ending}:1", f"c{ending}:{2 if rest.startswith('{broken') else 3}"]
+    assert plan(path, llama).skipped.to_record() == {"broken JSON": {"count": 2, "first": first}}
+
+
+def test_such_a_file_is_still_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "PIECE_BYTES", 64)
+    path = tmp_path / "c.jsonl"
+    path.write_text(f"{TWO}\n" + '{"text": "c"}\n' * 30)
+    assert len(open_corpus(str(path), Columns("text", "text", ())).pieces()) > 3
+    assert read_corpus(path).numbers == [(0, number) for number in range(2, 32)]
+
+
+def test_two_objects_in_every_line_are_records(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text(f"{TWO}\n" * 3)
+    assert read_corpus(path).contents == ["a", "b"] * 3
 
 
 VIEW, BYTES = pa.string_view(), pa.binary_view()
@@ -175,3 +212,11 @@ def test_lists_of_records_that_are_no_messages(tmp_path: Path, llama: Path) -> N
     pq.write_table(pa.table({"ids": [[{"id": 5}]]}), tmp_path / "c.parquet")
     with pytest.raises(InputError, match=r"holds lists of records with id .*, not lists of token ids$"):
         plan(tmp_path, llama, tokens="ids")
+
+
+@pytest.mark.parametrize("values", [["web", datetime(2026, 1, 2)], [5, b"bytes"], [Decimal("1.5"), "web"]])
+def test_values_of_python_that_json_has_not_are_shown(tmp_path: Path, values: list[Any]) -> None:
+    """`datasets` gives such values."""
+    file, numbers = CorpusFile(str(tmp_path / "c"), 0), np.arange(2)
+    with pytest.raises(InputError, match=r"different types in .*: .* in record 0 and .* in record 1; write"):
+        label_array("k", values, numbers, file)

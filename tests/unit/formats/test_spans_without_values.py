@@ -1,19 +1,29 @@
 """Labels that are null: of spans a record is left out, of documents it is an error, however the corpus is cut."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import plan, store_of, write
+from corpora import VOCABULARY, plan, store_of, write
 from spans import TEXT, as_layout, faults
 
 from pipeline.corpus import spans
 from pipeline.corpus.formats import json_lines as lines
+from pipeline.corpus.formats.named import NamedDataset
+from pipeline.corpus.formats.open import Corpus
+from pipeline.corpus.formats.records import Chunk, Piece
 from pipeline.errors import InputError
-from workers.plan.calls import Cuts
+from workers.plan import calls
+from workers.plan.calls import Cuts, Found, read_pieces
+from workers.plan.source import open_source
+from workers.plan.table_plan import ALL_KEYS
+from workers.settings.corpus import CorpusSettings
+from workers.settings.experiment import ModelSettings
 
 GOOD = as_layout("start end label")
 ALL_CUTS = (Cuts(), Cuts(task_bytes=1, bucket_bytes=500))
@@ -105,3 +115,69 @@ def test_spans_beside_chats_are_refused_at_once(tmp_path: Path, llama: Path) -> 
     corpus = write(tmp_path / "c.jsonl", [{"m": [{"role": "user", "content": TEXT}], "k": None}])
     with pytest.raises(InputError, match=r"corpus\.labels: 'k' has no value in .*c\.jsonl:1"):
         plan(corpus, model, messages="m", labels=("k",))
+
+
+@pytest.mark.parametrize("values", [["web", None], [None, "web"]])
+def test_a_label_of_documents_that_is_null_is_refused_before_all_is_read(
+    tmp_path: Path, llama: Path, values: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 1)
+    corpus = write(tmp_path / "c.jsonl", [{"text": TEXT, "k": value} for value in [*values, *["web"] * 500]])
+    whole, taken = Corpus.chunks, []
+
+    def counted(self: Corpus, piece: Piece) -> Iterator[Chunk]:
+        for chunk in whole(self, piece):
+            taken.append(len(chunk.numbers))
+            yield chunk
+
+    monkeypatch.setattr(Corpus, "chunks", counted)
+    with pytest.raises(InputError, match=rf"'k' has no value in .*c\.jsonl:{1 + values.index(None)}; fill or"):
+        plan(corpus, llama, labels=("k",))
+    assert len(taken) < 150  # of which the most are for a look at contents, before anything is planned
+
+
+def stream(monkeypatch: pytest.MonkeyPatch, nulls: int, value: Any) -> list[int]:
+    """Let a stream give so many records without a label, and then `value` without end. Returns what it gave."""
+    given: list[int] = []
+
+    def records() -> Iterator[dict[str, Any]]:
+        while True:
+            given.append(len(given))
+            yield {"text": TEXT, "k": None if len(given) <= nulls else value}
+
+    endless = datasets.iterable_dataset.ExamplesIterable(lambda: enumerate(records()), {})
+    monkeypatch.setattr(NamedDataset, "_open", lambda self: datasets.IterableDataset(endless))
+    monkeypatch.setattr(calls, "MOST_UNTOLD", 1000)
+    return given
+
+
+def test_a_stream_without_any_value_of_a_label_ends(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = stream(monkeypatch, 10**9, None)
+    with pytest.raises(
+        InputError, match=r"corpus\.labels: 'k' has no value in the first 1,024 records of the dataset d,"
+    ):
+        plan("d", llama, format="datasets", rows=10, labels=("k",))
+    assert len(given) < 1500
+
+
+def test_spans_that_come_late_in_a_stream_are_waited_for(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream(monkeypatch, 700, GOOD)
+    table = plan("d", llama, format="datasets", rows=10, labels=("k",))
+    assert (table.sizes.rows, table.label_names) == (10, {"k": ["PER"]})
+
+
+def test_a_label_of_documents_that_comes_late_in_a_stream(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = stream(monkeypatch, 512, "web")
+    with pytest.raises(InputError, match=r"'k' has no value in d:0; fill or"):
+        plan("d", llama, format="datasets", rows=10, labels=("k",))
+    assert len(given) < 1500
+
+
+def test_records_that_are_left_out_count_as_held(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 1)
+    path = write(tmp_path / "c.jsonl", [{"text": " "}] * 400)
+    source = open_source(CorpusSettings(path=str(path)), ModelSettings(id=str(llama)), VOCABULARY, "main")
+    (corpus,) = source.corpora
+    assert isinstance(corpus, Corpus)
+    given = read_pieces(source.recipe(), corpus, corpus.pieces(), [0, ALL_KEYS], Cuts(task_bytes=2000))
+    assert sum(isinstance(found, Found) for found in given) > 5
