@@ -219,6 +219,23 @@ def test_what_nothing_determines_is_refused_with_advice(mended: Lab) -> None:
     assert snapshot(mended.store) == before
 
 
+def test_a_harvest_whose_record_is_damaged_keeps_no_other_from_being_repaired(mended: Lab) -> None:
+    store = open_store(mended.store)
+    first, second, _ = (harvest.digest for harvest in store.harvests)
+    driver, moments = f"commits/{first}/drivers/host-1-abcd.json", f"moments/{first}/00000001.parquet"
+    lost = f"commits/{second}/harvest.json"
+    for names in ([driver], [moments], [f"commits/{first}/committed.json"]):
+        before = snapshot(mended.store)
+        for name in [*names, *({lost} if names == [driver] else ())]:
+            flip(mended.store / name)
+        status, report = verify(mended, "--repair")
+        assert status == 1
+        assert [refused["objects"] for refused in report["refused"]] == [[lost]]
+        after = snapshot(mended.store)
+        changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+        assert changed == ({driver, lost} if names == [driver] else set())
+
+
 def test_a_lost_harvest_record_is_written_again_from_its_spec(stored: Lab) -> None:
     before = contents(stored.store)
     (path,) = stored.store.glob("commits/*/harvest.json")
