@@ -16,11 +16,12 @@ from storage.read.extreme_rows import extreme_rows
 from storage.results.anchors import anchor_names, read_anchors
 from storage.results.runs import list_runs
 from storage.store import Store
+from storage.table.token_pieces import TokenStrings
 
 
 def status_record(store: Store) -> Record:
     """Rows, harvests with their units, anchors, and runs. Takes some seconds more where drivers seem to be at work."""
-    info = store.info
+    info, strings = store.info, TokenStrings(store)
     harvests = [_harvest_record(store, harvest) for harvest in store.harvests]
     runs = []
     for run in list_runs(store):
@@ -44,23 +45,23 @@ def status_record(store: Store) -> Record:
         "labels": info.labels,
         "columns": info.plan.get("columns", []),
         "row_labels": {label: len(values) for label, values in info.values_of_rows.items()},
-        "token_rows": token_rows_of(store),
+        "token_rows": token_rows_of(store, strings),
         "left_out": info.skipped,
         "units": info.num_units,
         "held_out_rows": info.num_rows - info.held_out_start,
         "segments": info.segments,
         "grown_from": [table["num_rows"] for table in info.grown_from],
         "harvests": harvests,
-        "extreme_norms": found_extreme(store, store.sites),
+        "extreme_norms": found_extreme(store, store.sites, strings),
         "anchors": {name: len(read_anchors(store, name).values) for name in anchor_names(store)},
         "runs": runs,
     }
 
 
-def found_extreme(store: Store, sites: Sequence[str]) -> list[Record]:
+def found_extreme(store: Store, sites: Sequence[str], strings: TokenStrings | None = None) -> list[Record]:
     """Rows of extreme norm at some sites. Damage there is said, and keeps nothing else from being shown."""
     try:
-        return [asdict(found) for found in extreme_rows(store, sites)]
+        return [asdict(found) for found in extreme_rows(store, sites, strings)]
     except StorageError as error:
         return [{"unread": str(error)}]
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from storage.errors import StorageError
+from storage.errors import StorageError, Unreachable
 from storage.format.records import Record
 from storage.store import Store
-from storage.table.token_pieces import token_pieces
+from storage.table.token_pieces import TokenStrings
 
 MOST_SHOWN = 8
 """Excluded tokens that are told one by one."""
@@ -40,17 +40,17 @@ def token_rows(plan: Record, string_of: Callable[[int], str | None]) -> Record:
     }
 
 
-def token_rows_of(store: Store) -> Record:
-    """Return `token_rows` of a store. Tokens have no strings where its tokenizer's file does not tell them."""
-    pieces: dict[int, str] = {}
+def token_rows_of(store: Store, strings: TokenStrings) -> Record:
+    """Return `token_rows` of a store, with the `strings` of its tokens; they have none where its tokenizer's file does
+    not tell them. Raises Unreachable."""
 
     def string_of(number: int) -> str | None:
-        if not pieces:
-            try:
-                pieces.update((token, piece) for piece, token in token_pieces(store).items())
-            except StorageError:  # `granary verify` tells of damage; it keeps nothing else from being shown
-                return None
-        return pieces.get(number)
+        try:
+            return strings.get(number)
+        except Unreachable:
+            raise
+        except StorageError:  # `granary verify` tells of damage; it keeps nothing else from being shown
+            return None
 
     return token_rows(store.info.plan, string_of)
 

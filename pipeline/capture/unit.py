@@ -191,8 +191,9 @@ def summarise(acts: Rounded, segments: Sequence[tuple[int, int]]) -> tuple[Tenso
     if not bool(norms.isfinite().all()):
         row = int(norms.isfinite().logical_not().nonzero()[0])
         raise NotFinite(
-            f"row {row} of the unit has an activation that is not a finite {acts.type}: the model overflows, or the "
-            "stored type is too narrow; compute and store in bfloat16 or float32"
+            row,
+            f"has an activation that is not a finite {acts.type}: the model overflows, or the stored type is too "
+            "narrow; compute and store in bfloat16 or float32",
         )
     return norms, moments
 

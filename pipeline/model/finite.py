@@ -5,9 +5,10 @@ text has, as models are padded with rows that nobody set.
 """
 
 from collections.abc import Container, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import InputError
 
@@ -17,7 +18,15 @@ MOST_NAMED = 3
 
 
 class NotFinite(InputError):
-    """Activations that are nan or infinite."""
+    """Activations that are nan or infinite: of which row of a unit, at which site, and why. It can be pickled, as what
+    an actor raises is."""
+
+    def __init__(self, row: int, reason: str, site: str = ""):
+        super().__init__(row, reason, site)
+        self.row, self.reason, self.site = row, reason, site
+
+    def __str__(self) -> str:
+        return f"{f'{self.site}: ' if self.site else ''}row {self.row} of the unit {self.reason}"
 
 
 def check_layers(model_id: str, model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -28,20 +37,38 @@ def check_layers(model_id: str, model: nn.Module, layers: Iterable[nn.Module]) -
         raise InputError(f"model.id: {words_of(model_id, found)}")
 
 
+def embedding_not_finite(model: nn.Module, tokens: Tensor) -> list[str]:
+    """The name of a model's token embedding where a row of one of `tokens` is nan or infinite."""
+    return tensors_not_finite(model, {id(_embedding(model))}, tokens)
+
+
 @torch.inference_mode()
-def tensors_not_finite(model: nn.Module, among: Container[int] | None = None) -> list[str]:
+def tensors_not_finite(
+    model: nn.Module, among: Container[int] | None = None, tokens: Tensor | None = None
+) -> list[str]:
     """The names of a model's weights that are nan or infinite. `among`: the ids of the tensors to look at; all, if not
-    given."""
+    given. `tokens`: those that the model ran; other rows of its embedding count only where its head has them too."""
     found = []
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    by_token = None if tokens is None or (embedding := _embedding(model)) is head else embedding
     for name, tensor in model.named_parameters():  # buffers, as masks, may be infinite on purpose
         if (among is not None and id(tensor) not in among) or tensor.dtype not in CHECKED_TYPES:
             continue
         if tensor.device.type == "meta" or not tensor.numel():
             continue
-        least, most = torch.aminmax(tensor)  # both nan where there is one; no copy of the weights is made
+        looked_at = tensor if tensor is not by_token or tokens is None else tensor[tokens.unique().to(tensor.device)]
+        if not looked_at.numel():
+            continue
+        least, most = torch.aminmax(looked_at)  # both nan where there is one; no copy of the weights is made
         if not bool(least.isfinite() & most.isfinite()):
             found.append(name)
     return found
+
+
+def _embedding(model: nn.Module) -> Tensor | None:
+    module: Any = model  # of transformers
+    weight: Tensor | None = getattr(module.get_input_embeddings(), "weight", None)
+    return weight
 
 
 def words_of(model_id: str, names: list[str]) -> str:

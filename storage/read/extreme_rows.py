@@ -11,7 +11,7 @@ import numpy as np
 
 from storage.format.arrays import Array
 from storage.read.reader import StoreReader
-from storage.table.token_pieces import token_pieces
+from storage.table.token_pieces import TokenStrings
 
 EXTREME = 10.0
 """A norm above this many medians is extreme; in a site without sinks no row has one."""
@@ -35,17 +35,17 @@ class ExtremeRows:
     """The same for tokens: their strings, as the tokenizer's file spells them."""
 
 
-def extreme_rows(store: StoreReader, sites: Sequence[str]) -> list[ExtremeRows]:
-    """Look at some committed rows of each site for extreme norms; sites without are left out.
+def extreme_rows(store: StoreReader, sites: Sequence[str], strings: TokenStrings | None = None) -> list[ExtremeRows]:
+    """Look at some committed rows of each site for extreme norms; sites without are left out. `strings`: of the
+    store's tokens, where they were made already.
 
     Reads 4 bytes a row of at most SAMPLED_UNITS * SAMPLED_ROWS rows of a site. Raises StorageError."""
-    pieces: dict[int, str] = {}
+    strings = strings or TokenStrings(store)
     found = []
     for site in sites:
         if (extreme := _of_site(store, site)) is None:
             continue
-        pieces = pieces or {token: piece for piece, token in token_pieces(store).items()}
-        found.append(replace(extreme, tokens=tuple((pieces.get(int(t), t), share) for t, share in extreme.tokens)))
+        found.append(replace(extreme, tokens=tuple((strings.get(int(t)) or t, share) for t, share in extreme.tokens)))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import start_harvest
+from conftest import start_harvest, write_store
 from lab import SITE, Lab, snapshot
 from torch import nn
 from whole import SITES
@@ -217,6 +217,35 @@ def test_what_nothing_determines_is_refused_with_advice(mended: Lab) -> None:
     assert "granary train" in advice["runs/sae/dictionary.safetensors"]
     assert "granary evaluate" in advice["runs/sae/evaluation.json"]
     assert snapshot(mended.store) == before
+
+
+def test_a_harvest_whose_record_is_damaged_keeps_no_other_from_being_repaired(mended: Lab) -> None:
+    store = open_store(mended.store)
+    first, second, _ = (harvest.digest for harvest in store.harvests)
+    driver, moments = f"commits/{first}/drivers/host-1-abcd.json", f"moments/{first}/00000001.parquet"
+    lost = f"commits/{second}/harvest.json"
+    for names in ([driver], [moments], [f"commits/{first}/committed.json"]):
+        before = snapshot(mended.store)
+        for name in [*names, *({lost} if names == [driver] else ())]:
+            flip(mended.store / name)
+        status, report = verify(mended, "--repair")
+        assert status == 1
+        assert [refused["objects"] for refused in report["refused"]] == [[lost]]
+        after = snapshot(mended.store)
+        changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+        assert changed == ({driver, lost} if names == [driver] else set())
+
+
+def test_a_store_written_through_python_is_not_computed_again(tmp_path: Path, capsys: Any) -> None:
+    store = write_store(tmp_path / "store")
+    flip(tmp_path / "store" / "activations" / "made-up" / "mlp_out.0" / "c" / "1" / "0")
+    flip(tmp_path / "store" / "moments" / store.harvests[0].digest / "00000002.parquet")
+    assert main(["verify", str(tmp_path / "store"), "--repair"]) == 1
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.count("rows were written through Python, and no model can compute them again; restore") >= 1
+    assert main(["verify", str(tmp_path / "store"), "--audit", "1"]) == 1
+    assert "does not say how a model computed it" in capsys.readouterr().err
 
 
 def test_a_lost_harvest_record_is_written_again_from_its_spec(stored: Lab) -> None:

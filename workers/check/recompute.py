@@ -41,6 +41,7 @@ their norm: other devices and libraries add in other orders, through all layers.
 
 def find_model(harvest: Harvest, names: Sequence[ModelName]) -> ModelInfo:
     """The harvest's model, among `names` or where it was at the harvest. Raises InputError, with what was tried."""
+    _computation(harvest)  # there is nothing to find if no model made it
     wanted = harvest.identity.fingerprint
     recorded = (harvest.made_with.get("model"), harvest.made_with.get("revision", "main"))
     tried = []
@@ -77,14 +78,24 @@ def placement_for(harvest: Harvest, given: Placement | None) -> Placement:
 
 def _computation(harvest: Harvest) -> Computation:
     computation = harvest.identity.computation
-    assert computation is not None, f"no model made the harvest {harvest.digest}"
+    if computation is None:
+        raise _no_model(harvest)
     return computation
 
 
 def _dtype(harvest: Harvest) -> str:
     dtype = harvest.identity.dtype
-    assert dtype is not None, f"no model made the harvest {harvest.digest}"
+    if dtype is None:
+        raise _no_model(harvest)
     return dtype
+
+
+def _no_model(harvest: Harvest) -> InputError:
+    return InputError(
+        f"harvest {harvest.digest} does not say how a model computed it: its rows were written through Python, and no "
+        "model can compute them again; restore what is damaged from a copy of the store, or write the harvest again "
+        "to a new store, as it was written"
+    )
 
 
 class Recomputer:
@@ -210,9 +221,9 @@ def repair_from_rows(store: Store, harvest: Harvest, unit: int, writer: str) -> 
 
     Raises UnitConflict when they come out otherwise than the commit says, and CorruptChunk; then nothing was written.
     """
-    threads = _computation(harvest).threads_per_worker
-    if threads is not None:
-        torch.set_num_threads(threads)
+    computation = harvest.identity.computation  # None of rows that were written through Python
+    if computation is not None and computation.threads_per_worker is not None:
+        torch.set_num_threads(computation.threads_per_worker)
     start, stop = store.info.unit_rows(unit)
     rows = {}
     for site in harvest.sites:

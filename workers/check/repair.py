@@ -11,7 +11,8 @@ from pipeline.errors import InputError
 from pipeline.model.placement import Placement
 from storage.backends.place import Place
 from storage.errors import StorageError, Unreachable
-from storage.harvest.harvest import Harvest, writer_id
+from storage.format.layout import StoreLayout
+from storage.harvest.harvest import Harvest, read_harvest, writer_id
 from storage.harvest.log import log_of
 from storage.store import Store, open_store
 from storage.verify.findings import ByHand, Fault, Remake, Remove, Rewrite
@@ -54,14 +55,17 @@ def repair(
         if isinstance(fault.remedy, Remake):
             units.setdefault((fault.remedy.harvest, fault.remedy.unit), []).append(fault)
     removed = {fault.place for fault in faults if isinstance(fault.remedy, Remove)}
-    if units or removed:
+    layout = StoreLayout(root)
+    bitmaps = {name for name in layout.harvests.names() if layout.bitmap(name) in removed} if removed else set()
+    # no harvests but those to be mended: the record of another may be what was refused above
+    if digests := bitmaps | {digest for digest, _ in units}:
         store = open_store(root)
-        harvests = {harvest.digest: harvest for harvest in store.harvests}
-        for harvest in harvests.values():
+        found = [read_harvest(root, digest) for digest in digests]
+        for _, harvest in sorted(found, key=lambda of: (of[0], of[1].digest)):
             log = log_of(store, harvest)
-            if (bitmap := log.layout.bitmap(harvest.digest)) in removed:
+            if harvest.digest in bitmaps:
                 log.compact(log.committed())
-                on_repair(f"wrote {bitmap}")
+                on_repair(f"wrote {log.layout.bitmap(harvest.digest)}")
             mine = {unit: of for (digest, unit), of in sorted(units.items()) if digest == harvest.digest}
             yield from _repair_units(store, harvest, mine, models, on_repair, placement)
 

@@ -5,7 +5,7 @@ Two units are in flight at once: while one is computed, the one before is writte
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from pipeline.capture.rounding import Rounded
 from pipeline.capture.unit import Activations, RawMoments, UnitRunner, group_moments, summarise, value_moments
 from pipeline.capture.unit_computer import UnitComputer
 from pipeline.model.describe import ModelInfo
-from pipeline.model.finite import NotFinite, tensors_not_finite, words_of
+from pipeline.model.finite import NotFinite, embedding_not_finite, words_of
 from pipeline.model.load import load_base_model
 from pipeline.model.placement import Placement
 from pipeline.sites import parse_site
@@ -133,7 +133,7 @@ class Harvester:
         started = time.time()
         start, stop = self.store.info.unit_rows(unit)
         contexts, groups = read_contexts(self.store, start, stop)
-        summarise = partial(self._summarise, groups)
+        summarise = partial(self._summarise, contexts, groups)
         with self._computer.computing(contexts, stop - start, summarise) as (activations, block):
             figures = UnitFigures(
                 positions_run=activations.positions_run,
@@ -176,16 +176,18 @@ class Harvester:
             blocks=setup.blocks,
         )
 
-    def _summarise(self, groups: "RowGroups", computed: Activations) -> UnitBlock:
+    def _summarise(self, contexts: Sequence[ContextRows], groups: "RowGroups", computed: Activations) -> UnitBlock:
         sites = {str(site): acts for site, acts in computed.sites.items()}
         try:
             return unit_block(self.store, groups, sites, self.on_step)
         except NotFinite as error:
-            names = tensors_not_finite(self._runner.model)
+            # layers were looked at as they were loaded; other rows of the embedding have no part in this unit
+            tokens = torch.cat([torch.from_numpy(context.tokens.astype("int64")) for context in contexts])
+            names = embedding_not_finite(self._runner.model, tokens)
             if not names:
                 raise
-            where = str(error).partition(" has an activation")[0]
-            raise NotFinite(f"{where} is not finite: {words_of(self.setup.model.id, names)}") from None
+            reason = f"is not finite: {words_of(self.setup.model.id, names)}"
+            raise NotFinite(error.row, reason, error.site) from None
 
 
 def rounding_of(run: Activations, block: UnitBlock) -> dict[str, RoundingCost]:
@@ -226,7 +228,7 @@ def unit_block(
         try:
             row_norms, per_document = summarise(acts, segments)
         except NotFinite as error:
-            raise NotFinite(f"{site}: {error}") from None
+            raise NotFinite(error.row, error.reason, site) from None
         activations[site] = to_numpy(acts.values)
         if acts.scales is not None:
             scales[site] = acts.scales.numpy()

@@ -85,7 +85,8 @@ def loss_recovered(
         raise InputError("no held-out context is long enough to predict a token from a row")
     clean, with_reconstruction, zero, at_mean = (totals / predictions).tolist()
     if not math.isfinite(clean):
-        found = tensors_not_finite(model)
+        tokens = [torch.from_numpy(context.tokens.astype("int64")) for context in contexts]
+        found = tensors_not_finite(model, tokens=torch.cat(tokens))
         why = f"its weights are nan or infinite in {', '.join(found[:3])}" if found else "it overflows in its dtype"
         raise InputError(
             f"model.id: the model's own loss on held-out contexts is {clean}, so nothing can be compared with it: "

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from conftest import write_store
 from corpora import ensure_rows
-from lab import Lab
+from lab import SITE, Lab
 
 from jobs.report.page import report_page
 from jobs.spec.spec import load_spec
-from jobs.status import status_record, status_text
-from jobs.token_rows import token_rows, token_words
+from jobs.status import found_extreme, status_record, status_text
+from jobs.token_rows import token_rows, token_rows_of, token_words
+from storage.errors import Unreachable
 from storage.store import Store, open_store
+from storage.table.token_pieces import TokenStrings
 
 BOS, EOS, PAD = ({"id": i, "string": string} for i, string in enumerate(["<s>", "</s>", "<pad>"]))
 TEMPLATE = (
@@ -120,6 +122,63 @@ def test_tokens_whose_strings_are_not_known(tmp_path: Path, harvested: Store) ->
     assert "\ntokens    bos: 0; specials: text" in status_text(status_record(store))
     made_up = write_store(tmp_path / "made-up")  # by `storage` alone
     assert "\ntokens    bos: none; specials: tokens" in status_text(status_record(made_up))
+
+
+def asked_for(store: Store, fail: bool = False) -> list[str]:
+    """What is asked of a store's tokenizer from now on. `fail`: it does not answer."""
+    asked = []
+    backend: Any = store.root.backend
+
+    def counting(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: str, *arguments: Any) -> Any:
+            if str(path).endswith("tokenizer.json"):
+                asked.append(name)
+                if fail:
+                    raise Unreachable(f"{path} did not answer")
+            return operation(path, *arguments)
+
+        return call
+
+    for name in ("exists", "read", "open"):
+        backend.__dict__[name] = counting(name, getattr(backend, name))
+    return asked
+
+
+@pytest.mark.parametrize(("state", "requests"), [("whole", 2), ("missing", 1), ("damaged", 2)])
+def test_the_tokenizer_is_read_once(tmp_path: Path, harvested: Store, state: str, requests: int) -> None:
+    store = open_store(shutil.copytree(harvested.path, tmp_path / "store"))
+    file = (store.tokenizer_path / "tokenizer.json").path
+    if state == "missing":
+        file.unlink()
+    elif state == "damaged":
+        file.write_bytes(b"{}")
+    store.info.plan["exclude_tokens"] = list(range(1500))
+    asked = asked_for(store)
+    record = status_record(store)["token_rows"]
+    assert len(asked) == requests
+    assert [token["string"] for token in record["exclude_tokens"]][:2] == (
+        ["<s>", "</s>"] if state == "whole" else [None, None]
+    )
+
+
+def test_one_reading_is_for_tokens_and_norms(tmp_path: Path, harvested: Store) -> None:
+    """Rows of extreme norm are told by the strings of their tokens too."""
+    store = open_store(shutil.copytree(harvested.path, tmp_path / "store"))
+    asked, strings = asked_for(store), TokenStrings(store)
+    token_rows_of(store, strings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("storage.read.extreme_rows.EXTREME", 1.0)  # every row above the median
+        assert len(found_extreme(store, [SITE], strings)) == 1
+    assert len(asked) == 2
+
+
+def test_a_store_that_does_not_answer_is_asked_once(tmp_path: Path, harvested: Store) -> None:
+    store = open_store(shutil.copytree(harvested.path, tmp_path / "store"))
+    store.info.plan["exclude_tokens"] = list(range(1500))
+    asked = asked_for(store, fail=True)
+    with pytest.raises(Unreachable, match="did not answer"):
+        status_record(store)
+    assert len(asked) == 1
 
 
 def test_many_excluded_tokens_are_told_in_part() -> None:

@@ -1,5 +1,6 @@
 """Weights that are nan or infinite: the tensor is named, and no such row is ever stored."""
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.capture.contexts import ContextRows
 from pipeline.errors import InputError
 from pipeline.model.describe import describe_model
-from pipeline.model.finite import tensors_not_finite
+from pipeline.model.finite import NotFinite, tensors_not_finite
 from pipeline.model.load import load_base_model, load_causal_model
 from pipeline.sdl.measure.loss_recovered import loss_recovered
 from storage.harvest.log import log_of
@@ -89,6 +90,43 @@ def test_activations_that_overflow_say_where(llama: Path, tmp_path: Path, corpus
     assert tensors_not_finite(model) == []
     with pytest.raises(InputError, match=r"mlp_out\.0: row \d+ of the unit has an activation that is not a finite fl"):
         harvesting.run([0])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_an_embedding_is_blamed_for_the_rows_of_tokens_that_were_run(
+    llama: Path, tmp_path: Path, corpus: Path, offset: int
+) -> None:
+    """An overflow in float16 is one, whatever stands in rows that no text uses and in the norm behind the layers."""
+    padded = spoiled(llama, tmp_path / "padded", "model.embed_tokens.weight", float("nan"), at=325 * 32)
+    padded = spoiled(padded, tmp_path / "both", "model.norm.weight", float("nan"))
+    site = f"mlp_out.{offset}"
+    harvesting = start_harvest(tmp_path / "store", padded, corpus, [site], dtype="float16", skip_first=0)
+    with torch.no_grad():
+        harvesting.harvesters[0]._runner.model.get_submodule(f"layers.{offset}.mlp.down_proj").weight *= 1e6
+    with pytest.raises(InputError, match=rf"{site}: row \d+ .* finite float16: .* store in bfloat16 or float32$") as e:
+        harvesting.run([0])
+    assert isinstance(e.value, NotFinite)
+    again = pickle.loads(pickle.dumps(e.value))
+    assert (str(again), again.row, again.site) == (str(e.value), e.value.row, site)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_that_overflows_beside_an_embedding_that_is_nan(
+    make_model: Callable[..., Path], llama: Path, tmp_path: Path, tied: bool
+) -> None:
+    """A head that is the embedding has a part in every loss; an embedding's row that no text uses has none."""
+    name = "model.embed_tokens.weight"
+    info = describe_model(str(spoiled(llama, tmp_path / "model", name, float("nan"), at=325 * 32)))
+    model = load_causal_model(info, dtype="float32")
+    with torch.no_grad():
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        else:
+            model.lm_head.weight.sign_().mul_(3e38)
+    rows = [ContextRows(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int64), 0)]
+    expected = rf"its weights are nan or infinite in {name};" if tied else "it overflows in its dtype;"
+    with pytest.raises(InputError, match=rf"own loss .*: {expected}"):
+        loss_recovered(model, lambda x: x, [], {}, rows, 64)
 
 
 def test_the_loss_of_a_model_whose_head_is_nan(llama: Path, tmp_path: Path) -> None:
