@@ -10,6 +10,7 @@ from pipeline.model.describe import ModelInfo, adapter_notice, describe_model
 from storage.backends.place import open_place
 from storage.format.layout import StoreLayout
 from storage.format.records import Record
+from storage.format.site_refs import SiteRef
 from storage.format.units import UnitSet
 from storage.read.held_out import values_without_held_out_rows
 from storage.store import Store, open_store
@@ -184,7 +185,7 @@ def _harvest(spec: Spec, cluster: Cluster, grow: bool) -> tuple[Store, ModelInfo
 def _measures_loss(spec: Spec, stages: tuple[str, ...]) -> bool:
     """Whether an evaluation among the stages runs the whole model; those of dictionaries over several models do not."""
     dictionaries = spec.train.dictionaries if "evaluate" in stages and spec.train is not None else ()
-    return any("/" not in site for d in dictionaries for site in (*d.input, *d.output))
+    return any(SiteRef.parse(site).model is None for d in dictionaries for site in (*d.input, *d.output))
 
 
 def _check_anchor_files(spec: Spec) -> None:

@@ -8,6 +8,7 @@ from jobs.progress import counted, duration, extreme_norms, left_out, loss_recov
 from jobs.token_rows import chat_words, token_rows_of, token_words
 from storage.errors import StorageError
 from storage.format.records import Record
+from storage.format.site_refs import SiteRef
 from storage.harvest.harvest import Harvest
 from storage.harvest.history import read_history
 from storage.harvest.log import log_of
@@ -80,7 +81,7 @@ def _harvest_record(store: Store, harvest: Harvest) -> Record:
         "model": harvest.model,
         "sites": list(layouts),
         "dtype": ", ".join(dict.fromkeys(layout.dtype for layout in layouts.values())),
-        "d_model": store.array(f"{harvest.model}/{next(iter(layouts))}").shape[1],  # raises if it is damaged
+        "d_model": store.array(str(SiteRef(next(iter(layouts)), harvest.model))).shape[1],  # raises if it is damaged
         "computed": harvest.identity.computed,
         "bytes": info.num_rows * sum(layout.row_bytes for layout in layouts.values()),
         "units": info.num_units,

@@ -30,6 +30,7 @@ from storage.errors import StorageError
 from storage.format.arrays import RowArray
 from storage.format.layout import UNITS_PER_BLOCK, StoreLayout
 from storage.format.records import Record
+from storage.format.site_refs import SiteRef
 from storage.format.units import UnitRanges
 from storage.harvest.harvest import Harvest, SiteLayout
 from storage.harvest.history import read_history
@@ -248,9 +249,9 @@ def _read_in_training(
     read: list[RowArray] = []
     unknown: list[str] = []
     for site in sites or arrays:
-        model, _, name = site.rpartition("/")
-        is_own = model in ("", own) and name in arrays
-        of_site = arrays[name] if is_own else _stored_arrays(store, site, num_rows)
+        ref = SiteRef.parse(site)
+        is_own = ref.model in (None, own) and ref.site in arrays
+        of_site = arrays[ref.site] if is_own else _stored_arrays(store, site, num_rows)
         if of_site is None:
             unknown.append(site)
             of_site = next(iter(arrays.values()))

@@ -12,6 +12,7 @@ from jobs.spec.variables import expanded
 from jobs.spec.yaml_text import NotYaml, read_yaml
 from storage.backends.place import check_url, home_expanded
 from storage.errors import StorageError
+from storage.format.site_refs import SiteRef
 from workers.settings.anchors import FILE_ENDINGS, AnchorSets, AnchorSettings
 from workers.settings.corpus import CorpusSettings
 from workers.settings.experiment import (
@@ -54,7 +55,11 @@ class Spec(Settings):
         problems += self._problems_of_anchors()
         for i, dictionary in enumerate(self.train.dictionaries if self.train else ()):
             where = f"train.dictionaries[{i}]"
-            here = [site for site in dict.fromkeys((*dictionary.input, *dictionary.output)) if "/" not in site]
+            here = [
+                site
+                for site in dict.fromkeys((*dictionary.input, *dictionary.output))
+                if SiteRef.parse(site).model is None
+            ]
             for site in here:  # those of a named model are of another spec's harvest
                 if site not in self.harvest.sites:
                     problems.append(f"{where}: {site} is not one of harvest.sites ({', '.join(self.harvest.sites)})")
@@ -86,7 +91,7 @@ class Spec(Settings):
                 except StorageError as error:
                     problems.append(f"{where}.where.{name}: {error}")
             top = anchors.top
-            if top is not None and "/" not in top.site and top.site not in self.harvest.sites:
+            if top is not None and SiteRef.parse(top.site).model is None and top.site not in self.harvest.sites:
                 sites = ", ".join(self.harvest.sites)
                 problems.append(f"{where}.top.site: {top.site} is not one of harvest.sites ({sites})")
         return problems

@@ -14,6 +14,7 @@ from storage.backends.place import Place
 from storage.errors import StorageError, UncommittedRows
 from storage.format.arrays import Array, RowArray
 from storage.format.layout import StoreLayout
+from storage.format.site_refs import SiteRef
 from storage.format.site_rows import SiteRows
 from storage.format.units import UnitSet, shown
 from storage.harvest.harvest import CHECKSUMS, Harvest, read_harvests
@@ -60,25 +61,25 @@ class StoreReader(StoredTable):
         """The sites that are stored or being stored; `<model>/<site>` where the store holds several models."""
         harvests = [h for h in self.harvests if self.model in (None, h.model)]
         several = len({h.model for h in harvests}) > 1
-        return [f"{h.model}/{site}" if several else site for h in harvests for site in h.sites]
+        return [str(SiteRef(site, h.model if several else None)) for h in harvests for site in h.sites]
 
     def find(self, site: str) -> tuple[Harvest, str]:
         """Return the harvest that holds `site` ("resid_post.8" or "<model>/resid_post.8") and the bare site name."""
         if site in self._found:  # a harvest's record never changes
             return self._found[site]
-        model, _, name = site.rpartition("/")
-        model = model or self.model or ""
-        found = self._holding(model, name) or self.refresh()._holding(model, name)
+        ref = SiteRef.parse(site)
+        ref = SiteRef(ref.site, ref.model or self.model)
+        found = self._holding(ref) or self.refresh()._holding(ref)
         if not found:
             raise StorageError(f"{site} is not in the store; it has {', '.join(self.sites) or 'no activations yet'}")
         if len({h.model for h in found}) > 1:
-            choices = ", ".join(f"{h.model}/{name}" for h in found)
+            choices = ", ".join(str(SiteRef(ref.site, h.model)) for h in found)
             raise StorageError(f"{site} is stored for several models; name one of {choices}")
-        self._found[site] = found[0], name
+        self._found[site] = found[0], ref.site
         return self._found[site]
 
-    def _holding(self, model: str, name: str) -> list[Harvest]:
-        return [h for h in self.harvests if name in h.sites and model in ("", h.model)]
+    def _holding(self, ref: SiteRef) -> list[Harvest]:
+        return [h for h in self.harvests if ref.site in h.sites and ref.model in (None, h.model)]
 
     def committed(self, site: str) -> UnitSet:
         """The units of `site` that may be read, as of now."""
@@ -144,7 +145,7 @@ class StoreReader(StoredTable):
             return
         commit = log_of(self, harvest).read(seam)
         for kind in harvest.sites[site].kinds:
-            array = self.array(f"{harvest.model}/{site}", kind)
+            array = self.array(str(SiteRef(site, harvest.model)), kind)
             first = self.info.unit_rows(seam)[0] // array.chunk_rows
             self._expected[array.path].update(enumerate(commit.sites[site][CHECKSUMS[kind]], first))
         self._compared.add((harvest.digest, site, seam))

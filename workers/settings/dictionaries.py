@@ -20,6 +20,7 @@ from pipeline.sdl.train.config import (
 )
 from pipeline.sdl.train.objective import SPARSITY, Objective
 from pipeline.sites import expand_sites, parse_site
+from storage.format.site_refs import SiteRef
 from workers.settings.section import Count, Name, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,8 +36,8 @@ def _as_qualified_sites(value: Any) -> Any:
         return value
     expanded = []
     for text in value:
-        model, slash, sites = text.rpartition("/")
-        expanded += [f"{model}{slash}{site}" for site in expand_sites([sites])]
+        ref = SiteRef.parse(text)
+        expanded += [str(SiteRef(site, ref.model)) for site in expand_sites([ref.site])]
     return expanded
 
 
@@ -238,7 +239,7 @@ class DictionarySettings(Settings):
         if not self.cross_layer:
             return None
         reads, writes = (
-            [parse_site(s.rpartition("/")[2]).layer for s in sites] for sites in (self.input, self.outputs)
+            [parse_site(SiteRef.parse(s).site).layer for s in sites] for sites in (self.input, self.outputs)
         )
         if reads == writes == sorted(set(reads)):
             return None
