@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -137,6 +138,21 @@ def test_no_import_circle() -> None:
 def test_no_folder_is_overfull() -> None:
     folders = Counter(file.parent for top in (*FLOORS, "tests", "benchmarks") for file in (ROOT / top).rglob("*.py"))
     assert {str(folder.relative_to(ROOT)): n for folder, n in folders.items() if n > MOST_FILES} == {}
+
+
+def test_the_map_names_what_is_there() -> None:
+    """Every path in docs/architecture.md, CONTRIBUTING.md and the last decisions that begins with a package."""
+    texts = [
+        (ROOT / name).read_text()
+        for name in ("docs/architecture.md", "CONTRIBUTING.md", "docs/decisions/0022-rooms.md")
+    ]
+    named = {
+        name
+        for text in texts
+        for name in re.findall(r"`((?:pipeline|storage|workers|jobs|tests|docs)/[\w./-]+)`", text)
+    }
+    assert len(named) > 40
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def modules_after(statement: str) -> set[str]:
