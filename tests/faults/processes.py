@@ -29,8 +29,9 @@ MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"
 ROWS, ROWS_PER_UNIT = 60_000, 2048
 UNITS = -(-ROWS // ROWS_PER_UNIT)
 DEADLINE_S = 600
-QUICK = {"hang_s": 4}
-"""Settings of the cluster section that make a hang known soon; nothing here changes the bytes."""
+QUICK = {"hang_s": 20}
+"""Settings of the cluster section that make a hang known soon, but not where other processes want the CPU; nothing here
+changes the bytes."""
 KINDS = ("corpus", "activations", "norms", "moments")
 
 
