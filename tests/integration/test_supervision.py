@@ -128,8 +128,8 @@ def test_a_unit_that_fails_is_set_aside_and_named_and_the_rest_goes_on(
     (harvest,), root = open_store(store).harvests, open_store(store).root
     units = open_store(store).info.units
     (bad,) = HarvestLog(root, harvest.digest, units).failed()
-    assert out.count(f"unit {bad} failed (InputError: row ") == 3
-    assert f"unit {bad} is set aside after 3 attempts; the last: InputError: row " in out
+    assert out.count(f"unit {bad} failed (NotFinite: resid_post.1: row ") == 3
+    assert f"unit {bad} is set aside after 3 attempts; the last: NotFinite: resid_post.1: row " in out
     assert f"granary: 1 units were set aside and the rest is harvested: {bad}; unit {bad} failed with" in out
     assert HarvestLog(root, harvest.digest, units).committed() == frozenset(range(units.total)) - {bad}
     failure = HarvestLog(root, harvest.digest, units).failure(bad)
