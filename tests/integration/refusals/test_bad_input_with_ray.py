@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[3]
 
 SHELL = """
 import contextlib, io, json, sys, traceback
-import ray
+import jobs.progress, ray
 from jobs.cli.main import main
+jobs.progress.LOG_INTERVAL_S = float("inf")  # a busy machine may take more than a minute
 ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
