@@ -188,7 +188,7 @@ def test_how_far_a_text_is_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 MEMORY = """
 import resource
 from benchmarks.long_texts import make_text, make_tokenizer
-from pipeline import long_texts
+from pipeline.tokens import long_texts
 tokenizer = make_tokenizer("llama2", vocabulary=600, chars=20_000)
 texts = [make_text("KIND", 20_000_000), *("the grain of field %d" % n for n in range(1000))]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
