@@ -29,6 +29,8 @@ MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"
 ROWS, ROWS_PER_UNIT = 60_000, 2048
 UNITS = -(-ROWS // ROWS_PER_UNIT)
 DEADLINE_S = 600
+HEAD = {"num_cpus": 0, "include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+"""Arguments of a cluster's head node. Ray starts workers at niceness 15, where whatever else runs here starves them."""
 QUICK = {"hang_s": 20}
 """Settings of the cluster section that make a hang known soon, but not where other processes want the CPU; nothing here
 changes the bytes."""
@@ -192,7 +194,7 @@ def lose_nodes(spec_of: Callable[[str], Path], seed: int, times: int) -> Iterato
     from ray.cluster_utils import Cluster
 
     rng, lost = random.Random(seed), 0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
     spec = spec_of(cluster.address)

@@ -19,6 +19,7 @@ import yaml
 from conftest import sentence
 from conftest import write_corpus as write_texts
 from harvests import DEADLINE_S, UNITS, assert_same, commits, granary, rows_of, start, wait_for, write_spec
+from processes import HEAD
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -224,7 +225,7 @@ def cluster() -> Iterator[Any]:
     """A Ray cluster of two nodes, of which one has no room, in this process's children."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args=HEAD)
     yield made
     made.shutdown()
 

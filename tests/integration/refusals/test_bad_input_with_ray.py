@@ -23,7 +23,8 @@ import contextlib, io, json, sys, traceback
 import jobs.progress, ray
 from jobs.cli.main import main
 jobs.progress.LOG_INTERVAL_S = float("inf")  # a busy machine may take more than a minute
-ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+ray.init(address="local", num_cpus=1, num_gpus=1, **options, _system_config={"worker_niceness": 0})
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
