@@ -1,5 +1,7 @@
-"""How a store's tokens became rows, as `granary plan`, `granary status` and the report say it: by the spec's own keys,
-with what they came to. `auto` is the token that it stood for, and a token is told by its id and its string.
+"""How a store's tokens became rows, as `granary plan`, `granary status` and the report show it.
+
+Each setting is shown under its key in the spec, with the value that was used: for `bos: auto` the token that was
+chosen. A token is shown by its id and its string.
 """
 
 import json

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 EXAMPLES_KEPT = 5
 MOST_LETTERS = 160
-"""Of the words about a record."""
+"""Words about a record are cut after this many letters."""
 _SAYING = "\n"
 """Stands between a reason, which is one line, and words."""
 
@@ -33,7 +33,7 @@ class Skipped:
     first: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     """The record numbers and names of the first few, in the order of the corpus."""
     said: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Of reasons that come with words: the first record that has some, and them."""
+    """Reason -> the number of the first record that came with words, and the words."""
 
     @classmethod
     def of(cls, left_out: pa.Table) -> "Skipped":

@@ -103,16 +103,6 @@ class Bench:
         refuse(problems + ([] if self.hierarchy is None else self.hierarchy.problems(self.features)))
 
 
-@dataclass(frozen=True)
-class Truth:
-    """The features of the inputs and of the outputs."""
-
-    inputs: Tensor
-    """float32 [n, d_in], unit rows."""
-    outputs: Tensor
-    """float32 [n, d_out], unit rows."""
-
-
 def make_features(bench: Bench, stream: int = 0) -> Tensor:
     """Unit rows [n, n_p] whose inner products are at most M, by projected gradient descent from Gaussian ones.
 

@@ -85,7 +85,8 @@ class Backend(Protocol):
 
 
 PROBE = "granary-probe-"
-"""The names that `check_writable` makes and removes; one that a killed process left is nobody's."""
+"""`check_writable` creates and removes names that begin like this. One that is left belonged to a killed process, and
+may be removed."""
 
 
 def scatter(body: memoryview, buffers: Sequence[memoryview]) -> None:

@@ -102,6 +102,10 @@ class StoreLayout:
         """The record that says which table became the store's `generation`-th."""
         return self.root / GROWTH.format(generation=f"{generation:0{GENERATION_DIGITS}d}")
 
+    def _folder(self, template: str, **fields: str) -> Place:
+        """The folder of the names that a template gives."""
+        return self.root / template.rpartition("/")[0].format(**fields)
+
     # ---- harvests
 
     def group(self, kind: str, model: str | None = None) -> Place:
@@ -118,7 +122,7 @@ class StoreLayout:
 
     def commits(self, harvest: str) -> Place:
         """The folder of a harvest's commits: its record, the bitmap, drivers, and a folder for each block of units."""
-        return self.harvests / harvest
+        return self._folder(HARVEST, harvest=harvest)
 
     def harvest(self, harvest: str) -> Place:
         return self.root / HARVEST.format(harvest=harvest)
@@ -128,26 +132,26 @@ class StoreLayout:
 
     def block(self, harvest: str, block: int) -> Place:
         """The folder with the commits of units `block * UNITS_PER_BLOCK` and on."""
-        return self.commits(harvest) / f"{block:0{BLOCK_DIGITS}d}"
+        return self._folder(COMMIT, harvest=harvest, block=f"{block:0{BLOCK_DIGITS}d}")
 
     def commit(self, harvest: str, unit: str) -> Place:
         """`unit`, here and below: its name, which `UnitRanges.name` gives."""
         return self.block(harvest, number_of(unit) // UNITS_PER_BLOCK) / f"{unit}.json"
 
     def drivers(self, harvest: str) -> Place:
-        return self.commits(harvest) / "drivers"
+        return self._folder(DRIVER, harvest=harvest)
 
     def driver(self, harvest: str, driver: str) -> Place:
         return self.root / DRIVER.format(harvest=harvest, driver=driver)
 
     def all_moments(self, harvest: str) -> Place:
-        return self.root / "moments" / harvest
+        return self._folder(MOMENTS, harvest=harvest)
 
     def moments(self, harvest: str, unit: str) -> Place:
         return self.root / MOMENTS.format(harvest=harvest, unit=unit)
 
     def failures(self, harvest: str) -> Place:
-        return self.root / "failures" / harvest
+        return self._folder(FAILURE, harvest=harvest)
 
     def failure(self, harvest: str, unit: str) -> Place:
         return self.root / FAILURE.format(harvest=harvest, unit=unit)
@@ -159,7 +163,7 @@ class StoreLayout:
         return self.root / ANCHORS
 
     def anchors(self, name: str) -> Place:
-        return self.all_anchors / name
+        return self._folder(ANCHOR_RECORD, anchors=name)
 
     def anchor_record(self, name: str) -> Place:
         return self.root / ANCHOR_RECORD.format(anchors=name)

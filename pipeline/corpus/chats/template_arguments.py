@@ -1,7 +1,7 @@
 """What a chat template may be given besides messages and tools: the variables that it reads, and nothing else.
 
-An argument that no template reads would change nothing, and whoever gave it would not know. Many are names that
-`apply_chat_template` of transformers takes for itself.
+An argument that the template does not read would be ignored without notice, so it is refused. Many such names are
+parameters of `apply_chat_template` in transformers.
 """
 
 from collections.abc import Mapping
